@@ -1,0 +1,14 @@
+"""What a cost model answers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
+
+
+class CostModel(Protocol):
+    """Prices one step of one network."""
+
+    def step_seconds(self, predicted: Collection[str]) -> float:
+        """Seconds of a step in which the sites ``predicted`` (``step`` or block ranges) are not computed."""
+        ...

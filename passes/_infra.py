@@ -1,0 +1,136 @@
+"""What a pass is: a function from a graph and a step's plan to a rewritten graph, with reasons."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+
+LATENTS = "latents"
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Names of the nodes that carry the residual stream across an edge between blocks."""
+
+    after: str
+    streams: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GraphIndex:
+    """Where the features of a captured graph are: edges between blocks, positions of arguments."""
+
+    boundaries: tuple[Boundary, ...]
+    ranges: dict[str, tuple[int, int]]
+    latents: int | None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """``site`` is read from ``history`` earlier features (newest first), plus the latents where asked."""
+
+    site: str
+    history: int
+    latents: bool = False
+
+    @property
+    def terms(self) -> int:
+        """Number of coefficients."""
+        return self.history + int(self.latents)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one straight-line graph does: which sites it predicts, and which features it hands on.
+
+    ``boundaries`` asks for the residual stream at every edge between blocks (for profiling).
+    """
+
+    predicted: tuple[Prediction, ...] = ()
+    recorded: tuple[str, ...] = ()
+    boundaries: bool = False
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """A rewritten graph, whether anything changed, and why what was asked for did not apply."""
+
+    gm: fx.GraphModule
+    modified: bool
+    reasons: tuple[str, ...] = ()
+
+
+Pass = Callable[[fx.GraphModule, StepPlan, GraphIndex], PassResult]
+
+
+@dataclass
+class PassManager:
+    """Runs passes in order on a copy of a graph and keeps their reasons."""
+
+    passes: Sequence[Pass]
+    check: Callable[[fx.GraphModule], None] | None = None
+    reasons: list[str] = field(default_factory=list)
+
+    def run(self, gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> fx.GraphModule:
+        """The rewritten graph; ``gm`` itself is left as it is."""
+        gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        gm.meta["ditopt_captured"] = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+        gm.meta["ditopt_returned_inputs"] = [node.name for node in outputs(gm) if node is not None and node.op == "placeholder"]
+        for rewrite in self.passes:
+            result = rewrite(gm, plan, index)
+            gm = result.gm
+            self.reasons += result.reasons
+            if self.check is not None:
+                self.check(gm)
+        gm.graph.lint()
+        gm.recompile()
+        return gm
+
+
+def find(gm: fx.GraphModule, name: str) -> fx.Node:
+    """The node called ``name``.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for node in gm.graph.nodes:
+        if node.name == name:
+            return node
+    raise KeyError(name)
+
+
+def outputs(gm: fx.GraphModule) -> list[fx.Node | None]:
+    """What a graph returns, in order."""
+    return list(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+def set_outputs(gm: fx.GraphModule, values: Sequence[fx.Node | None]) -> None:
+    """Make a graph return ``values``."""
+    gm.graph.output_node().args = (tuple(values),)
+
+
+def tensor_value(node: fx.Node) -> Tensor:
+    """The fake tensor that describes a node's value."""
+    value = node.meta["val"]
+    assert isinstance(value, Tensor), f"{node.name} carries {type(value).__name__}, not a tensor"
+    return value
+
+
+def call(gm: fx.GraphModule, target: Callable[..., object], *args: object) -> fx.Node:
+    """Insert a call at the current place and give it its ``meta["val"]``; arguments are nodes and constants."""
+    node = gm.graph.call_function(target, args)
+    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+    node.meta["val"] = target(*values)
+    return node
+
+
+def add_input(gm: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
+    """Append a graph input described by the fake tensor ``value``."""
+    last = gm.graph.find_nodes(op="placeholder")[-1]
+    with gm.graph.inserting_after(last):
+        node = gm.graph.placeholder(name)
+    node.meta["val"] = value
+    return node

@@ -1,0 +1,50 @@
+"""The audit: proof that what a step's plan decided is really in its graph."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ditopt.errors import AuditError
+from ditopt.passes._infra import GraphIndex, StepPlan
+from ditopt.passes.features import user_outputs
+from ditopt.passes.predict import factors_name, slot_name
+from ditopt.sites import STEP
+
+
+def audit(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, dead: dict[str, tuple[str, ...]]) -> None:
+    """Check a rewritten graph against its plan.
+
+    ``dead[site]`` names the nodes that only the site's feature needed: in a graph that predicts the site
+    none of them may be left.
+
+    Raises:
+        AuditError: a decision is not in the graph; names site and finding.
+    """
+    names = {node.name for node in gm.graph.nodes}
+    inputs = {str(node.target) for node in gm.graph.find_nodes(op="placeholder")}
+    for wanted in plan.predicted:
+        needed = {factors_name(wanted.site)} | {slot_name(wanted.site, age, 0) for age in range(wanted.history)}
+        if not needed <= inputs:
+            raise AuditError(f"{wanted.site}: predicted by the plan, but the graph does not read {sorted(needed - inputs)}")
+        left = [name for name in dead.get(wanted.site, ()) if name in names]
+        if left:
+            raise AuditError(f"{wanted.site}: predicted by the plan, but {len(left)} of its nodes are still computed, e.g. {left[0]}")
+    extra = len(gm.graph.output_node().args[0]) - user_outputs(gm)  # type: ignore[arg-type]
+    if plan.recorded and extra < len(plan.recorded):
+        raise AuditError(f"{len(plan.recorded)} features are to be recorded ({', '.join(plan.recorded)}), the graph hands on {extra}")
+
+
+def only_needed_by(gm: fx.GraphModule, index: GraphIndex, site: str, changing: set[str]) -> tuple[str, ...]:
+    """Names of the captured nodes that must vanish once ``site`` is predicted.
+
+    For the step these are all calls; for a block range the calls between its edges that depend on the
+    latents (``changing``).
+    """
+    calls = [node.name for node in gm.graph.nodes if node.op == "call_function"]
+    if site == STEP:
+        return tuple(calls)
+    first, last = index.ranges[site]
+    order = [node.name for node in gm.graph.nodes]
+    begin, end = order.index(index.boundaries[first].after), order.index(index.boundaries[last + 1].after)
+    inside = set(order[begin + 1 : end + 1])
+    return tuple(name for name in calls if name in inside and name in changing)

@@ -1,0 +1,126 @@
+"""Predict features: a site's feature is a linear combination of earlier ones, read from state slots.
+
+Reuse, forecasts of any order and fitted predictors are one rewrite; they differ in their coefficients,
+which are an input of the graph. So one compiled graph serves every schedule of the same shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ditopt.passes._infra import LATENTS, GraphIndex, PassResult, Prediction, StepPlan, add_input, call, find, outputs, set_outputs, tensor_value
+from ditopt.passes.features import Feature, feature, user_outputs
+from ditopt.sites import STEP
+
+aten = torch.ops.aten
+
+
+def predict(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
+    """Replace the feature of every predicted site; what only it needed is left without users."""
+    user_outputs(gm)
+    reasons = []
+    modified = False
+    for wanted in sorted(plan.predicted, key=lambda wanted: _position(index, wanted.site), reverse=True):
+        try:
+            found = feature(gm, index, wanted.site)
+        except KeyError:
+            reasons.append(f"predict {wanted.site}: the graph has no such site")
+            continue
+        if wanted.latents and not _latents_fit(gm, index, found):
+            reasons.append(f"predict {wanted.site}: latents are no regressor here")
+            continue
+        modified = True
+        edge = gm.graph.output_node() if wanted.site == STEP else _after_edge(gm, index, wanted.site)
+        for stream, (end, start) in enumerate(zip(found.ends, found.starts, strict=True)):
+            slots = [add_input(gm, slot_name(wanted.site, age, stream), _like(end)) for age in range(wanted.history)]
+            factors = _factors_input(gm, wanted, end)
+            terms = list(slots)
+            if wanted.latents and index.latents is not None:
+                terms.append(gm.graph.find_nodes(op="placeholder")[index.latents])
+            with gm.graph.inserting_before(edge):
+                value = _combine(gm, factors, terms, end, start)
+            if wanted.site == STEP:
+                kept = [value if node is end else node for node in outputs(gm)]
+                set_outputs(gm, kept)
+            else:
+                _replace_after(gm, end, value, edge)
+    return PassResult(gm, modified, tuple(reasons))
+
+
+def slot_name(site: str, age: int, stream: int) -> str:
+    """The input that carries stream ``stream`` of the feature ``age`` computations ago."""
+    return f"slot_{_word(site)}_age{age}_stream{stream}"
+
+
+def factors_name(site: str) -> str:
+    """The input that carries a prediction's coefficients ``[terms]`` float32."""
+    return f"factors_{_word(site)}"
+
+
+def _word(site: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in site)
+
+
+def _like(node: fx.Node) -> torch.Tensor:
+    value = tensor_value(node)
+    return value.new_empty(value.shape)
+
+
+def _factors_input(gm: fx.GraphModule, wanted: Prediction, end: fx.Node) -> fx.Node:
+    name = factors_name(wanted.site)
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if node.target == name:
+            return node
+    return add_input(gm, name, tensor_value(end).new_empty((wanted.terms,), dtype=torch.float32))
+
+
+def _combine(gm: fx.GraphModule, factors: fx.Node, terms: list[fx.Node], end: fx.Node, start: fx.Node | None) -> fx.Node:
+    """``sum_i factors[i] * terms[i] (+ start)``, summed in float32, in the dtype of ``end``."""
+    total: fx.Node | None = None
+    for i, term in enumerate(terms):
+        factor = call(gm, aten.select.int, factors, 0, i)
+        wide = term if tensor_value(term).dtype == torch.float32 else call(gm, aten._to_copy.default, term)
+        if wide is not term:
+            wide.kwargs = {"dtype": torch.float32}
+            wide.meta["val"] = tensor_value(term).to(torch.float32)
+        product = call(gm, aten.mul.Tensor, wide, factor)
+        total = product if total is None else call(gm, aten.add.Tensor, total, product)
+    assert total is not None
+    dtype = tensor_value(end).dtype
+    if dtype != torch.float32:
+        narrow = gm.graph.call_function(aten._to_copy.default, (total,), {"dtype": dtype})
+        narrow.meta["val"] = tensor_value(total).to(dtype)
+        total = narrow
+    return total if start is None else call(gm, aten.add.Tensor, start, total)
+
+
+def _position(index: GraphIndex, site: str) -> int:
+    """Later blocks are rewritten first, so that a block still finds the end of the one before, to be replaced next."""
+    return index.ranges.get(site, (-1, -1))[0]
+
+
+def _latents_fit(gm: fx.GraphModule, index: GraphIndex, found: Feature) -> bool:
+    """Whether the latents are a regressor for a feature: that of the step, in the same shape."""
+    if found.site != STEP or index.latents is None:
+        return False
+    shape = tensor_value(gm.graph.find_nodes(op="placeholder")[index.latents]).shape
+    return all(tensor_value(end).shape == shape for end in found.ends)
+
+
+def _after_edge(gm: fx.GraphModule, index: GraphIndex, site: str) -> fx.Node:
+    """The first node behind the end of a block range."""
+    return find(gm, index.boundaries[index.ranges[site][1] + 1].after).next
+
+
+def _replace_after(gm: fx.GraphModule, old: fx.Node, new: fx.Node, edge: fx.Node) -> None:
+    """Let every user of ``old`` from ``edge`` on read ``new``."""
+    behind = set()
+    node = edge
+    while node.op != "root":
+        behind.add(node)
+        node = node.next
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user in behind, propagate_meta=False)
+
+
+__all__ = ["LATENTS", "factors_name", "predict", "slot_name"]
