@@ -1,0 +1,53 @@
+"""ditopt: a loop optimiser for diffusion transformers.
+
+Names are loaded when they are first used: ``import ditopt`` starts no compiler and imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ditopt.api import optimize
+    from ditopt.errors import (
+        AuditError,
+        DitoptError,
+        InputError,
+        PlanError,
+        PlanMismatchError,
+        RolloutError,
+        TraceError,
+    )
+    from ditopt.plan import Plan
+    from ditopt.profile import Profile
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AuditError",
+    "DitoptError",
+    "InputError",
+    "Plan",
+    "PlanError",
+    "PlanMismatchError",
+    "Profile",
+    "RolloutError",
+    "TraceError",
+    "__version__",
+    "optimize",
+]
+
+_HOMES = {"optimize": "ditopt.api", "Plan": "ditopt.plan", "Profile": "ditopt.profile"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'ditopt' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    value: object = getattr(importlib.import_module(_HOMES.get(name, "ditopt.errors")), name)
+    globals()[name] = value  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

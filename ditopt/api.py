@@ -1,0 +1,88 @@
+"""``optimize()``: trace, profile, search, verify, compile - the whole flow in one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ditopt.errors import InputError
+
+ModelT = TypeVar("ModelT")
+
+
+def optimize(
+    model: ModelT,
+    calib_prompts: Sequence[str],
+    *,
+    rollout: Any = None,
+    quality: str = "balanced",
+    max_rel_error: float | None = None,
+    min_psnr: float | None = None,
+    target_speedup: float | None = None,
+    plan_path: str | Path | None = None,
+    pipe_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    techniques: Sequence[str] | None = None,
+    max_variants: int = 8,
+    budget: int = 16,
+    on_mismatch: str = "error",
+    resume: bool = True,
+    quiet: bool = False,
+) -> ModelT:
+    """Find a faster equivalent of a model's sampling loop, prove it, and return the model running by it.
+
+    Args:
+        model: a diffusers pipeline (its networks are compiled in place), or an ``nn.Module`` with ``rollout``.
+        calib_prompts: at least two; half of them are profiled, the other half only judge the result.
+        rollout: ``rollout(model, prompt, seed) -> Tensor``, the caller's own sampling loop for a bare module.
+        quality: ``high``, ``balanced`` or ``fast``: 42, 36 or 32 dB mean paired PSNR to the dense run.
+        max_rel_error: instead, the largest mean relative L2 error of the sample.
+        min_psnr: instead, the mean paired PSNR in dB to reach.
+        target_speedup: instead, the least ratio of dense to optimised seconds; the best quality at it is sought.
+        plan_path: where to write the plan (YAML); it is kept in the user's cache as well.
+        pipe_kwargs: what the pipeline is called with later: steps, guidance, size.
+        seed: of the first prompt's noise; prompt i uses ``seed + i``.
+        techniques: kinds of decision to consider; default all.
+        max_variants: the most distinct graphs to compile.
+        budget: the most plans to try by real rollouts.
+        on_mismatch: what calls outside of the planned schedule do later: ``error``, ``dense`` or ``retarget``.
+        resume: take up an interrupted run's checkpoints.
+        quiet: print nothing.
+
+    Returns:
+        The model. If nothing beats the dense compiled model, it runs dense, and says so.
+
+    Raises:
+        InputError: an argument cannot be used; the message says which and what would be right.
+        RolloutError: the sampling loop does not call the model, gives NaN or is not deterministic.
+        TraceError: no step, block or attention was found to decide on.
+    """
+    from ditopt.optimizer import Optimizer, Target
+
+    prompts = check_prompts(calib_prompts)
+    target = Target.from_arguments(quality, max_rel_error, min_psnr, target_speedup)
+    Optimizer(
+        model, prompts, rollout=rollout, target=target, plan_path=plan_path, pipe_kwargs=pipe_kwargs, seed=seed,
+        techniques=techniques, max_variants=max_variants, budget=budget, on_mismatch=on_mismatch, resume=resume, quiet=quiet,
+    ).run()  # fmt: skip
+    return model
+
+
+def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
+    """The prompts as a tuple.
+
+    Raises:
+        InputError: there are fewer than two, or one is not a text.
+    """
+    if isinstance(prompts, str):
+        raise InputError(f"calib_prompts is one text ({prompts!r}); give a list of at least two prompts")
+    found = tuple(prompts)
+    wrong = [prompt for prompt in found if not isinstance(prompt, str)]
+    if wrong:
+        raise InputError(f"calib_prompts holds {wrong[0]!r}, a {type(wrong[0]).__name__}; prompts are texts")
+    if len(found) < 2:
+        raise InputError(
+            f"{len(found)} calibration prompts are too few: one half is profiled and the other verifies; give at least 2, better 8"
+        )
+    return found

@@ -1,0 +1,163 @@
+"""``torch.compile(model, backend="ditopt", options={"plan": path})``: capture, find sites, bind the plan.
+
+Options: ``plan`` (a path, a ``Plan`` or None), ``network`` (which network of the plan this is, default
+``transformer``), ``on_mismatch`` (``error``, ``dense`` or ``retarget``), ``session`` (internal: who watches).
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from ditopt import store
+from ditopt._torch import BoxedCallable, CompileContext, functionalise
+from ditopt.errors import DitoptError, InputError, PlanMismatchError
+from ditopt.plan import Inputs, Plan
+from ditopt.runtime.program import MISMATCH, InputPositions, Program
+from ditopt.runtime.variants import VariantCache
+from ditopt.trace import Trace, analyse, mark_attention, name_inputs
+
+log = logging.getLogger("ditopt")
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "time")
+LATENT_NAMES = ("hidden_states", "sample", "latents", "x", "noisy_latents")
+OPTIONS = ("plan", "network", "on_mismatch", "session", "check_passes")
+
+
+@dataclass
+class Session:
+    """All graphs compiled for one model under one set of options."""
+
+    plan: Plan | None = None
+    network: str = "transformer"
+    on_mismatch: str = "error"
+    inputs: Inputs | None = None
+    check_passes: bool = False
+    lookup: bool = False
+    error: DitoptError | None = None
+    programs: list[Program] = field(default_factory=list)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> Session:
+        """The session that the user's options describe; a plan that cannot be read becomes an error at the first call."""
+        options = dict(options or {})
+        if isinstance(options.get("session"), Session):
+            found: Session = options["session"]
+            return found
+        session = cls(lookup="plan" not in options)
+        try:
+            unknown = sorted(set(options) - set(OPTIONS))
+            if unknown:
+                raise InputError(f"options {', '.join(unknown)} are unknown to the ditopt backend; known are {', '.join(OPTIONS)}")
+            session.network = str(options.get("network", session.network))
+            session.on_mismatch = str(options.get("on_mismatch", session.on_mismatch))
+            session.check_passes = bool(options.get("check_passes", False))
+            if session.on_mismatch not in MISMATCH:
+                raise InputError(f"option on_mismatch={session.on_mismatch!r} is unknown; use one of {', '.join(MISMATCH)}")
+            plan = options.get("plan")
+            if isinstance(plan, str | Path):
+                plan = Plan.load(plan)
+            if not isinstance(plan, Plan | None):
+                raise InputError(f"option plan={plan!r} should be the path of a plan file or a ditopt.Plan")
+            session.plan = plan
+        except DitoptError as error:
+            session.error = error
+        return session
+
+    def bind(self, plan: Plan | None) -> None:
+        """Let every graph compiled so far run by ``plan``; later ones will too."""
+        self.plan = plan
+        for program in self.programs:
+            program.bind(plan)
+
+    def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Turn one Dynamo graph into a program."""
+        mark_attention(gm)
+        arguments, state = name_inputs(gm)
+        index = len(self.programs)
+
+        def on_graph(graph: fx.GraphModule, inputs: Sequence[Any], context: CompileContext) -> BoxedCallable:
+            positions = self._positions(graph, arguments)
+            trace = analyse(graph, context, index, arguments, state, positions.latents)
+            program = Program(VariantCache(trace, positions.latents, self.check_passes), positions, self.network, self.on_mismatch)
+            self.programs.append(program)
+            self._attach(program, trace)
+            return _boxed(program)
+
+        return functionalise(gm, example_inputs, on_graph)
+
+    def _attach(self, program: Program, trace: Trace) -> None:
+        """Give a program its plan and compile what it needs; what does not fit is raised at the first call.
+
+        (An exception here would reach the user wrapped in one of Dynamo's.)
+        """
+        try:
+            if self.error is not None:
+                raise self.error
+            plan = self.plan
+            if plan is None and self.lookup:
+                plan = store.find_plan(trace.structure)
+                if plan is None and trace.blocks:
+                    log.warning("no plan for this model (structure %s) in %s: compiled dense; make one with `ditopt optimize`", trace.structure, store.plan_dir())
+            if plan is not None:
+                check_model(plan, trace)
+            program.bind(plan)
+            program.compile()
+        except DitoptError as error:
+            program.error = error
+
+    def _positions(self, graph: fx.GraphModule, arguments: dict[str, int]) -> InputPositions:
+        inputs = self.inputs or (self.plan.inputs if self.plan is not None else None)
+        if inputs is not None:
+            probe = Trace(0, graph, CompileContext(None, None), arguments, {})
+            identity = probe.find_argument(inputs.identity, inputs.forward) if inputs.identity else None
+            return InputPositions(
+                probe.find_argument(inputs.timestep, inputs.forward), probe.find_argument(inputs.latents, inputs.forward), identity
+            )
+        nodes = graph.graph.find_nodes(op="placeholder")
+        timestep = next((arguments[name] for name in TIMESTEP_NAMES if name in arguments), None)
+        latents = next((arguments[name] for name in LATENT_NAMES if name in arguments), None)
+        if latents is None and arguments:
+            tensors = [p for p in arguments.values() if p < len(nodes) and isinstance(nodes[p].meta.get("val"), torch.Tensor)]
+            latents = max(tensors, key=lambda p: nodes[p].meta["val"].ndim, default=None)
+        return InputPositions(timestep, latents, None)
+
+
+def check_model(plan: Plan, trace: Trace) -> None:
+    """Refuse a plan that was made for another model.
+
+    Raises:
+        PlanMismatchError: the hash of parameter names and shapes differs.
+    """
+    if trace.structure not in plan.model.structure.split():
+        raise PlanMismatchError(
+            f"plan was made for {plan.model.class_name} with structure {plan.model.structure} and {plan.model.blocks} blocks; "
+            f"this model has structure {trace.structure} and {len(trace.blocks)} blocks. Make a plan for it with `ditopt optimize`"
+        )
+
+
+def _boxed(program: Program) -> BoxedCallable:
+    def run(arguments: list[Any]) -> Sequence[Any]:
+        values = list(arguments)
+        arguments.clear()
+        return program(values)
+
+    return run
+
+
+def ditopt_backend(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """The backend that ``torch.compile`` calls, once per captured graph."""
+    if mode not in (None, "default"):
+        warnings.warn(f"mode={mode!r} is ignored by the ditopt backend; its options are {', '.join(OPTIONS)}", stacklevel=2)
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+        log.info("ditopt compiles for inference: no gradients are recorded; call the model under torch.no_grad() to say so")
+    return Session.from_options(options).compile(gm, example_inputs)

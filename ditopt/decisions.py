@@ -1,0 +1,112 @@
+"""Decisions: what may be done at a site in a step. A closed, tagged union; data only.
+
+In a plan file a decision is a word (``dense``, ``reuse``) or a one-key mapping
+(``forecast: {order: 1}``). A further kind is one more class here and one more row in ``KINDS``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class _Decision(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Dense(_Decision):
+    """Compute the site as the model does."""
+
+    kind: Literal["dense"] = "dense"
+
+
+class Reuse(_Decision):
+    """Take the feature of the latest step that computed it (a forecast of order 0)."""
+
+    kind: Literal["reuse"] = "reuse"
+
+    @property
+    def history(self) -> int:
+        """Number of earlier computed features that are read."""
+        return 1
+
+
+class Forecast(_Decision):
+    """Extrapolate with the polynomial through the last ``order + 1`` computed features at true distances."""
+
+    kind: Literal["forecast"] = "forecast"
+    order: Annotated[int, Field(ge=1, le=2)] = 1
+
+    @property
+    def history(self) -> int:
+        """Number of earlier computed features that are read."""
+        return self.order + 1
+
+
+class Fit(_Decision):
+    """A linear combination, fitted on the profile, of computed features (newest first) and the current latents.
+
+    ``coefficients[step]`` holds ``history`` factors and, where ``latents`` is true, one more for the
+    latents; ``sources[step]`` the steps whose features they were fitted for.
+    """
+
+    kind: Literal["fit"] = "fit"
+    history: Annotated[int, Field(ge=1, le=3)] = 2
+    latents: bool = False
+    coefficients: dict[int, tuple[float, ...]]
+    sources: dict[int, tuple[int, ...]]
+
+    @field_validator("sources")
+    @classmethod
+    def _paired(cls, sources: dict[int, tuple[int, ...]], info: Any) -> dict[int, tuple[int, ...]]:
+        history, coefficients = info.data.get("history"), info.data.get("coefficients")
+        if history is None or coefficients is None:
+            return sources
+        if sources.keys() != coefficients.keys():
+            raise ValueError(
+                f"names steps {sorted(sources)}, coefficients names {sorted(coefficients)}; they must agree"
+            )
+        width = history + int(info.data["latents"])
+        for step, factors in coefficients.items():
+            if len(factors) != width or len(sources[step]) != history:
+                raise ValueError(
+                    f"step {step} has {len(factors)} coefficients and {len(sources[step])} sources; "
+                    f"history {history} with latents {info.data['latents']} needs {width} and {history}"
+                )
+        return sources
+
+
+Decision = Dense | Reuse | Forecast | Fit
+Predictor = Reuse | Forecast | Fit
+
+KINDS: dict[str, type[Dense] | type[Reuse] | type[Forecast] | type[Fit]] = {
+    "dense": Dense,
+    "reuse": Reuse,
+    "forecast": Forecast,
+    "fit": Fit,
+}
+
+
+def decision_to_data(decision: Decision) -> str | dict[str, Any]:
+    """The readable form of a decision: a word where it has no settings, else a one-key mapping."""
+    settings = decision.model_dump(mode="json", exclude={"kind"}, exclude_defaults=isinstance(decision, Fit))
+    if isinstance(decision, Fit):
+        settings = {"history": decision.history, **settings}
+    return {decision.kind: settings} if settings else decision.kind
+
+
+def decision_from_data(data: Any) -> Decision:
+    """The decision that a plan file's ``do:`` describes.
+
+    Raises:
+        ValueError: the kind is unknown or its settings do not validate.
+    """
+    kind, settings = (data, {}) if isinstance(data, str) else (None, None)
+    if isinstance(data, dict) and len(data) == 1:
+        kind, settings = next(iter(data.items()))
+    if kind not in KINDS or not isinstance(settings, dict):
+        raise ValueError(
+            f"decision {data!r} is unknown; write one of {', '.join(KINDS)}, e.g. {{forecast: {{order: 1}}}}"
+        )
+    return KINDS[kind](**settings)

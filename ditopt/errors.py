@@ -1,0 +1,31 @@
+"""Every error that ditopt raises on purpose; each message names the thing, the value and the way out."""
+
+from __future__ import annotations
+
+
+class DitoptError(Exception):
+    """Base of all deliberate errors."""
+
+
+class InputError(DitoptError, ValueError):
+    """An argument, file or callable that the user handed in cannot be used."""
+
+
+class TraceError(DitoptError):
+    """The model was captured, but what a plan needs was not found in its graphs."""
+
+
+class PlanError(InputError):
+    """A plan file or object is malformed; says file, line and field where they are known."""
+
+
+class PlanMismatchError(PlanError):
+    """A valid plan that was made for something else: another model, schedule or sampler."""
+
+
+class AuditError(DitoptError):
+    """A compiled graph does not contain what its plan decided."""
+
+
+class RolloutError(DitoptError):
+    """A sampling loop did not behave: never called the model, is not deterministic, or gave NaN."""

@@ -1,0 +1,52 @@
+"""Real rollouts under a plan, compared with the dense run of the same prompt and noise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ditopt.adapters.base import Adapter
+from ditopt.backend import Session
+from ditopt.plan import Plan, Rule
+from ditopt.quality import Quality, compare
+
+
+@dataclass
+class Evaluator:
+    """Runs prompts under plans. ``references`` holds the dense sample of every (prompt, seed) that is judged."""
+
+    adapter: Adapter
+    sessions: dict[str, Session]
+    template: Plan
+    references: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    def bind(self, rules: Sequence[Rule]) -> Plan:
+        """Let all networks run by ``rules`` from now on; returns the plan."""
+        plan = self.template.model_copy(update={"rules": tuple(rules)})
+        for session in self.sessions.values():
+            session.bind(plan if rules else None)
+        return plan
+
+    def dense(self, pairs: Sequence[tuple[str, int]]) -> float:
+        """Make the references of ``pairs`` that are not there yet; returns mean seconds of those made."""
+        self.bind(())
+        spent = []
+        for prompt, seed in pairs:
+            if (prompt, seed) not in self.references:
+                began = time.perf_counter()
+                self.references[prompt, seed] = self.adapter.checked_rollout(prompt, seed)
+                spent.append(time.perf_counter() - began)
+        return sum(spent) / len(spent) if spent else 0.0
+
+    def quality(self, rules: Sequence[Rule], pairs: Sequence[tuple[str, int]]) -> tuple[Quality, float]:
+        """Quality of ``rules`` on ``pairs`` against their references, and the mean seconds of a generation."""
+        self.bind(rules)
+        samples = []
+        began = time.perf_counter()
+        for prompt, seed in pairs:
+            samples.append(self.adapter.checked_rollout(prompt, seed))
+        seconds = (time.perf_counter() - began) / len(pairs)
+        return compare(samples, [self.references[pair] for pair in pairs]), seconds

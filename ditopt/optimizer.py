@@ -1,0 +1,519 @@
+"""The flow behind ``optimize()``: probe, capture, profile, search, verify, and the table at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from ditopt import store
+from ditopt._torch import break_reasons
+from ditopt.adapters import Adapter, DiffusersAdapter, adapt
+from ditopt.adapters.base import CallLog, watch_calls
+from ditopt.backend import Session, ditopt_backend
+from ditopt.calls import NetworkCalls, call_pattern
+from ditopt.console import Reporter
+from ditopt.device import describe_device
+from ditopt.errors import InputError, RolloutError, TraceError
+from ditopt.measure import Evaluator
+from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint, write_text_atomically
+from ditopt.profile import NetworkProfile, Profile
+from ditopt.profiler.checkpoint import Checkpoints, run_key
+from ditopt.profiler.run import ProfileRun, sigmas_of, whole_program
+from ditopt.quality import Quality, compare, relative_l2
+from ditopt.runtime.schedule import bind
+from ditopt.search import TECHNIQUES, Solution
+from ditopt.sites import STEP
+from ditopt.target import Target
+from ditopt.trace import Trace
+from ditopt.tune import Tried, Tuner
+
+RANGES = "ranges"
+ALL_TECHNIQUES = (*TECHNIQUES, RANGES)
+TUNING_PROMPTS = 3
+VERIFY_ROUNDS = 3
+TIMED_GENERATIONS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the closing table."""
+
+    name: str
+    seconds: float
+    speedup: float
+    psnr: float | None
+    worst_psnr: float | None
+    evaluations: int
+
+
+@dataclass
+class Result:
+    """What ``optimize`` found. ``plan`` is None if nothing beat the dense compiled model."""
+
+    plan: Plan | None
+    rows: list[Row]
+    reasons: list[str]
+    quality: Quality | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rules that met the target on the held-out prompts, with what they measured there."""
+
+    rules: tuple[Rule, ...]
+    quality: Quality
+    solutions: dict[str, Solution]
+    tuners: dict[str, Tuner]
+
+
+Pairs = Sequence[tuple[str, int]]
+
+
+@dataclass
+class Optimizer:
+    """One run of the flow for one model."""
+
+    model: Any
+    prompts: Sequence[str]
+    target: Target
+    rollout: Any = None
+    plan_path: str | Path | None = None
+    pipe_kwargs: Mapping[str, Any] | None = None
+    seed: int = 0
+    techniques: Sequence[str] | None = None
+    max_variants: int = 8
+    budget: int = 16
+    on_mismatch: str = "error"
+    resume: bool = True
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        self.reporter = Reporter(self.quiet)
+        self.timings: dict[str, float] = {}
+        self.reasons: list[str] = []
+        chosen = tuple(self.techniques) if self.techniques is not None else ALL_TECHNIQUES
+        unknown = [name for name in chosen if name not in ALL_TECHNIQUES and not name.startswith(TECHNIQUES)]
+        if unknown:
+            raise InputError(f"techniques {', '.join(unknown)} are unknown; known are {', '.join(ALL_TECHNIQUES)}")
+        self.use_ranges = RANGES in chosen
+        self.chosen = tuple(name for name in chosen if name != RANGES)
+        self.adapter: Adapter = adapt(self.model, self.rollout, self.pipe_kwargs)
+        if self.plan_path is not None:
+            check_writable(Path(self.plan_path))
+
+    def run(self) -> Result:
+        """Run the flow; the model's networks are left compiled, under the plan that was found or dense.
+
+        An exception (Ctrl-C included) gives the model back as it was; checkpoints are kept.
+        """
+        pairs = [(prompt, self.seed + i) for i, prompt in enumerate(self.prompts)]
+        half = len(pairs) // 2
+        profiled, held_out = pairs[:half], pairs[half:]
+        before = {name: network._compiled_call_impl for name, network in self.adapter.networks.items()}
+        try:
+            return self._run(profiled, held_out)
+        except BaseException:
+            for name, network in self.adapter.networks.items():
+                network._compiled_call_impl = before[name]
+            raise
+        finally:
+            if isinstance(self.adapter, DiffusersAdapter):
+                self.adapter.restore()
+
+    def _run(self, profiled: list[tuple[str, int]], held_out: list[tuple[str, int]]) -> Result:
+        self.reporter.say(
+            f"ditopt: {len(profiled)} prompts to profile, {len(held_out)} held out to verify; target {self.target.to_data()}"
+        )
+        with self._timed("probe"):
+            eager, eager_seconds, calls, log = self._probe(profiled[0])
+        inputs = Inputs(timestep=log.timestep, latents=log.latents, identity=log.identity, forward=log.forward)
+        sessions = {name: Session(network=name, inputs=inputs, on_mismatch="dense") for name in calls}
+        for name, session in sessions.items():
+            self.adapter.networks[name].compile(backend=ditopt_backend, options={"session": session})
+        with self._timed("capture and compile"), self.reporter.stage("capture and compile", 1) as stage:
+            compiled = self.adapter.checked_rollout(*profiled[0])
+            stage.advance()
+        self._check_deterministic(profiled[0], eager, compiled)
+        try:
+            traces = {name: whole_program(session).variants.trace for name, session in sessions.items()}
+        except TraceError as error:
+            return self._stay_dense(f"{error}; breaks: {'; '.join(break_reasons()) or 'none reported'}")
+        for name, trace in traces.items():
+            if not trace.blocks:
+                raise TraceError(
+                    f"no attention inside numbered blocks was found in {name}; ditopt works on transformers made of a stack of blocks"
+                )
+        evaluator = Evaluator(self.adapter, sessions, self._template(calls, traces, inputs))
+        facts = {
+            "calls": {name: part.timesteps for name, part in calls.items()},
+            "settings": dict(self.pipe_kwargs or {}),
+            "pairs": profiled,
+        }
+        checkpoints = Checkpoints(run_key({name: self.adapter.networks[name] for name in calls}, facts), self.resume)
+        with self._timed("profile"):
+            profile = ProfileRun(evaluator, calls, self.adapter.sampler(), checkpoints, self.reporter, self.use_ranges)(
+                profiled
+            )
+        with (
+            self._timed("held-out references"),
+            self.reporter.stage("dense runs of held-out prompts", len(held_out)) as stage,
+        ):
+            for pair in held_out:
+                evaluator.dense([pair])
+                stage.advance()
+        with self._timed("search and verify"):
+            found = self._search(evaluator, profile, profiled, held_out)
+        if found is None:
+            evaluator.bind(())
+            return self._stay_dense("no plan met the target on the held-out prompts")
+        return self._finish(evaluator, profile, found, profiled, held_out, eager_seconds)
+
+    def _probe(self, pair: tuple[str, int]) -> tuple[Tensor, float, dict[str, NetworkCalls], CallLog]:
+        """One eager generation: who is called when, with what, and how long it takes."""
+        with self.reporter.stage("probe: one eager generation", 1) as stage:
+            began = time.perf_counter()
+            with watch_calls(self.adapter.networks) as log:
+                sample = self.adapter.checked_rollout(*pair)
+            seconds = time.perf_counter() - began
+            stage.advance()
+        calls = call_pattern(log, self.adapter.sampler().guidance)
+        for name, part in calls.items():
+            guided = (
+                f", {part.branches} guidance branches" + (" in one batch" if part.batched else "")
+                if part.branches > 1
+                else ""
+            )
+            self.reporter.say(
+                f"  {name}: {len(part.timesteps)} steps{guided}; timestep in {log.timestep!r}, latents in {log.latents!r}"
+            )
+        return sample, seconds, calls, log
+
+    def _check_deterministic(self, pair: tuple[str, int], eager: Tensor, compiled: Tensor) -> None:
+        if eager.shape == compiled.shape and relative_l2(compiled, eager) < 1e-2:
+            return
+        again = self.adapter.checked_rollout(*pair)
+        if again.shape != compiled.shape or relative_l2(again, compiled) > 1e-4:
+            raise RolloutError(
+                f"two rollouts of prompt {pair[0]!r} with seed {pair[1]} differ by {relative_l2(again, compiled) if again.shape == compiled.shape else math.nan:.1%}: "
+                "the loop is not deterministic. Draw all noise from a generator seeded with the seed that rollout is given"
+            )
+        self.reasons.append(
+            f"eager and compiled runs differ by {relative_l2(compiled, eager):.1%} (rounding grows along this sampler); quality is judged against the compiled one"
+        )
+
+    def _template(self, calls: Mapping[str, NetworkCalls], traces: Mapping[str, Trace], inputs: Inputs) -> Plan:
+        """A plan without rules that says what it is for."""
+        sampler = self.adapter.sampler()
+        network = self.adapter.networks[next(iter(calls))]
+        parameter = next(network.parameters())
+        geometry = {}
+        for name, trace in traces.items():
+            position = trace.find_argument(inputs.latents, inputs.forward)
+            if position is not None:
+                geometry[name] = tuple(int(n) for n in trace.placeholders[position].meta["val"].shape)
+        return Plan(
+            model=ModelPrint(
+                class_name=type(network).__name__,
+                structure=" ".join(dict.fromkeys(trace.structure for trace in traces.values())),
+                blocks=sum(len(trace.blocks) for trace in traces.values()),
+            ),
+            sampler=SamplerPrint(
+                class_name=sampler.class_name,
+                steps=sum(len(part.timesteps) for part in calls.values()),
+                guidance=sampler.guidance,
+                timesteps={name: part.timesteps for name, part in calls.items()},
+                sigmas={name: sigmas_of(part.timesteps, sampler) for name, part in calls.items()},
+            ),
+            geometry=geometry,
+            device=DevicePrint(
+                device=describe_device(parameter.device),
+                torch=torch.__version__,
+                dtype=str(parameter.dtype).removeprefix("torch."),
+            ),
+            inputs=inputs,
+            target=self.target.to_data(),
+        )
+
+    def _search(self, evaluator: Evaluator, profile: Profile, profiled: Pairs, held_out: Pairs) -> Found | None:
+        """Search network after network; where the held-out prompts miss the target, aim higher and search again."""
+        tuning = profiled[:TUNING_PROMPTS]
+        tuners: dict[str, Tuner] = {}
+        margin = 0.0
+        names = list(evaluator.sessions)
+        for _ in range(VERIFY_ROUNDS):
+            solutions: dict[str, Solution] = {}
+            rules: tuple[Rule, ...] = ()
+            for position, name in enumerate(names):
+                tuner = tuners.get(name) or Tuner(
+                    name,
+                    profile,
+                    evaluator,
+                    self.target,
+                    tuning,
+                    self.reporter,
+                    self.budget,
+                    self.max_variants,
+                    self.chosen,
+                )
+                tuners[name] = tuner
+                tuner.fixed = rules
+                later = len(names) - 1 - position  # what is left to spend is shared with the networks still to come
+                solution = tuner.find(margin + 3.0 * later)
+                if solution is not None:
+                    solutions[name] = solution
+                    rules += solution.rules
+            if not rules:
+                return None
+            quality, _ = evaluator.quality(rules, held_out)
+            missing = self.target.missing_db(quality)
+            self.reporter.say(
+                f"  held-out prompts: {quality.psnr:.1f} dB (worst {quality.worst_psnr:.1f}), relative L2 {quality.rel_l2:.4f}"
+            )
+            if missing <= 0:
+                return Found(rules, quality, solutions, tuners)
+            margin += missing + 0.3
+            self.reporter.say(
+                f"  short of the target by {missing:.1f} dB: searching again with {margin:.1f} dB in hand"
+            )
+            for tuner in tuners.values():
+                tuner.budget += max(3, self.budget // 3)
+        self.reasons.append(
+            f"after {VERIFY_ROUNDS} searches the held-out prompts still miss the target by {missing:.1f} dB"
+        )
+        return None
+
+    def _finish(
+        self,
+        evaluator: Evaluator,
+        profile: Profile,
+        found: Found,
+        profiled: Pairs,
+        held_out: Pairs,
+        eager_seconds: float,
+    ) -> Result:
+        """Time the contenders in turn, refuse a plan that is no faster, write what was found."""
+        with self._timed("final timing"):
+            plan_seconds, dense_seconds = self._time_in_turn(evaluator, found.rules, held_out)
+        rows = [
+            Row(
+                "dense, eager (one generation)",
+                eager_seconds,
+                dense_seconds / eager_seconds,
+                None,
+                None,
+                self._evaluations(evaluator, ()),
+            )
+        ]
+        rows.append(Row("dense, Inductor", dense_seconds, 1.0, None, None, self._evaluations(evaluator, ())))
+        rows.append(
+            Row(
+                "ditopt",
+                plan_seconds,
+                dense_seconds / plan_seconds,
+                found.quality.psnr,
+                found.quality.worst_psnr,
+                self._evaluations(evaluator, found.rules),
+            )
+        )
+        rows += self._fewer_steps(evaluator, plan_seconds, dense_seconds, held_out)
+        if plan_seconds >= dense_seconds:
+            evaluator.bind(())
+            self._show(rows)
+            return self._stay_dense(
+                f"the plan took {plan_seconds:.2f} s a generation, dense {dense_seconds:.2f} s", rows
+            )
+        plan = self._plan(evaluator, found, rows, held_out)
+        self._write(plan, profile, found, rows, profiled, held_out)
+        for session in evaluator.sessions.values():
+            session.on_mismatch = self.on_mismatch
+            for program in session.programs:
+                program.on_mismatch = self.on_mismatch
+            session.bind(plan)
+        self._show(rows)
+        return Result(plan, rows, self.reasons, found.quality, self.timings)
+
+    def _time_in_turn(self, evaluator: Evaluator, rules: Sequence[Rule], held_out: Pairs) -> tuple[float, float]:
+        """Median seconds of a generation under ``rules`` and dense, measured alternately."""
+        spent: dict[bool, list[float]] = {True: [], False: []}
+        with self.reporter.stage("timing dense and plan in turn", 2 * TIMED_GENERATIONS) as stage:
+            for turn in range(TIMED_GENERATIONS):
+                pair = held_out[turn % len(held_out)]
+                for planned in (True, False):
+                    evaluator.bind(rules if planned else ())
+                    began = time.perf_counter()
+                    self.adapter.checked_rollout(*pair)
+                    spent[planned].append(time.perf_counter() - began)
+                    stage.advance()
+        return statistics.median(spent[True]), statistics.median(spent[False])
+
+    def _fewer_steps(
+        self, evaluator: Evaluator, plan_seconds: float, dense_seconds: float, held_out: Pairs
+    ) -> list[Row]:
+        """The honest rival: the same sampler with as many steps as the plan's time pays for (rounded up)."""
+        if not isinstance(self.adapter, DiffusersAdapter) or "num_inference_steps" not in self.adapter.accepted:
+            self.reasons.append(
+                "fewer steps: not measured, a bare rollout does not say how to change its number of steps"
+            )
+            return []
+        steps = math.ceil(self.adapter.steps * plan_seconds / dense_seconds)
+        evaluator.bind(())
+        with self.reporter.stage(f"rival: {steps} steps", len(held_out)) as stage:
+            samples = []
+            began = time.perf_counter()
+            for prompt, seed in held_out:
+                samples.append(self.adapter.checked_rollout(prompt, seed, num_inference_steps=steps))
+                stage.advance()
+            seconds = (time.perf_counter() - began) / len(held_out)
+        quality = compare(samples, [evaluator.references[pair] for pair in held_out])
+        return [Row(f"dense, {steps} steps", seconds, dense_seconds / seconds, quality.psnr, quality.worst_psnr, steps)]
+
+    def _evaluations(self, evaluator: Evaluator, rules: Sequence[Rule]) -> int:
+        plan = evaluator.template.model_copy(update={"rules": tuple(rules)})
+        return sum(len(plan.kept_steps(name)) for name in evaluator.sessions)
+
+    def _plan(self, evaluator: Evaluator, found: Found, rows: Sequence[Row], held_out: Pairs) -> Plan:
+        programs = {name: whole_program(session) for name, session in evaluator.sessions.items()}
+        ours, dense = rows[2], rows[1]
+        whole = evaluator.template.model_copy(update={"rules": found.rules})
+        bound = [bind(whole, name, program.variants.trace.ranges()) for name, program in programs.items()]
+        measured: dict[str, Any] = {
+            "prompts": len(held_out),
+            "psnr": round(found.quality.psnr, 2),
+            "worst_psnr": round(found.quality.worst_psnr, 2),
+            "rel_l2": round(found.quality.rel_l2, 5),
+            "dense_s": round(dense.seconds, 3),
+            "plan_s": round(ours.seconds, 3),
+            "speedup": round(ours.speedup, 2),
+            "evaluations": ours.evaluations,
+            "state_mib": round(max(program.statistics.peak_slot_bytes for program in programs.values()) / 2**20, 3),
+            "variants": sum(len(part.variants) for part in bound),
+        }
+        if len(rows) > 3 and rows[3].psnr is not None:
+            measured["fewer_steps"] = {
+                "steps": rows[3].evaluations,
+                "psnr": round(rows[3].psnr, 2),
+                "seconds": round(rows[3].seconds, 3),
+            }
+        predicted = {
+            "seconds": round(sum(s.predicted_seconds for s in found.solutions.values()), 3),
+            "relative_error": round(math.sqrt(sum(s.predicted_error**2 for s in found.solutions.values())), 5),
+        }
+        return whole.model_copy(update={"measured": measured, "predicted": predicted})
+
+    def _write(
+        self, plan: Plan, profile: Profile, found: Found, rows: Sequence[Row], profiled: Pairs, held_out: Pairs
+    ) -> None:
+        """The plan, its copy in the user's cache, and the side file that ``ditopt explain`` reads."""
+        structure = plan.model.structure.split()[0]
+        path = Path(self.plan_path) if self.plan_path is not None else store.plan_path(structure)
+        if self.plan_path is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        plan.save(path)
+        side = {
+            "explanations": {
+                name: [asdict(entry) for entry in solution.explanations] for name, solution in found.solutions.items()
+            },
+            "trials": [_trial_data(tried, plan) for tuner in found.tuners.values() for tried in tuner.tried.values()],
+            "reasons": self.reasons,
+            "prompts": {"profiled": [prompt for prompt, _ in profiled], "held_out": [prompt for prompt, _ in held_out]},
+            "timings": self.timings,
+            "table": [asdict(row) for row in rows],
+            "profile": {name: _profile_data(part) for name, part in profile.networks.items()},
+        }
+        write_text_atomically(explain_path(path), json.dumps(side, indent=1))
+        if self.plan_path is not None:
+            store.keep_plan(path, structure)
+        self.reporter.say(f"plan: {path}  (explained by `ditopt explain {path}`)")
+
+    def _stay_dense(self, reason: str, rows: Sequence[Row] = ()) -> Result:
+        """Nothing beats the dense compiled model: say so and leave that."""
+        self.reasons.append(reason)
+        self.reporter.say(f"the dense compiled model stays: {reason}")
+        return Result(None, list(rows), self.reasons, None, self.timings)
+
+    def _show(self, rows: Sequence[Row]) -> None:
+        table = Table(title="whole generations, prompts not used in calibration")
+        for column, justify in (
+            ("", "left"),
+            ("seconds", "right"),
+            ("speed-up", "right"),
+            ("PSNR dB", "right"),
+            ("worst dB", "right"),
+            ("evaluations", "right"),
+        ):
+            table.add_column(column, justify="left" if justify == "left" else "right")
+        for row in rows:
+            psnr = ["-" if value is None else f"{value:.1f}" for value in (row.psnr, row.worst_psnr)]
+            table.add_row(row.name, f"{row.seconds:.2f}", f"{row.speedup:.2f}x", *psnr, str(row.evaluations))
+        self.reporter.table(table)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[name] = round(time.perf_counter() - began, 2)
+
+
+def explain_path(plan_path: Path) -> Path:
+    """The side file of a plan: ``plan.explain.json`` next to ``plan.yaml``."""
+    return plan_path.with_suffix(".explain.json")
+
+
+def check_writable(path: Path) -> None:
+    """Refuse an output path before the long work starts.
+
+    Raises:
+        InputError: the folder is missing or not writable, or the path is a folder.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a plan file, e.g. {path / 'plan.yaml'}")
+    if not path.parent.is_dir():
+        raise InputError(
+            f"{path} cannot be written: folder {path.parent} does not exist; make it first or choose another"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written: no permission in {path.parent}; choose another folder")
+
+
+def _trial_data(tried: Tried, plan: Plan) -> dict[str, Any]:
+    trial_plan = plan.model_copy(update={"rules": tried.rules})
+    kept = {name: list(trial_plan.kept_steps(name)) for name in plan.sampler.timesteps}
+    return {
+        "kept": next(iter(kept.values())),
+        "evaluations": sum(map(len, kept.values())),
+        "psnr": tried.quality.psnr,
+        "worst_psnr": tried.quality.worst_psnr,
+        "rel_l2": tried.quality.rel_l2,
+        "seconds": tried.seconds,
+        "stage": tried.stage,
+        "met": tried.met,
+    }
+
+
+def _profile_data(part: NetworkProfile) -> dict[str, Any]:
+    gram = part.grams[STEP].effective(part.branch_weights).sum(0)[: len(part.timesteps), : len(part.timesteps)]
+    norms = np.sqrt(np.maximum(np.diag(gram), 1e-30))
+    return {
+        "timesteps": part.timesteps,
+        "sigmas": part.sigmas,
+        "similarity": (gram / norms / norms[:, None]).round(5).tolist(),
+        "sensitivity": part.sensitivity,
+        "range_weights": part.range_weights,
+        "seconds": part.seconds,
+    }

@@ -1,0 +1,347 @@
+"""The plan: ordered rules (sites x steps -> decision) with where they come from and what they measured."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from ditopt.decisions import Decision, Dense, Fit, decision_from_data, decision_to_data
+from ditopt.errors import PlanError
+from ditopt.sites import STEP
+
+FORMAT_VERSION = 1
+MAX_BYTES = 4 * 2**20
+MAX_RULES = 10_000
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def parse_steps(text: str | int) -> tuple[int, ...]:
+    """The steps that ``"3, 5-6"`` names, ascending and without repeats.
+
+    >>> parse_steps("3, 5-7")
+    (3, 5, 6, 7)
+
+    Raises:
+        ValueError: the text is not a list of numbers and ranges.
+    """
+    steps: set[int] = set()
+    for part in str(text).split(","):
+        found = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part)
+        if not found:
+            raise ValueError(f"steps {text!r} should be numbers and ranges such as '3, 5-7'")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise ValueError(f"steps {text!r} has a range that runs backwards: {part.strip()!r}")
+        steps.update(range(first, last + 1))
+    return tuple(sorted(steps))
+
+
+def format_steps(steps: Iterable[int]) -> str:
+    """The shortest text that ``parse_steps`` turns back into ``steps``.
+
+    >>> format_steps([3, 5, 6, 7])
+    '3, 5-7'
+    """
+    parts: list[list[int]] = []
+    for step in sorted(set(steps)):
+        if parts and parts[-1][-1] == step - 1:
+            parts[-1].append(step)
+        else:
+            parts.append([step])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in parts)
+
+
+def _read_steps(value: Any) -> Any:
+    return parse_steps(value) if isinstance(value, str | int) and not isinstance(value, bool) else value
+
+
+def _read_decision(value: Any) -> Any:
+    return decision_from_data(value) if isinstance(value, str | dict) else value
+
+
+Steps = Annotated[tuple[int, ...], BeforeValidator(_read_steps), PlainSerializer(format_steps, return_type=str)]
+DecisionField = Annotated[Decision, BeforeValidator(_read_decision), PlainSerializer(decision_to_data, return_type=Any)]
+
+
+class Rule(_Part):
+    """``do`` at the sites that ``sites`` names (``step``, ``blocks.3``, a range ``blocks.2..5`` or a glob) in ``steps``."""
+
+    sites: Annotated[str, Field(min_length=1, max_length=300)]
+    steps: Annotated[Steps, Field(min_length=1)]
+    do: DecisionField
+    network: str = "*"
+
+    @model_validator(mode="after")
+    def _fit_covers_steps(self) -> Self:
+        if isinstance(self.do, Fit) and set(self.do.coefficients) != set(self.steps):
+            raise ValueError(
+                f"fit has coefficients for steps {format_steps(self.do.coefficients)}, the rule is for {format_steps(self.steps)}"
+            )
+        return self
+
+
+class ModelPrint(_Part):
+    """Which model a plan was made for: class name, hash of the parameter structure, number of blocks."""
+
+    class_name: Annotated[str, Field(alias="class")]
+    structure: str
+    blocks: Annotated[int, Field(ge=0)]
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class SamplerPrint(_Part):
+    """Which sampling loop: scheduler class, number of network evaluations and their timestep values, guidance scale."""
+
+    class_name: Annotated[str, Field(alias="class")]
+    steps: Annotated[int, Field(ge=1, le=100_000)]
+    guidance: float = 1.0
+    timesteps: dict[str, tuple[float, ...]]
+    sigmas: dict[str, tuple[float, ...]]
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
+
+
+class DevicePrint(_Part):
+    """Where the figures were measured."""
+
+    device: str
+    torch: str
+    dtype: str
+
+
+class Inputs(_Part):
+    """Names of the forward's arguments that tell step, latents and generation apart; ``forward`` lists them in order."""
+
+    timestep: str = "timestep"
+    latents: str = "hidden_states"
+    identity: str | None = None
+    forward: tuple[str, ...] = ()
+
+
+class Plan(_Part):
+    """A plan: what to do where and when; what no rule names is dense, and later rules win."""
+
+    ditopt: Literal[1] = FORMAT_VERSION
+    model: ModelPrint
+    sampler: SamplerPrint
+    geometry: dict[str, tuple[int, ...]] = {}
+    device: DevicePrint
+    inputs: Inputs = Inputs()
+    target: dict[str, float | str] = {}
+    predicted: dict[str, float] = {}
+    measured: dict[str, Any] = {}
+    rules: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES)] = ()
+
+    def decisions(self, step: int, sites: Sequence[str], network: str = "transformer") -> dict[str, Decision]:
+        """The decision of every site of ``sites`` in ``step``; a site that no rule names is ``Dense()``."""
+        chosen: dict[str, Decision] = dict.fromkeys(sites, Dense())
+        for rule in self.rules:
+            if step in rule.steps and fnmatch.fnmatchcase(network, rule.network):
+                for site in sites:
+                    if site == rule.sites or fnmatch.fnmatchcase(site, rule.sites):
+                        chosen[site] = rule.do
+        return chosen
+
+    def planned_sites(self) -> tuple[str, ...]:
+        """The site texts of the rules, in order of first mention."""
+        return tuple(dict.fromkeys(rule.sites for rule in self.rules))
+
+    def kept_steps(self, network: str = "transformer") -> tuple[int, ...]:
+        """The steps in which the network runs (the site ``step`` is dense)."""
+        total = len(self.sampler.timesteps[network])
+        return tuple(t for t in range(total) if isinstance(self.decisions(t, [STEP], network)[STEP], Dense))
+
+    def to_data(self) -> dict[str, Any]:
+        """The plan as plain YAML-able data, empty parts left out."""
+        data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        for rule in data["rules"]:
+            if rule["network"] == "*":
+                del rule["network"]
+        return {key: value for key, value in data.items() if value not in ({}, [])}
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as YAML, whole or not at all.
+
+        Raises:
+            PlanError: the folder is missing or not writable.
+        """
+        path = Path(path)
+        text = "# A ditopt plan. Later rules win; what no rule names is dense.\n"
+        text += yaml.dump(self.to_data(), Dumper=_Dumper, sort_keys=False, width=110, default_flow_style=None)
+        write_text_atomically(path, text)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read and validate a plan file.
+
+        Raises:
+            PlanError: the file is missing, too large, not YAML, of another version or malformed; the
+                message names file, line and field and says what was expected.
+        """
+        path = Path(path)
+        try:
+            size = path.stat().st_size
+            if size > MAX_BYTES:
+                raise PlanError(
+                    f"{path}: a plan of {size} bytes is over the limit of {MAX_BYTES}; is this a plan file?"
+                )
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise PlanError(
+                f"{path}: no such plan file; make one with `ditopt optimize DIR --prompts FILE -o {path}`"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}: cannot be read as a plan: {error}") from error
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, source: str = "plan") -> Plan:
+        """Validate the text of a plan; ``source`` is how errors name it. Raises as ``load``."""
+        try:
+            loader = _Loader(text)
+            try:
+                node = loader.get_single_node()
+                data = loader.construct_document(node) if node is not None else None
+            finally:
+                loader.dispose()
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{source}, line {mark.line + 1}" if mark else source
+            problem = getattr(error, "problem", None) or str(error)
+            raise PlanError(f"{where}: not a plan in YAML: {problem}") from None
+        if not isinstance(data, dict):
+            raise PlanError(
+                f"{source}: a plan is a mapping that starts with 'ditopt: {FORMAT_VERSION}'; found {type(data).__name__}"
+            )
+        version = data.get("ditopt")
+        if version != FORMAT_VERSION:
+            hint = (
+                "upgrade ditopt or make the plan again"
+                if isinstance(version, int) and version > FORMAT_VERSION
+                else f"expected {FORMAT_VERSION}"
+            )
+            raise PlanError(f"{source}, field ditopt: format version {version!r} is not supported; {hint}")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise PlanError(_explain(error, node, source)) from None
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block style at the top, flow style below, no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader without anchors (they are what YAML bombs are made of) and without repeated keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, "aliases are not allowed in a plan; write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _explain(error: ValidationError, root: Any, source: str) -> str:
+    """One line per finding: file, line, field, what was found and what was expected."""
+    lines = []
+    for finding in error.errors(include_url=False):
+        field = [
+            part
+            for part in finding["loc"]
+            if not (isinstance(part, str) and part.startswith(("function-", "constrained-")))
+        ]
+        line = _line_of(root, field)
+        found = finding.get("input")
+        shown = "" if finding["type"] == "missing" else f" (found {str(found)[:80]!r})"
+        message = finding["msg"].removeprefix("Value error, ")
+        if finding["type"] == "extra_forbidden":
+            message, shown = "unknown field; remove it or check its spelling", ""
+        lines.append(f"{source}, line {line}, field {'.'.join(map(str, field)) or 'top'}: {message}{shown}")
+    return "\n".join(lines)
+
+
+def _line_of(node: Any, field: Sequence[Any]) -> int:
+    """The line (from 1) of the deepest part of ``field`` that the YAML node tree has."""
+    line = node.start_mark.line + 1
+    for part in field:
+        child = None
+        if isinstance(node, yaml.MappingNode):
+            child = next(((key, value) for key, value in node.value if key.value == str(part)), None)
+            if child:
+                line, node = child[0].start_mark.line + 1, child[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return int(line)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write ``text`` to a temporary neighbour of ``path`` and rename it into place.
+
+    Raises:
+        PlanError: the folder is missing or not writable.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False, encoding="utf-8"
+        ) as partial:
+            partial.write(text)
+        os.replace(partial.name, path)
+    except OSError as error:
+        raise PlanError(
+            f"{path}: cannot be written: {error.strerror or error}; choose a folder that exists and is writable"
+        ) from error
+
+
+def diff_plans(old: Plan, new: Plan) -> list[str]:
+    """What changed from ``old`` to ``new``, a line each; empty if nothing did."""
+    lines = []
+    before, after = old.to_data(), new.to_data()
+    for key in dict.fromkeys([*before, *after]):
+        if key != "rules":
+            lines += _diff_values(key, before.get(key), after.get(key))
+    old_rules = [_rule_text(rule) for rule in old.rules]
+    new_rules = [_rule_text(rule) for rule in new.rules]
+    lines += [f"- rule {text}" for text in old_rules if text not in new_rules]
+    lines += [f"+ rule {text}" for text in new_rules if text not in old_rules]
+    return lines
+
+
+def _diff_values(name: str, before: Any, after: Any) -> list[str]:
+    if before == after:
+        return []
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        return [
+            line
+            for key in dict.fromkeys([*before, *after])
+            for line in _diff_values(f"{name}.{key}", before.get(key), after.get(key))
+        ]
+    return [f"~ {name}: {before} -> {after}"]
+
+
+def _rule_text(rule: Rule) -> str:
+    network = "" if rule.network == "*" else f" [{rule.network}]"
+    return f"{rule.sites} @ {format_steps(rule.steps)}{network}: {decision_to_data(rule.do)}"

@@ -1,0 +1,132 @@
+"""``plan.explain.json``, the side file of a plan: why it is as it is, what was tried, what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ditopt.errors import InputError
+from ditopt.plan import write_text_atomically
+
+MAX_BYTES = 64 * 2**20
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Rival(_Part):
+    """An alternative not taken; ``error`` and ``objective`` are None or not finite where there is none."""
+
+    name: str
+    error: float | None = None
+    objective: float | None = None
+    reason: str = ""
+
+
+class Explanation(_Part):
+    """Why ``chosen`` was taken at ``site`` in ``step`` (None: in all steps)."""
+
+    step: int | None = None
+    site: str
+    chosen: str
+    objective: float | None = None
+    rivals: tuple[Rival, ...] = ()
+
+
+class Trial(_Part):
+    """One plan tried by real rollouts."""
+
+    kept: tuple[int, ...] = ()
+    evaluations: int
+    psnr: float
+    worst_psnr: float | None = None
+    rel_l2: float | None = None
+    seconds: float | None = None
+    variants: int | None = None
+    stage: str = ""
+    met: bool = False
+
+
+class TableRow(_Part):
+    """One line of the closing table: dense, optimised, or a rival."""
+
+    name: str
+    seconds: float | None = None
+    speedup: float | None = None
+    psnr: float | None = None
+    worst_psnr: float | None = None
+    evaluations: int | None = None
+
+
+class NetworkFigures(_Part):
+    """What the profile says of one network, in a form to draw."""
+
+    timesteps: tuple[float, ...] = ()
+    sigmas: tuple[float, ...] = ()
+    similarity: tuple[tuple[float, ...], ...] = ()
+    sensitivity: tuple[float, ...] = ()
+    seconds: dict[str, float] = {}
+
+
+class Explained(_Part):
+    """The whole side file; every part may be empty."""
+
+    explanations: dict[str, tuple[Explanation, ...]] = {}
+    trials: tuple[Trial, ...] = ()
+    reasons: tuple[str, ...] = ()
+    prompts: dict[str, tuple[str, ...]] = {}
+    timings: dict[str, float] = {}
+    table: tuple[TableRow, ...] = ()
+    profile: dict[str, NetworkFigures] = {}
+
+    def save(self, path: str | Path) -> None:
+        """Write the side file, whole or not at all.
+
+        Raises:
+            PlanError: the folder is missing or not writable.
+        """
+        write_text_atomically(Path(path), json.dumps(self.model_dump(mode="python")) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Explained:
+        """Read and validate a side file.
+
+        Raises:
+            InputError: it is missing, too large, not JSON or malformed; the message names the field.
+        """
+        data = read_json(Path(path), "the side file of a plan; `ditopt optimize ... -o PLAN` writes it beside the plan")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"]))
+            raise InputError(f"{path}, field {field}: {first['msg']}; make the plan again to renew it") from None
+
+
+def side_path(plan: str | Path) -> Path:
+    """Where the side file of a plan stands.
+
+    >>> side_path("out/plan.yaml").as_posix()
+    'out/plan.explain.json'
+    """
+    return Path(plan).with_suffix(".explain.json")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The JSON in a file; ``what`` is how errors call it.
+
+    Raises:
+        InputError: it is missing, too large or not JSON.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path}: over the limit of {MAX_BYTES} bytes; is this {what}?")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; it is {what}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as {what}: {error}") from None

@@ -1,0 +1,39 @@
+"""Figures for people: how a value is written, and the rows of a benchmark's table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def figure(value: Any) -> str:
+    """A value for people: four digits, a dash for what is not there.
+
+    >>> figure(3.14159), figure(None), figure({"steps": 6, "psnr": 27.9})
+    ('3.142', '–', 'steps 6, psnr 27.9')
+    """
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {figure(part)}" for key, part in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(figure(part) for part in value)
+    return str(value)
+
+
+def bench_rows(bench: Mapping[str, Any]) -> list[tuple[str, Any, Any, Any, Any, Any]]:
+    """Name, evaluations, seconds, speed-up over Inductor, mean and worst PSNR of every contender of a benchmark."""
+    dense = bench.get("dense_inductor_s")
+    plain = [
+        ("dense, eager", bench.get("steps"), bench.get("dense_eager_s"), None, None),
+        ("dense, Inductor", bench.get("steps"), dense, None, None),
+        ("optimised", bench.get("kept"), bench.get("optimized_s"), bench.get("psnr_db"), bench.get("worst_psnr_db")),
+    ]
+    for key, name in (("fewer_steps", "fewer steps"), ("unipc", "UniPC"), ("dpmpp", "DPM-Solver++")):
+        rival = bench.get(key) or {}
+        if rival.get("seconds") is not None:
+            plain.append((name, rival["steps"], rival["seconds"], rival.get("psnr_db"), rival.get("worst_psnr_db")))
+    return [(name, n, s, dense / s if dense and s else None, db, worst) for name, n, s, db, worst in plain]

@@ -1,0 +1,115 @@
+"""The schedule of a plan as a grid of cells (sites x steps): what terminal and HTML draw."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+
+from ditopt.decisions import Decision, Dense, Fit, Forecast
+from ditopt.plan import Plan, format_steps
+from ditopt.sites import STEP
+
+HIDDEN = "hidden"
+
+SYMBOLS = {"dense": "■", "reuse": "=", "forecast1": "1", "forecast2": "2", "fit": "f", HIDDEN: "·"}
+MEANINGS = {
+    "dense": "computed",
+    "reuse": "reused from the latest computed step",
+    "forecast1": "forecast of order 1 (line through two computed steps)",
+    "forecast2": "forecast of order 2 (parabola through three computed steps)",
+    "fit": "fitted combination of computed steps",
+    HIDDEN: "not asked for: the whole step is predicted",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One site in one step; ``kind`` is the decision with its order, ``note`` tells it in words."""
+
+    kind: str
+    note: str
+
+    @property
+    def symbol(self) -> str:
+        """One character; a kind that has none of its own shows its first letter."""
+        return SYMBOLS.get(self.kind, self.kind[:1].upper())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One site over all steps."""
+
+    site: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def computed(self) -> tuple[int, ...]:
+        """The steps in which the site is computed."""
+        return tuple(step for step, cell in enumerate(self.cells) if cell.kind == "dense")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One network's schedule; the first row is the whole step, the others the sites that rules name."""
+
+    network: str
+    rows: tuple[Row, ...]
+
+    @property
+    def steps(self) -> int:
+        """The number of network evaluations of one branch that the sampler asks for."""
+        return len(self.rows[0].cells)
+
+    @property
+    def summary(self) -> str:
+        """How many steps run the network, and which."""
+        kept = self.rows[0].computed
+        return f"{self.network}: {len(kept)} of {self.steps} steps computed ({format_steps(kept)})"
+
+
+def pictures(plan: Plan) -> tuple[Picture, ...]:
+    """The schedule of every network of a plan."""
+    return tuple(_picture(plan, network) for network in plan.sampler.timesteps)
+
+
+def kinds_in(drawn: tuple[Picture, ...]) -> tuple[str, ...]:
+    """The kinds that occur, in the legend's order; unknown ones last."""
+    found = {cell.kind for picture in drawn for row in picture.rows for cell in row.cells}
+    return (*(kind for kind in SYMBOLS if kind in found), *sorted(found - set(SYMBOLS)))
+
+
+def kind_of(decision: Decision) -> str:
+    """The decision's kind, with the order where that matters.
+
+    >>> kind_of(Forecast(order=2))
+    'forecast2'
+    """
+    return f"{decision.kind}{decision.order}" if isinstance(decision, Forecast) else decision.kind
+
+
+def _picture(plan: Plan, network: str) -> Picture:
+    named = [rule.sites for rule in plan.rules if fnmatch.fnmatchcase(network, rule.network)]
+    sites = [STEP, *(site for site in dict.fromkeys(named) if site != STEP)]
+    table = [plan.decisions(step, sites, network) for step in range(len(plan.sampler.timesteps[network]))]
+    whole = [not isinstance(decisions[STEP], Dense) for decisions in table]
+    rows = []
+    for site in sites:
+        cells = []
+        for step, decisions in enumerate(table):
+            if site != STEP and whole[step]:
+                cells.append(Cell(HIDDEN, f"step {step}: {MEANINGS[HIDDEN]}"))
+            else:
+                cells.append(Cell(kind_of(decisions[site]), f"step {step}: {_words(decisions[site], step)}"))
+        rows.append(Row(site, tuple(cells)))
+    return Picture(network, tuple(rows))
+
+
+def _words(decision: Decision, step: int) -> str:
+    kind = kind_of(decision)
+    text = MEANINGS.get(kind, kind)
+    if isinstance(decision, Fit):
+        factors = ", ".join(f"{value:.3g}" for value in decision.coefficients.get(step, ()))
+        sources = ", ".join(map(str, decision.sources.get(step, ())))
+        latents = " and the latents" if decision.latents else ""
+        text = f"fitted from steps {sources}{latents}, factors {factors}"
+    return text

@@ -1,0 +1,208 @@
+"""The program: a captured network under a plan. Picks the variant of the current step and moves state slots."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditopt.decisions import Fit
+from ditopt.errors import DitoptError, PlanMismatchError
+from ditopt.passes._infra import StepPlan
+from ditopt.passes.predict import factors_name, slot_name
+from ditopt.plan import Plan
+from ditopt.runtime.clock import ScheduleCache, StepClock, read_timestep
+from ditopt.runtime.schedule import BoundPlan, BoundPrediction, bind
+from ditopt.runtime.slots import StreamState
+from ditopt.runtime.streams import StreamTable
+from ditopt.runtime.variants import Variant, VariantCache
+from ditopt.search.predictors import predictor_coefficients
+from ditopt.sites import STEP
+
+Observer = Callable[["Observation"], None]
+MISMATCH = ("error", "dense", "retarget")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One call of a network while it is profiled: its inputs by position, outputs and stream boundaries."""
+
+    arguments: Sequence[Any]
+    outputs: Sequence[Any]
+    boundaries: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class InputPositions:
+    """Where the arguments that matter stand among a graph's inputs (None: not there)."""
+
+    timestep: int | None
+    latents: int | None
+    identity: int | None
+
+
+@dataclass
+class Statistics:
+    """What a program has counted since it was made."""
+
+    calls: int = 0
+    predicted_calls: int = 0
+    cold_calls: int = 0
+    unplanned_calls: int = 0
+    peak_slot_bytes: int = 0
+    generations: int = 0
+
+
+@dataclass
+class Program:
+    """What Dynamo calls for one captured graph: boxed inputs in, outputs out.
+
+    Without a plan it runs the dense graph. State belongs to a stream (one guidance branch of one
+    generation in one thread), so that concurrent, interleaved and aborted generations never meet.
+    """
+
+    variants: VariantCache
+    positions: InputPositions
+    network: str = "transformer"
+    on_mismatch: str = "error"
+    bound: BoundPlan | None = None
+    plan: Plan | None = None
+    error: DitoptError | None = None
+    observer: Observer | None = None
+    reasons: list[str] = field(default_factory=list)
+    statistics: Statistics = field(default_factory=Statistics)
+
+    def __post_init__(self) -> None:
+        self._streams: StreamTable[StreamState] = StreamTable(self._new_stream)
+        self._schedules = ScheduleCache()
+        self._factors: dict[tuple[float, ...], Tensor] = {}
+
+    def bind(self, plan: Plan | None) -> None:
+        """Run by ``plan`` from now on (None: dense); all state is dropped.
+
+        Raises:
+            PlanMismatchError: the plan does not fit this network.
+        """
+        self._streams.clear()
+        self._factors.clear()
+        self.error = None
+        self.plan, self.bound = plan, None
+        if plan is None or not plan.rules:
+            return
+        if self.positions.timestep is None:
+            self.reasons.append(f"graph {self.variants.trace.index} does not see the timestep, so its step is unknown: compiled dense")
+            return
+        self.bound = bind(plan, self.network, self.variants.trace.ranges())
+
+    def compile(self) -> None:
+        """Compile every variant that the plan needs."""
+        for plan in self.bound.variants if self.bound else (StepPlan(),):
+            self.variants.get(plan)
+
+    def __call__(self, arguments: list[Any]) -> Sequence[Any]:
+        if self.error is not None:
+            raise self.error
+        self.statistics.calls += 1
+        if self.observer is not None:
+            return self._observe(arguments, self.observer)
+        if self.bound is None:
+            return self._run(self.variants.get(StepPlan()), arguments, {})[0]
+        return self._step(arguments, self.bound)
+
+    def _new_stream(self) -> StreamState:
+        assert self.plan is not None
+        self.statistics.generations += 1
+        return StreamState(StepClock(self.plan.sampler.timesteps[self.network]))
+
+    def _step(self, arguments: list[Any], bound: BoundPlan) -> Sequence[Any]:
+        assert self.positions.timestep is not None
+        identity = arguments[self.positions.identity] if self.positions.identity is not None else None
+        state = self._streams.get(threading.get_ident(), self.network, identity, None)
+        tick = state.clock.tick(read_timestep(arguments[self.positions.timestep], self._schedules))
+        if tick.fresh or tick.skipped:  # a hole in the history is as good as none
+            state.reset()
+        if tick.step is None:
+            return self._unplanned(arguments, tick.reason)
+        step = bound.steps[tick.step]
+        added = self._added_inputs(step.predictions, state, bound, tick.step, arguments)
+        variant = step.variant
+        if added is None:
+            state.cold_steps += 1
+            self.statistics.cold_calls += 1
+            variant, added = bound.full, {}
+        elif step.predictions:
+            self.statistics.predicted_calls += 1
+        outputs, features = self._run(self.variants.get(variant), arguments, added)
+        for site, tensors in features.items():
+            state.store(site, tick.step, tensors)
+        if added is not None and variant is step.variant:
+            state.retain(lambda site, source: (site, source) in step.live)
+        else:
+            state.retain(lambda site, source: source in [held[0] for held in state.history[site][: bound.depth]])
+        self.statistics.peak_slot_bytes = max(self.statistics.peak_slot_bytes, state.peak_bytes)
+        return outputs
+
+    def _added_inputs(
+        self, predictions: tuple[BoundPrediction, ...], state: StreamState, bound: BoundPlan, step: int, arguments: Sequence[Any]
+    ) -> dict[str, Tensor] | None:
+        """Slots and coefficients for a step's predictions; None if this stream lacks the history for one."""
+        added: dict[str, Tensor] = {}
+        for found in predictions:
+            held = state.history.get(found.site, [])[: found.decision.history]
+            sources = tuple(source for source, _ in held)
+            factors = found.factors
+            if sources != found.sources:
+                if isinstance(found.decision, Fit) or len(sources) < found.decision.history:
+                    return None
+                factors = tuple(predictor_coefficients(found.decision, bound.times, step, sources))
+            for age, (_, tensors) in enumerate(held):
+                for stream, tensor in enumerate(tensors):
+                    added[slot_name(found.site, age, stream)] = tensor
+            added[factors_name(found.site)] = self._factors_tensor(factors, held[0][1][0])
+        return added
+
+    def _factors_tensor(self, factors: tuple[float, ...], like: Tensor) -> Tensor:
+        found = self._factors.get(factors)
+        if found is None or found.device != like.device:
+            found = self._factors[factors] = torch.tensor(factors, dtype=torch.float32).to(like.device)
+        return found
+
+    def _run(self, variant: Variant, arguments: Sequence[Any], added: dict[str, Tensor]) -> tuple[Sequence[Any], dict[str, tuple[Tensor, ...]]]:
+        values = [arguments[i] if isinstance(i, int) else added[i] for i in variant.inputs]
+        results = variant.run(values)
+        outputs = list(results[: variant.user_outputs])
+        features: dict[str, tuple[Tensor, ...]] = {}
+        at = variant.user_outputs
+        for site, count in variant.recorded:
+            features[site] = tuple(results[at : at + count])
+            at += count
+        if STEP in features:  # the caller may write into what it was given
+            features[STEP] = tuple(t.clone() if any(_shares_memory(t, out) for out in outputs) else t for t in features[STEP])
+        return outputs, features
+
+    def _observe(self, arguments: list[Any], observer: Observer) -> Sequence[Any]:
+        variant = self.variants.get(StepPlan(boundaries=bool(self.variants.trace.boundaries)))
+        values = [arguments[i] for i in variant.inputs if isinstance(i, int)]
+        results = variant.run(values)
+        outputs = list(results[: variant.user_outputs])
+        observer(Observation(arguments, outputs, results[variant.user_outputs :]))
+        return outputs
+
+    def _unplanned(self, arguments: list[Any], reason: str) -> Sequence[Any]:
+        if self.on_mismatch == "error":
+            assert self.plan is not None
+            raise PlanMismatchError(
+                f"{reason}; the plan is for {len(self.plan.sampler.timesteps[self.network])} steps of {self.plan.sampler.class_name}. "
+                'Generate with these, re-target the plan (options={"on_mismatch": "retarget"}) or run such calls dense '
+                '(options={"on_mismatch": "dense"})'
+            )
+        self.statistics.unplanned_calls += 1
+        return self._run(self.variants.get(StepPlan()), arguments, {})[0]
+
+
+def _shares_memory(left: Any, right: Any) -> bool:
+    return isinstance(left, Tensor) and isinstance(right, Tensor) and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()

@@ -1,0 +1,150 @@
+"""A plan bound to one network: per step what is predicted from which steps, recorded and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ditopt.decisions import Decision, Dense, Fit, Predictor
+from ditopt.errors import PlanMismatchError
+from ditopt.passes._infra import Prediction, StepPlan
+from ditopt.plan import Plan, format_steps
+from ditopt.search.predictors import predictor_coefficients
+from ditopt.sites import STEP
+
+
+@dataclass(frozen=True)
+class BoundPrediction:
+    """A predicted site in a step: by which decision, from which steps, with which coefficients."""
+
+    site: str
+    decision: Predictor
+    sources: tuple[int, ...]
+    factors: tuple[float, ...]
+
+    @property
+    def prediction(self) -> Prediction:
+        """The graph rewrite that it needs."""
+        return Prediction(self.site, self.decision.history, isinstance(self.decision, Fit) and self.decision.latents)
+
+
+@dataclass(frozen=True)
+class BoundStep:
+    """One step of a bound plan. ``live`` are the (site, step) features that later steps still read."""
+
+    predictions: tuple[BoundPrediction, ...]
+    variant: StepPlan
+    live: frozenset[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class BoundPlan:
+    """All steps of a plan for one network; ``full`` computes everything and records what is ever read."""
+
+    steps: tuple[BoundStep, ...]
+    full: StepPlan
+    times: tuple[float, ...]
+
+    @property
+    def variants(self) -> tuple[StepPlan, ...]:
+        """The distinct graphs needed, in order of first use."""
+        return tuple(dict.fromkeys([*(step.variant for step in self.steps), self.full]))
+
+    @property
+    def depth(self) -> int:
+        """The longest history that any prediction reads."""
+        return max((p.decision.history for step in self.steps for p in step.predictions), default=0)
+
+
+def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]]) -> BoundPlan:
+    """Resolve a plan's rules for ``network``, whose block ranges (first, last) are ``ranges``.
+
+    Raises:
+        PlanMismatchError: a rule names a site or step that is not there, or a step is predicted
+            before enough of its history has been computed.
+    """
+    if network not in plan.sampler.timesteps:
+        raise PlanMismatchError(f"plan is for networks {sorted(plan.sampler.timesteps)}, not for {network!r}")
+    total = len(plan.sampler.timesteps[network])
+    times = plan.sampler.sigmas[network]
+    known = {STEP, *ranges}
+    missing = [name for name in plan.planned_sites() if name not in known and not _matches_any(name, known)]
+    if missing:
+        raise PlanMismatchError(
+            f"plan names sites that the model lacks: {', '.join(missing)}; the model has {STEP} and blocks {_stacks(ranges)}"
+        )
+    late = [t for rule in plan.rules for t in rule.steps if t >= total]
+    if late:
+        raise PlanMismatchError(f"plan has rules for steps {format_steps(late)}, its schedule has steps 0-{total - 1}")
+    sites = _sites_in_use(plan, network, total, known)
+    table = [plan.decisions(t, sites, network) for t in range(total)]
+    predicted = [_active(decisions, ranges) for decisions in table]
+    used = tuple(site for site in sites if any(site in step for step in predicted))
+    history: dict[str, list[int]] = {site: [] for site in used}
+    bound: list[tuple[BoundPrediction, ...]] = []
+    for t, active in enumerate(predicted):
+        found = []
+        for site, decision in active.items():
+            assert not isinstance(decision, Dense)
+            sources = tuple(history[site][: decision.history])
+            if len(sources) < decision.history:
+                raise PlanMismatchError(
+                    f"step {t}: {decision.kind} of {site} reads {decision.history} computed steps, only {len(sources)} come before it"
+                )
+            found.append(BoundPrediction(site, decision, sources, tuple(predictor_coefficients(decision, times, t, sources))))
+        bound.append(tuple(found))
+        for site in _recorded(used, active, ranges):
+            history[site].insert(0, t)
+    return BoundPlan(_with_liveness(bound, used, ranges), StepPlan((), used), times)
+
+
+def _with_liveness(bound: Sequence[tuple[BoundPrediction, ...]], used: tuple[str, ...], ranges: Mapping[str, tuple[int, int]]) -> tuple[BoundStep, ...]:
+    steps: list[BoundStep] = []
+    live: frozenset[tuple[str, int]] = frozenset()
+    for found in reversed(bound):
+        active = {p.site: p.decision for p in found}
+        variant = StepPlan(tuple(p.prediction for p in found), _recorded(used, active, ranges))
+        steps.append(BoundStep(found, variant, live))
+        live = live | {(p.site, source) for p in found for source in p.sources}
+    return tuple(reversed(steps))
+
+
+def _sites_in_use(plan: Plan, network: str, total: int, known: set[str]) -> tuple[str, ...]:
+    ordered = sorted(known, key=lambda site: (site != STEP, site))
+    table = [plan.decisions(t, ordered, network) for t in range(total)]
+    return tuple(site for site in ordered if any(not isinstance(decisions[site], Dense) for decisions in table))
+
+
+def _active(decisions: Mapping[str, Decision], ranges: Mapping[str, tuple[int, int]]) -> dict[str, Decision]:
+    """What is really predicted: a predicted step hides its ranges, a range the ranges inside it."""
+    wanted = {site: decision for site, decision in decisions.items() if not isinstance(decision, Dense)}
+    if STEP in wanted:
+        return {STEP: wanted[STEP]}
+    kept: dict[str, Decision] = {}
+    for site in sorted(wanted, key=lambda name: ranges[name][0] - ranges[name][1]):
+        if not any(overlap(ranges[site], ranges[other]) for other in kept):
+            kept[site] = wanted[site]
+    return kept
+
+
+def _recorded(used: tuple[str, ...], active: Mapping[str, object], ranges: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    """The features that a step computes afresh: none in a predicted step, no range that touches a predicted one."""
+    if STEP in active:
+        return ()
+    return tuple(site for site in used if site == STEP or not any(overlap(ranges[site], ranges[other]) for other in active))
+
+
+def overlap(one: tuple[int, int], two: tuple[int, int]) -> bool:
+    """Whether two inclusive ranges share a block."""
+    return one[0] <= two[1] and two[0] <= one[1]
+
+
+def _matches_any(pattern: str, names: set[str]) -> bool:
+    from fnmatch import fnmatchcase
+
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _stacks(ranges: Mapping[str, tuple[int, int]]) -> str:
+    singles = sorted((span[0], name) for name, span in ranges.items() if span[0] == span[1])
+    return f"{singles[0][1]} to {singles[-1][1]}" if singles else "(none found)"

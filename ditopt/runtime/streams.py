@@ -1,0 +1,285 @@
+"""Which stream a call belongs to: one guidance branch of one generation in one network in one thread."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from ditopt.errors import InputError
+
+S = TypeVar("S")
+_Key = tuple[int, str, int, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A stream as reports name it.
+
+    Attributes:
+        thread: ``threading.get_ident()`` of its calls.
+        network: for example ``transformer`` or ``transformer_2``.
+        branch: the context name if there is one, else ``branch0``, ``branch1``, ...: the smallest number that no living
+            unnamed stream of the same thread and network has. It is for people: two generations that live at the same
+            time may both have a ``cond``, and numbers shift while the tensors of an earlier generation are alive.
+    """
+
+    thread: int
+    network: str
+    branch: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamCounts:
+    """How many streams there are and what became of the others."""
+
+    created: int
+    live: int
+    died: int
+    evicted: int
+
+
+class _Entry(Generic[S]):
+    __slots__ = ("number", "ref", "state", "stream")
+
+    def __init__(self, stream: Stream, number: int | None, ref: weakref.ref[object] | None, state: S) -> None:
+        self.stream = stream
+        self.number = number
+        self.ref = ref
+        self.state = state
+
+
+class StreamTable(Generic[S]):
+    """The state of every living stream, found by the *identity* of the conditioning object.
+
+    A pipeline passes one and the same conditioning tensor at every step of a branch, and another one for another
+    branch, prompt or generation. The table holds it weakly: with the tensor its state goes, and a new tensor at the
+    same address is a new stream. Streams without such an object are told apart by thread, network and name alone, so
+    that two unnamed ones in one thread share a state; a bounded number of them is held, least recently used out first.
+    Thread-safe; a lookup takes about a microsecond.
+
+    Args:
+        factory: makes the state of a new stream; runs under the table's lock, so that it must not use the table. The
+            state must not hold the conditioning object, which would then never die.
+        limit: how many streams without conditioning object are held.
+    """
+
+    def __init__(self, factory: Callable[[], S], *, limit: int = 16) -> None:
+        if limit < 1:
+            raise InputError(f"limit={limit}: a stream table has to hold at least one stream; the default is 16")
+        self._factory = factory
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._dead: deque[tuple[_Key, weakref.ref[object]]] = deque()
+        self._owned: dict[_Key, _Entry[S]] = {}
+        self._loose: OrderedDict[_Key, _Entry[S]] = OrderedDict()
+        self._created = 0
+        self._evicted = 0
+        self._cleared = 0
+
+    def get(self, thread: int, network: str, identity: object | None, name: str | None) -> S:
+        """The state of the stream, made if it is new.
+
+        Args:
+            thread: ``threading.get_ident()`` of the caller.
+            network: which network is called.
+            identity: the conditioning object that all calls of the stream share; None if there is none.
+            name: the context name, if one is set.
+
+        Raises:
+            InputError: ``identity`` is of a type that cannot be referenced weakly (a number, a list).
+        """
+        with self._lock:
+            state = self._find(thread, network, identity, name)
+        if self._dead:
+            self._bury()
+        return state
+
+    def _find(self, thread: int, network: str, identity: object | None, name: str | None) -> S:
+        if identity is None:
+            key = (thread, network, 0, name)
+            entry = self._loose.get(key)
+            if entry is not None:
+                self._loose.move_to_end(key)
+                return entry.state
+        else:
+            key = (thread, network, id(identity), name)
+            entry = self._owned.get(key)
+            if entry is not None and entry.ref is not None and entry.ref() is identity:
+                return entry.state
+        return self._create(key, identity)
+
+    def _create(self, key: _Key, identity: object | None) -> S:
+        ref = self._watch(key, identity)
+        thread, network, _, name = key
+        number = None if name is not None else self._free_number(thread, network)
+        stream = Stream(thread, network, name if name is not None else f"branch{number}")
+        entry = _Entry(stream, number, ref, self._factory())
+        self._created += 1
+        if ref is not None:
+            self._owned[key] = entry
+        else:
+            self._loose[key] = entry
+            if len(self._loose) > self._limit:
+                self._loose.popitem(last=False)
+                self._evicted += 1
+        return entry.state
+
+    def _watch(self, key: _Key, identity: object | None) -> weakref.ref[object] | None:
+        if identity is None:
+            return None
+        try:
+            return weakref.ref(identity, functools.partial(_forget, weakref.ref(self), key))
+        except TypeError:
+            raise InputError(
+                f"conditioning of type {type(identity).__name__} cannot tell generations apart; name an argument of "
+                "the forward that is a tensor in the plan's inputs.identity, or none"
+            ) from None
+
+    def _free_number(self, thread: int, network: str) -> int:
+        taken = {
+            entry.number
+            for entry in (*self._owned.values(), *self._loose.values())
+            if entry.stream.thread == thread and entry.stream.network == network
+        }
+        return next(number for number in range(len(taken) + 1) if number not in taken)
+
+    def live(self) -> tuple[Stream, ...]:
+        """The living streams, oldest first among those with and then among those without conditioning object."""
+        with self._exclusive():
+            return tuple(entry.stream for entry in (*self._owned.values(), *self._loose.values()))
+
+    @property
+    def counts(self) -> StreamCounts:
+        """Streams created, living, gone with their conditioning object, and evicted by the limit."""
+        with self._exclusive():
+            live = len(self._owned) + len(self._loose)
+            died = self._created - self._cleared - self._evicted - live
+            return StreamCounts(self._created, live, died, self._evicted)
+
+    def clear(self) -> None:
+        """Forget all streams and free their states; the next calls make new ones."""
+        with self._exclusive():
+            self._cleared += len(self._owned) + len(self._loose)
+            self._owned.clear()
+            self._loose.clear()
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        self._bury()
+        with self._lock:
+            yield
+        self._bury()
+
+    def _died(self, key: _Key, ref: weakref.ref[object]) -> None:
+        # The collector calls this at any time in any thread, also inside get(). It must not wait for the lock (two
+        # tables could wait for each other); if the lock is taken, its holder buries on letting go.
+        self._dead.append((key, ref))
+        self._bury()
+
+    def _bury(self) -> None:
+        while self._dead and self._lock.acquire(blocking=False):
+            entry = None
+            try:
+                key, ref = self._dead.popleft()
+                entry = self._owned.get(key)
+                if entry is not None and entry.ref is ref:
+                    del self._owned[key]
+            except IndexError:
+                pass  # another thread was faster
+            finally:
+                self._lock.release()
+
+
+def _forget(table_ref: weakref.ref[StreamTable[Any]], key: _Key, ref: weakref.ref[object]) -> None:
+    table = table_ref()
+    if table is not None:
+        table._died(key, ref)
+
+
+_HOOK = "ditopt_context"
+
+
+class _ThreadNames(threading.local):
+    """The context names that are set in this thread, by the id of the probe that saw them."""
+
+    def __init__(self) -> None:
+        self.by_probe: dict[int, str] = {}
+
+
+_names = _ThreadNames()
+
+
+def watch_context(module: nn.Module) -> bool:
+    """Make the names that diffusers' ``module.cache_context(name)`` sets readable; False if the module has none.
+
+    diffusers tells a name only to the ``StateManager`` attributes of stateful hooks that are registered on the module
+    or below it, and keeps it nowhere else: without hooks it is lost. So a hook that only listens is registered. Its
+    manager keeps the name per thread, while diffusers' own ones share it between threads. ``forward`` stays as it was
+    (a wrapped one renames all modules in a trace), except on a module that has other hooks already, whose removal
+    relies on the chain of wrappers. Calling it again changes nothing.
+    """
+    module = getattr(module, "_orig_mod", module)
+    if not hasattr(module, "cache_context"):
+        return False
+    hooks = importlib.import_module("diffusers.hooks.hooks")
+    registry = hooks.HookRegistry.check_if_exists_or_initialize(module)
+    if registry.get_hook(_HOOK) is not None:
+        return True
+    first = not registry.hooks
+    had_forward = "forward" in vars(module)
+    forward = module.forward
+    registry.register_hook(_listener(hooks), _HOOK)
+    if first:
+        if had_forward:
+            module.forward = forward
+        else:
+            del module.forward
+    return True
+
+
+def current_context_name(module: nn.Module) -> str | None:
+    """The name of the ``cache_context`` in which this thread calls ``module``; None outside one or if not watched.
+
+    See ``watch_context``. Takes about a microsecond.
+    """
+    registry = vars(module).get("_diffusers_hook")
+    if registry is None:
+        registry = vars(getattr(module, "_orig_mod", module)).get("_diffusers_hook")
+    hook = None if registry is None else registry.hooks.get(_HOOK)
+    return None if hook is None else _names.by_probe.get(id(hook.probe))
+
+
+def _listener(hooks: Any) -> Any:
+    """A stateful hook that does nothing but hold a ``StateManager`` which notes the name."""
+
+    class ContextProbe(hooks.StateManager):  # type: ignore[misc]  # diffusers is untyped and imported late
+        def set_context(self, context: Any) -> None:
+            if context is None:
+                _names.by_probe.pop(id(self), None)
+            else:
+                # diffusers before 0.42 passes the name itself
+                _names.by_probe[id(self)] = context if isinstance(context, str) else context.name
+
+        def reset(self, *args: Any, **kwargs: Any) -> None:
+            self.set_context(None)
+
+    class ContextListener(hooks.ModelHook):  # type: ignore[misc]  # as above
+        _is_stateful = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.probe = ContextProbe(object)
+
+        def reset_state(self, module: nn.Module) -> nn.Module:
+            return module
+
+    return ContextListener()

@@ -1,0 +1,104 @@
+"""Variants: the straight-line graphs of a trace, compiled once each and kept by what they do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from ditopt._torch import BoxedCallable, fake_mode_of, lower, trace_aten
+from ditopt.passes._infra import GraphIndex, PassManager, StepPlan
+from ditopt.passes.audit import audit, only_needed_by
+from ditopt.passes.features import feature
+from ditopt.passes.lower_attention import lower_attention_with
+from ditopt.passes.predict import predict
+from ditopt.passes.prune import prune
+from ditopt.passes.record import record
+from ditopt.passes.verify import verify
+from ditopt.trace import Trace, dependents
+
+Lower = Callable[[fx.GraphModule], BoxedCallable]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled graph. ``inputs`` lists positions of captured inputs and names of added ones.
+
+    ``recorded`` gives, per recorded site, how many tensors of the outputs behind the user's are its.
+    """
+
+    plan: StepPlan
+    run: BoxedCallable
+    inputs: tuple[int | str, ...]
+    user_outputs: int
+    recorded: tuple[tuple[str, int], ...]
+    nodes: int
+    compile_seconds: float
+
+
+@dataclass
+class VariantCache:
+    """Compiles the variants of one trace on demand; thread-safe."""
+
+    trace: Trace
+    latents: int | None
+    check_passes: bool = False
+    compiled: dict[StepPlan, Variant] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def index(self) -> GraphIndex:
+        """Where features are in the captured graph."""
+        return self.trace.graph_index(self.latents)
+
+    def graph(self, plan: StepPlan) -> fx.GraphModule:
+        """The rewritten graph of a step's plan, audited, attention still opaque."""
+        # A recorded feature starts where the block before ends, be that predicted or not: record first.
+        manager = PassManager([record, predict, prune], verify if self.check_passes else None)
+        gm = manager.run(self.trace.gm, plan, self.index)
+        self.reasons += [reason for reason in manager.reasons if reason not in self.reasons]
+        changing = set()
+        if self.latents is not None:
+            changing = {node.name for node in dependents(self.trace.gm, self.trace.placeholders[self.latents])}
+        dead = {p.site: only_needed_by(self.trace.gm, self.index, p.site, changing) for p in plan.predicted}
+        verify(gm)
+        audit(gm, plan, self.index, dead)
+        return gm
+
+    def get(self, plan: StepPlan) -> Variant:
+        """The compiled variant for ``plan``; compiled now if it has not been.
+
+        Raises:
+            AuditError: the rewritten graph does not do what the plan says.
+        """
+        found = self.compiled.get(plan)
+        if found is not None:
+            return found
+        with self._lock:
+            if plan not in self.compiled:
+                self.compiled[plan] = self._compile(plan)
+            return self.compiled[plan]
+
+    def _compile(self, plan: StepPlan) -> Variant:
+        began = time.perf_counter()
+        gm = self.graph(plan)
+        inputs = tuple(gm.meta["ditopt_inputs"])
+        users = int(gm.meta["ditopt_user_outputs"])
+        recorded = tuple((site, len(feature(self.trace.gm, self.index, site).ends)) for site in plan.recorded)
+        nodes = sum(node.op == "call_function" for node in gm.graph.nodes)
+        sample = self.trace.placeholders[0].meta["val"]
+
+        def trace_call(function: Callable[..., object], values: list[object]) -> fx.GraphModule:
+            with fake_mode_of(sample) as mode:
+                return trace_aten(function, values, mode)
+
+        lowering = PassManager([lower_attention_with(trace_call)], verify if self.check_passes else None)
+        captured = gm.meta
+        gm = lowering.run(gm, plan, self.index)
+        gm.meta.update({key: captured[key] for key in ("ditopt_user_outputs", "ditopt_inputs")})
+        run = lower(gm, self.trace.context)
+        return Variant(plan, run, inputs, users, recorded, nodes, time.perf_counter() - began)

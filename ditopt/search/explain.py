@@ -1,0 +1,160 @@
+"""Why each decision was made: per step and site the rivals, what they would have cost, the reason against them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from ditopt.profile import Array
+from ditopt.search.problem import SearchProblem
+from ditopt.search.solution import Draft, Explanation, Rival
+from ditopt.search.space import CANDIDATES, Candidate, StepChoice
+from ditopt.search.table import ErrorTable, with_histories
+from ditopt.sites import STEP
+
+COMPUTE = "compute"
+
+_OTHERWISE = "the whole schedule's error, the limit of {} variants, a block range or a measured move decided"
+
+
+def explain(
+    problem: SearchProblem,
+    draft: Draft,
+    choices: Mapping[str, Sequence[StepChoice]],
+    growth: Mapping[str, Array],
+    relief: Array,
+    objective: float,
+    lam: float | None,
+    max_variants: int,
+) -> tuple[Explanation, ...]:
+    """One explanation for every step and site in use, and one for every range left out.
+
+    ``relief`` ``[T]`` is what ranges take off the objective of each computed step.
+    """
+    found = []
+    for site, made in choices.items():
+        computed = draft.kept if site == STEP else draft.ranges[site].computed
+        eased = relief if site == STEP else np.zeros(problem.steps)
+        ledger = _Ledger(problem, site, growth[site], lam, [choice.step for choice in made], eased)
+        for choice in made:
+            chosen = choice.candidate.name if choice.candidate else COMPUTE
+            rivals = tuple(_rivals(ledger, choice, computed, objective, max_variants))
+            found.append(Explanation(choice.step, site, chosen, objective, rivals))
+    for name in problem.ranges:
+        if name not in draft.ranges:
+            found.append(Explanation(None, name, COMPUTE, objective, (_unused(problem, draft, name, objective, lam),)))
+    return tuple(found)
+
+
+class _Ledger:
+    """The additive objective of one site's schedules, the rest of the plan being as it is."""
+
+    def __init__(
+        self, problem: SearchProblem, site: str, growth: Array, lam: float | None, among: list[int], relief: Array
+    ) -> None:
+        self.site, self.lam, self.among, self.growth = site, lam, among, np.abs(growth)
+        self.table: ErrorTable = problem.table if site == STEP else problem.range_tables[site]
+        self.price = problem.price(growth) * (1.0 if lam is None else lam)
+        self.root = 0.5 if problem.additive == "squares" else 1.0
+        saved = problem.seconds_full - problem.seconds_predicted if site == STEP else problem.ranges[site].seconds_saved
+        self.saved = (0.0 if lam is None else saved) - relief
+
+    def cost(self, family: int, step: int, history: Sequence[int]) -> float:
+        """What predicting ``step`` adds to the objective, relative to computing it."""
+        return float(self.price[step] * self.table.error(family, step, history) - self.saved[step])
+
+    def norm(self, family: int, step: int, history: Sequence[int]) -> float:
+        """The predicted error as ``StepChoice.error`` states it."""
+        return float(self.table.error(family, step, history) ** self.root * self.growth[step])
+
+    def cheapest(self, computed: Sequence[int], but: int) -> float:
+        """The objective of computing ``computed`` and predicting the rest best, step ``but`` left out."""
+        histories = with_histories(computed, self.among)
+        others = ((t, past) for t, past in histories.items() if t != but)
+        return sum(float(self.price[t] * self.table.best(t, past)[0] - self.saved[t]) for t, past in others)
+
+
+def _rivals(
+    ledger: _Ledger, choice: StepChoice, computed: tuple[int, ...], objective: float, max_variants: int
+) -> Iterator[Rival]:
+    step, table = choice.step, ledger.table
+    history = tuple(t for t in reversed(computed) if t < step)
+    without = tuple(t for t in computed if t != step)
+    shift = 0.0
+    if choice.candidate is None and step:
+        shift = ledger.cheapest(without, step) - ledger.cheapest(computed, step)
+    own = 0.0 if choice.candidate is None else ledger.cost(table.candidates.index(choice.candidate), step, history)
+    if choice.candidate is not None:
+        gain = ledger.cheapest(tuple(sorted((*computed, step))), step) - ledger.cheapest(computed, step)
+        yield Rival(COMPUTE, 0.0, objective + gain - own, _against_computing(ledger, step, gain - own, max_variants))
+    for candidate in CANDIDATES:
+        if candidate == choice.candidate:
+            continue
+        if candidate not in table.candidates:
+            yield Rival(candidate.name, np.inf, np.inf, _outside(ledger.site, candidate))
+            continue
+        family = table.candidates.index(candidate)
+        error = ledger.norm(family, step, history)
+        if not np.isfinite(error):
+            yield Rival(candidate.name, np.inf, np.inf, _impossible(candidate, history))
+            continue
+        change = ledger.cost(family, step, history) - own + shift
+        reason = _against(ledger, choice, error, change, shift, max_variants)
+        yield Rival(candidate.name, error, objective + change, reason)
+
+
+def _outside(site: str, candidate: Candidate) -> str:
+    if site != STEP and candidate.latents:
+        return "a range of blocks does not read the latents"
+    if site != STEP and candidate.history > 2:
+        return "ranges of blocks read at most two steps"
+    return "not among the techniques chosen, or its history is too long for this many steps"
+
+
+def _impossible(candidate: Candidate, history: tuple[int, ...]) -> str:
+    if len(history) < candidate.history:
+        return f"needs {candidate.history} computed steps before it, there are {len(history)}"
+    return "the computed steps before it ran other branches"
+
+
+def _against_computing(ledger: _Ledger, step: int, change: float, limit: int) -> str:
+    if ledger.lam is None:
+        return "the number of computed steps is given"
+    if change >= 0:
+        return f"takes {ledger.saved[step]:.3g} s more; the error it removes is worth less (objective +{change:.3g} s)"
+    return f"would lower the predicted objective by {-change:.3g} s, but {_OTHERWISE.format(limit)}"
+
+
+def _against(ledger: _Ledger, choice: StepChoice, error: float, change: float, shift: float, limit: int) -> str:
+    unit = "" if ledger.lam is None else " s"
+    if choice.candidate is None:
+        if change >= 0 and ledger.lam is None:
+            return f"raises the plan's error (objective +{change:.3g}); the steps given are better spent here"
+        if change >= 0 and change - shift < 0:
+            return f"cheaper here, but later steps need this one computed (objective +{change:.3g}{unit})"
+        if change >= 0:
+            return f"its error is worth more than the time it saves (objective +{change:.3g}{unit})"
+        return f"would lower the predicted objective by {-change:.3g}{unit}, but {_OTHERWISE.format(limit)}"
+    if error >= choice.error:
+        ratio = f"{error / choice.error:.4g} times" if choice.error else "more than"
+        return f"its error is {ratio} that of {choice.candidate.name}"
+    return f"smaller error by itself, but {_OTHERWISE.format(limit)}"
+
+
+def _unused(problem: SearchProblem, draft: Draft, name: str, objective: float, lam: float | None) -> Rival:
+    site = problem.ranges[name]
+    if lam is None:
+        return Rival(name, np.nan, np.nan, "only whole steps were asked for")
+    clash = [other for other in draft.ranges if not _apart(problem, name, other)]
+    if clash:
+        return Rival(name, np.nan, np.nan, f"overlaps {', '.join(clash)}, which together gain more")
+    if site.seconds_saved <= 0:
+        return Rival(name, np.nan, np.nan, f"skipping it saves no time ({site.seconds_saved:.3g} s)")
+    reason = f"its error outweighs the {site.seconds_saved:.3g} s it saves a step, or it needs too many variants"
+    return Rival(name, np.nan, np.nan, reason)
+
+
+def _apart(problem: SearchProblem, one: str, two: str) -> bool:
+    a, b = problem.ranges[one], problem.ranges[two]
+    return a.last < b.first or b.last < a.first

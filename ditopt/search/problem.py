@@ -1,0 +1,210 @@
+"""The search problem of one network: its measured profile as numbers, and the error tables made from them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from ditopt.errors import InputError
+from ditopt.profile import Array, FeatureGram, NetworkProfile
+from ditopt.search.space import TECHNIQUES, Candidate, candidates
+from ditopt.search.table import ErrorTable
+from ditopt.sites import STEP
+
+Additive = Literal["squares", "norms"]
+Position = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class RangeProblem:
+    """A contiguous range of blocks that a computed step may skip.
+
+    ``gram`` is ``[P, T, T]`` of the range's residual (what it adds to the stream); ``weight`` the factor from
+    an error in that residual to one in the network's output; ``seconds_saved`` what skipping it saves in a
+    step; ``first`` and ``last`` its ends in execution order, (stack, index in it).
+    """
+
+    name: str
+    gram: Array
+    weight: float
+    seconds_saved: float
+    first: Position
+    last: Position
+
+
+@dataclass(frozen=True)
+class SearchProblem:
+    """All that the search knows of one network.
+
+    Args:
+        times: coordinate of each of the T steps (sigma), for true distances.
+        widths: ``[T]``, how far a step moves the latents per unit of output.
+        sensitivity: ``[T]``, growth of an error of that step up to the final sample.
+        gram: ``[P, T, T]``, or ``[P, 2T, 2T]`` with the latents, of the effective (guided) output.
+        seconds_full: of one computed step.
+        seconds_predicted: of one predicted step.
+        ranges: what a computed step may skip.
+        techniques: see ``space.candidates``.
+        additive: whether a schedule is priced by the sum of its steps' errors' norms, or of their squares. Errors of
+            neighbouring forecasts point the same way, so norms are the better guess.
+        ridge: of the fits, relative.
+        sample_norm: norm of the final sample; errors are reported relative to it.
+        groups: steps with different values ran different branches and cannot predict each other.
+        network: the name that rules are written for.
+    """
+
+    times: tuple[float, ...]
+    widths: Array
+    sensitivity: Array
+    gram: Array
+    seconds_full: float
+    seconds_predicted: float
+    ranges: Mapping[str, RangeProblem] = field(default_factory=dict)
+    techniques: tuple[str, ...] = TECHNIQUES
+    additive: Additive = "norms"
+    ridge: float = 1e-6
+    sample_norm: float = 1.0
+    groups: tuple[int, ...] = ()
+    network: str = "*"
+
+    def __post_init__(self) -> None:
+        """Check the shapes. Raises InputError naming what disagrees."""
+        total = self.steps
+        if not total:
+            raise InputError("the search problem has no steps")
+        if self.gram.ndim != 3 or self.gram.shape[1:] not in {(total, total), (2 * total, 2 * total)}:
+            wanted = f"[P, {total}, {total}] or twice that"
+            raise InputError(f"the Gram matrix has shape {self.gram.shape}; {total} steps need {wanted}")
+        named = {"widths": self.widths, "sensitivity": self.sensitivity}
+        for name, values in named.items():
+            if values.shape != (total,):
+                raise InputError(f"{name} has shape {values.shape}; {total} steps need [{total}]")
+        for name, values in {**named, "gram": self.gram}.items():
+            if not np.isfinite(values).all():
+                raise InputError(f"{name} contains NaN or infinite values; profile again")
+
+    @classmethod
+    def from_profile(
+        cls,
+        profile: NetworkProfile,
+        techniques: Iterable[str] = TECHNIQUES,
+        *,
+        range_weights: Mapping[str, float] | None = None,
+        additive: Additive = "norms",
+        ridge: float = 1e-6,
+        sample_norm: float = 1.0,
+        network: str = "*",
+    ) -> SearchProblem:
+        """The problem that a measured profile poses.
+
+        Ranges without an entry in ``profile.seconds`` save nothing and are left out. A range without an
+        entry in ``range_weights`` is taken to pass its *relative* error on to the output.
+
+        Raises:
+            InputError: the profile lacks the step site or the seconds of a full or predicted step.
+        """
+        for key, found in (("grams", profile.grams), ("seconds", profile.seconds)):
+            for name in (STEP,) if key == "grams" else ("full", "predicted"):
+                if name not in found:
+                    raise InputError(f"the profile's {key} have no entry {name!r}; they have {sorted(found)}")
+        step = profile.grams[STEP]
+        gram = effective(step, profile.branch_weights)
+        energy = float(np.einsum("ptt->", gram[:, : step.steps, : step.steps]))
+        patterns = [tuple(column) for column in step.present.T]
+        numbers = {pattern: number for number, pattern in enumerate(dict.fromkeys(patterns))}
+        stacks: dict[str, int] = {}
+        ranges = {}
+        for name, site in profile.grams.items():
+            if name == STEP or name not in profile.seconds:
+                continue
+            values = effective(site, profile.branch_weights)
+            own = float(np.einsum("ptt->", values)) or 1.0
+            weight = (range_weights or {}).get(name, (energy / own) ** 0.5)
+            ranges[name] = RangeProblem(name, values, weight, profile.seconds[name], *_ends(name, stacks))
+        return cls(
+            times=tuple(profile.sigmas[: step.steps]),
+            widths=np.asarray(profile.step_widths, dtype=float),
+            sensitivity=np.asarray(profile.sensitivity, dtype=float),
+            gram=gram,
+            seconds_full=profile.seconds["full"],
+            seconds_predicted=profile.seconds["predicted"],
+            ranges=ranges,
+            techniques=tuple(techniques),
+            additive=additive,
+            ridge=ridge,
+            sample_norm=sample_norm,
+            groups=tuple(numbers[pattern] for pattern in patterns),
+            network=network,
+        )
+
+    @property
+    def steps(self) -> int:
+        """T, the number of network evaluations in the dense schedule."""
+        return len(self.times)
+
+    @cached_property
+    def weights(self) -> Array:
+        """``[T]``: growth of an output error of each step up to the final sample, in units of its norm."""
+        return np.asarray(self.widths * self.sensitivity / self.sample_norm)
+
+    def price(self, growth: Array) -> Array:
+        """What a table entry counts in a step whose errors grow by ``growth``: squared where squares are added."""
+        return np.asarray(growth**2 if self.additive == "squares" else np.abs(growth))
+
+    @cached_property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The predictors allowed for whole steps; fewer features of history where T makes them costly."""
+        depth = 3 if self.steps <= 50 else 2 if self.steps <= 200 else 1
+        return candidates(self.techniques, depth, latents=self.gram.shape[1] == 2 * self.steps)
+
+    @cached_property
+    def range_candidates(self) -> tuple[Candidate, ...]:
+        """The predictors allowed for ranges of blocks."""
+        return candidates(self.techniques, 2 if self.steps <= 200 else 1, latents=False)
+
+    @cached_property
+    def table(self) -> ErrorTable:
+        """The errors of whole-step predictions."""
+        return ErrorTable.build(self.times, self.gram, self.candidates, self.additive, self.ridge, self.groups)
+
+    @cached_property
+    def range_tables(self) -> dict[str, ErrorTable]:
+        """The errors of predicting each range."""
+        return {
+            name: ErrorTable.build(self.times, site.gram, self.range_candidates, self.additive, self.ridge, self.groups)
+            for name, site in self.ranges.items()
+        }
+
+
+def effective(gram: FeatureGram, weights: tuple[float, ...]) -> Array:
+    """``FeatureGram.effective``, with the weights scaled to sum to one in steps that some branch skips."""
+    if gram.present.all():
+        return gram.effective(weights)
+    mix = np.zeros((gram.steps * (1 + gram.has_latents), gram.values.shape[-1]))
+    share = gram.present * np.asarray(weights)[:, None]
+    total = share.sum(axis=0)
+    share = share / np.where(np.abs(total) > 1e-9, total, 1.0)
+    for branch in range(len(gram.branches)):
+        rows = np.arange(gram.steps)
+        mix[rows, branch * gram.steps + rows] = share[branch]
+    if gram.has_latents:
+        mix[gram.steps :, len(gram.branches) * gram.steps :] = np.eye(gram.steps)
+    return np.asarray(mix @ gram.values @ mix.T)
+
+
+def _ends(name: str, stacks: dict[str, int]) -> tuple[Position, Position]:
+    """First and last block of a range's name; ``stacks`` numbers block stacks in order of mention."""
+    first, _, last = name.partition("..")
+    stem = first.rpartition(".")[0]
+    last = f"{stem}.{last}" if re.fullmatch(r"\d+", last) else last or first
+    ends = []
+    for block in (first, last):
+        stack, _, number = block.rpartition(".")
+        stack, index = (stack, int(number)) if number.isdigit() else (block, 0)
+        ends.append((stacks.setdefault(stack, len(stacks)), index))
+    return ends[0], ends[1]

@@ -1,0 +1,68 @@
+"""Measured plans: a budget of real rollouts, none spent twice on the same rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ditopt.plan import Rule
+from ditopt.search.solution import Solution
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What real rollouts of a plan gave: ``error`` (smaller is better, any metric), ``seconds`` a generation."""
+
+    error: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan and what it measured."""
+
+    solution: Solution
+    measurement: Measurement
+
+
+Measure = Callable[[Sequence[Rule]], Measurement]
+Progress = Callable[[Trial, int, int], None]
+"""Called after each rollout with the trial, the number of rollouts so far and the budget."""
+
+
+class Rollouts:
+    """Measures plans through ``measure`` until ``budget`` calls are spent; remembers what it measured."""
+
+    def __init__(self, measure: Measure, budget: int, progress: Progress | None = None) -> None:
+        self._measure, self.budget, self._progress = measure, budget, progress
+        self._known: dict[tuple[str, ...], Trial] = {}
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """Everything measured, in order."""
+        return tuple(self._known.values())
+
+    @property
+    def left(self) -> int:
+        """Rollouts that may still be made."""
+        return self.budget - len(self._known)
+
+    def knows(self, solution: Solution) -> bool:
+        """Whether a plan with the same rules was measured."""
+        return rules_key(solution.rules) in self._known
+
+    def trial(self, solution: Solution) -> Trial | None:
+        """The measured plan; None if it is unknown and the budget is spent."""
+        key = rules_key(solution.rules)
+        if key not in self._known:
+            if self.left <= 0:
+                return None
+            self._known[key] = Trial(solution, self._measure(solution.rules))
+            if self._progress:
+                self._progress(self._known[key], len(self._known), self.budget)
+        return self._known[key]
+
+
+def rules_key(rules: Sequence[Rule]) -> tuple[str, ...]:
+    """What two plans with the same rules have in common."""
+    return tuple(rule.model_dump_json() for rule in rules)

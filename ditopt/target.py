@@ -1,0 +1,65 @@
+"""What the user asks of a plan: quality to reach, or speed to reach."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ditopt.errors import InputError
+from ditopt.quality import LEVELS, Quality
+
+
+@dataclass(frozen=True)
+class Target:
+    """One of: mean paired PSNR in dB, mean relative L2 error, least speed-up over dense."""
+
+    min_psnr: float | None = None
+    max_rel_error: float | None = None
+    speedup: float | None = None
+
+    @classmethod
+    def from_arguments(
+        cls, quality: str, max_rel_error: float | None, min_psnr: float | None, target_speedup: float | None
+    ) -> Target:
+        """The target that ``optimize``'s arguments name; ``quality`` counts where no number is given.
+
+        Raises:
+            InputError: more than one number is given, one makes no sense, or the level is unknown.
+        """
+        given = {"max_rel_error": max_rel_error, "min_psnr": min_psnr, "target_speedup": target_speedup}
+        named = {name: value for name, value in given.items() if value is not None}
+        if len(named) > 1:
+            raise InputError(f"{' and '.join(named)} are given together; give one target")
+        for name, value in named.items():
+            least = 1.0 if name == "target_speedup" else 0.0
+            if not math.isfinite(value) or value <= least:
+                raise InputError(f"{name}={value} makes no sense; give a number above {least:g}")
+        if named:
+            return cls(min_psnr, max_rel_error, target_speedup)
+        if quality not in LEVELS:
+            levels = ", ".join(f"{name} ({psnr:g} dB)" for name, psnr in LEVELS.items())
+            raise InputError(
+                f"quality={quality!r} is unknown; use one of {levels}, or give min_psnr=, max_rel_error= or target_speedup="
+            )
+        return cls(min_psnr=LEVELS[quality])
+
+    def error(self, quality: Quality) -> float:
+        """What the search lowers: the negative mean PSNR, or the mean relative error."""
+        return quality.rel_l2 if self.max_rel_error is not None else -quality.psnr
+
+    def limit(self, margin_db: float = 0.0) -> float:
+        """The largest ``error`` that is good enough, tightened by a margin in dB."""
+        if self.max_rel_error is not None:
+            return self.max_rel_error * 10 ** (-margin_db / 20)
+        return -(self.min_psnr + margin_db) if self.min_psnr is not None else math.inf
+
+    def missing_db(self, quality: Quality) -> float:
+        """By how many dB a measured quality misses the target; 0 or less where it is met."""
+        if self.max_rel_error is not None:
+            return 20 * math.log10(max(quality.rel_l2, 1e-12) / self.max_rel_error)
+        return self.min_psnr - quality.psnr if self.min_psnr is not None else 0.0
+
+    def to_data(self) -> dict[str, float | str]:
+        """The target as a plan states it."""
+        values = {"min_psnr": self.min_psnr, "max_rel_error": self.max_rel_error, "speedup": self.speedup}
+        return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,149 @@
+"""Pictures and tables for the terminal: a plan's schedule, its figures, why it is so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ditopt.errors import InputError
+from ditopt.plan import Plan
+from ditopt.report.explained import Explained, Explanation, Rival
+from ditopt.report.figures import bench_rows, figure
+from ditopt.report.picture import MEANINGS, Cell, Picture, kinds_in, pictures
+
+STYLES = {
+    "dense": "bold blue",
+    "reuse": "yellow",
+    "forecast1": "green",
+    "forecast2": "cyan",
+    "fit": "magenta",
+    "hidden": "dim",
+}
+
+
+def show_plan(plan: Plan, width: int) -> RenderableType:
+    """The schedule, its legend, predicted and measured figures, target and provenance, ``width`` columns wide."""
+    drawn = pictures(plan)
+    parts: list[RenderableType] = []
+    for picture in drawn:
+        parts += [Text(picture.summary, style="bold"), *_grid(picture, width), Text("")]
+    parts += [_legend(kinds_in(drawn)), Text(""), _figures(plan), Text(""), _provenance(plan)]
+    return Group(*parts)
+
+
+def _grid(picture: Picture, width: int) -> Iterator[Text]:
+    """Rows of symbols under step numbers, wrapped to the width."""
+    label = max(len(row.site) for row in picture.rows) + 2
+    count = max(10, (width - label) // 10 * 10)
+    for start in range(0, picture.steps, count):
+        steps = range(start, min(start + count, picture.steps))
+        tens = "".join(f"{step:<10}" if step % 10 == 0 else "" for step in steps)
+        yield Text(" " * label + tens.rstrip(), style="dim")
+        for row in picture.rows:
+            yield Text(f"{row.site:<{label}}").append(_symbols([row.cells[step] for step in steps]))
+
+
+def _symbols(cells: Sequence[Cell]) -> Text:
+    return Text.assemble(*((cell.symbol, STYLES.get(cell.kind, "red")) for cell in cells))
+
+
+def _legend(kinds: Sequence[str]) -> Text:
+    text = Text()
+    for kind in kinds:
+        text.append(Cell(kind, "").symbol, STYLES.get(kind, "red")).append(f" {MEANINGS.get(kind, kind)}\n")
+    text.rstrip()
+    return text
+
+
+def _figures(plan: Plan) -> RenderableType:
+    if not plan.predicted and not plan.measured:
+        return Text("no figures: the plan was written by hand")
+    table = Table("", "predicted", "measured", title="figures", title_justify="left")
+    for key in dict.fromkeys([*plan.measured, *plan.predicted]):
+        _row(table, key, figure(plan.predicted.get(key)), figure(plan.measured.get(key)))
+    return table
+
+
+def _provenance(plan: Plan) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    _row(table, "target", figure(plan.target) if plan.target else "none")
+    _row(table, "model", f"{plan.model.class_name}, {plan.model.blocks} blocks, {plan.model.structure}")
+    _row(table, "sampler", f"{plan.sampler.class_name}, {plan.sampler.steps} steps, guidance {plan.sampler.guidance:g}")
+    if plan.geometry:
+        _row(table, "geometry", "; ".join(f"{name} {' × '.join(map(str, size))}" for name, size in plan.geometry.items()))
+    _row(table, "device", f"{plan.device.device}, torch {plan.device.torch}, {plan.device.dtype}")
+    return table
+
+
+def show_explanations(explained: Explained, step: int | None, everything: bool) -> RenderableType:
+    """Why each decision was made: a line each, or with all rivals for one ``step`` or for ``everything``.
+
+    Raises:
+        InputError: there is no decision in ``step``.
+    """
+    parts: list[RenderableType] = []
+    for network, made in explained.explanations.items():
+        chosen = [one for one in made if step is None or one.step in (step, None)]
+        if step is not None and not any(one.step == step for one in made):
+            known = sorted({one.step for one in made if one.step is not None})
+            where = f"steps {known[0]} to {known[-1]}" if known else "none"
+            raise InputError(f"--step {step}: {network} has no decision in it; known are {where}")
+        parts.append(Text(network, style="bold"))
+        parts += [_with_rivals(one) for one in chosen] if everything or step is not None else [_one_line_each(chosen)]
+    if not explained.explanations:
+        parts.append(Text("the side file explains no decisions"))
+    if explained.reasons and (step is None or everything):
+        parts.append(Text("\ndid not apply", style="bold"))
+        parts += [Text(f"- {reason}") for reason in explained.reasons]
+    return Group(*parts)
+
+
+def _title(one: Explanation) -> str:
+    return f"step {one.step}, {one.site}" if one.step is not None else one.site
+
+
+def _one_line_each(made: Sequence[Explanation]) -> Table:
+    table = Table("decision", "chosen", "nearest rival", "why not")
+    for one in made:
+        best = min(one.rivals, key=_rank, default=None)
+        _row(table, _title(one), one.chosen, best.name if best else "–", best.reason if best else "there was no other")
+    return table
+
+
+def _rank(rival: Rival) -> float:
+    value = rival.objective
+    return value if value is not None and math.isfinite(value) else math.inf
+
+
+def _with_rivals(one: Explanation) -> Table:
+    title = Text(f"{_title(one)}: {one.chosen} (objective {figure(one.objective)})")
+    table = Table("rival", "error", "objective", "why not", title=title, title_justify="left")
+    for rival in one.rivals:
+        _row(table, rival.name, figure(rival.error), figure(rival.objective), rival.reason)
+    return table
+
+
+def bench_table(bench: Mapping[str, Any]) -> Table:
+    """The table that closes a benchmark; ``bench`` is its JSON."""
+    title = f"{bench['prompts']} prompts, medians of whole generations"
+    table = Table("contender", title=title, title_justify="left")
+    for name in ("evaluations", "seconds", "× Inductor", "PSNR mean", "PSNR worst"):
+        table.add_column(name, justify="right")
+    for name, *values in bench_rows(bench):
+        _row(table, name, *map(figure, values))
+    return table
+
+
+def _row(table: Table, *cells: str) -> None:
+    """Add a row whose texts are taken as they are, brackets included."""
+    table.add_row(*(Text(cell) for cell in cells))
+
+
+def print_wide(console: Console, shown: RenderableType) -> None:
+    """Print without touching what looks like markup, numbers or paths in it."""
+    console.print(shown, highlight=False, markup=False)

@@ -1,0 +1,238 @@
+"""The trace: one captured, functional ATen graph with the sites found in it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from ditopt._torch import CompileContext, is_model_state, module_path, module_stack, source_name
+from ditopt.kernels.ops import ATTENTION
+from ditopt.passes._infra import Boundary, GraphIndex
+from ditopt.sites import AttentionSite, BlockSite, LinearSite, Site, StepSite, range_name
+
+SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+SDPA_DEFAULTS = (None, None, None, None, 0.0, False, None, False)
+PRODUCTS = {torch.ops.aten.addmm.default: (1, 2), torch.ops.aten.mm.default: (0, 1), torch.ops.aten.bmm.default: (0, 1)}
+
+
+@dataclass
+class Trace:
+    """One captured graph. ``boundaries[i]`` is the edge before block i; the last one ends the last block."""
+
+    index: int
+    gm: fx.GraphModule
+    context: CompileContext
+    arguments: dict[str, int]
+    state_names: dict[str, int]
+    blocks: tuple[str, ...] = ()
+    boundaries: tuple[Boundary, ...] = ()
+    sites: tuple[Site, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        """The graph's inputs in call order: parameters, buffers and arguments alike."""
+        return list(self.gm.graph.find_nodes(op="placeholder"))
+
+    @property
+    def structure(self) -> str:
+        """A hash of names, shapes and dtypes of the parameters and buffers that the graph reads."""
+        nodes = self.placeholders
+        lines = sorted(f"{name} {tuple(nodes[i].meta['val'].shape)} {nodes[i].meta['val'].dtype}" for name, i in self.state_names.items())
+        return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def find_argument(self, name: str, order: Sequence[str] = ()) -> int | None:
+        """The position among the inputs of the forward's argument ``name``; ``order`` names positional ones."""
+        if name in self.arguments:
+            return self.arguments[name]
+        if name in order:
+            return self.arguments.get(f"*{list(order).index(name)}")
+        return None
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """All contiguous block ranges by site name, as (first, last) positions."""
+        count = len(self.blocks) if self.boundaries else 0
+        return {range_name(self.blocks[a], self.blocks[b]): (a, b) for a in range(count) for b in range(a, count)}
+
+    def graph_index(self, latents: int | None) -> GraphIndex:
+        """What passes need to know of this graph; ``latents`` is the position of the input that changes."""
+        return GraphIndex(self.boundaries, self.ranges(), latents)
+
+
+def mark_attention(gm: fx.GraphModule) -> int:
+    """Turn every attention call of a Dynamo graph into the opaque site operator; returns how many there were."""
+    found = 0
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
+            given = dict(zip(SDPA_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
+            defaults = dict(zip(SDPA_ARGUMENTS, SDPA_DEFAULTS, strict=True))
+            node.target = ATTENTION
+            node.args = tuple(given.get(name, defaults[name]) for name in SDPA_ARGUMENTS)
+            node.kwargs = {}
+            found += 1
+    gm.recompile()
+    return found
+
+
+def name_inputs(gm: fx.GraphModule) -> tuple[dict[str, int], dict[str, int]]:
+    """Positions of a Dynamo graph's inputs: (arguments by name, ``*0`` for positional ones; parameters by path)."""
+    arguments: dict[str, int] = {}
+    state: dict[str, int] = {}
+    for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        source = source_name(node)
+        if source is None:
+            arguments[node.name] = position
+        elif is_model_state(source):
+            state[module_path(source)] = position
+        else:
+            path = module_path(source)  # "timestep", "kwargs.timestep" or "args.1"
+            root = source.split("'")[1]
+            name = path or root
+            if root in ("args", "kwargs"):
+                name = f"*{path}" if root == "args" else path
+            arguments[name] = position
+    return arguments, state
+
+
+def analyse(gm: fx.GraphModule, context: CompileContext, index: int, arguments: dict[str, int], state: dict[str, int], latents: int | None) -> Trace:
+    """Find the sites of a functional ATen graph; ``latents`` is the position of the input that changes every step."""
+    trace = Trace(index, gm, context, arguments, state)
+    placeholders = trace.placeholders
+    if len(placeholders) != len(arguments) + len(state):
+        trace.notes.append(f"graph has {len(placeholders)} inputs, the capture named {len(arguments) + len(state)}; inputs are not told apart")
+        trace.arguments, trace.state_names = {}, {}
+        latents = None
+    changing = dependents(gm, placeholders[latents]) if latents is not None else set(gm.graph.nodes)
+    trace.blocks = _find_blocks(gm, changing)
+    if latents is not None and trace.blocks:
+        trace.boundaries = _find_boundaries(gm, trace.blocks, changing)
+    trace.sites = tuple(_find_sites(trace))
+    return trace
+
+
+def block_of(node: fx.Node) -> str | None:
+    """The outermost numbered module of a node's stack: ``blocks.3`` for ``blocks.3.attn1.to_q``."""
+    for path in module_stack(node):
+        parts = path.split(".")
+        for depth, part in enumerate(parts):
+            if part.isdigit() and depth:
+                return ".".join(parts[: depth + 1])
+    return None
+
+
+def _find_blocks(gm: fx.GraphModule, changing: set[fx.Node]) -> tuple[str, ...]:
+    """Numbered modules whose attention is among the ``changing`` nodes (a prompt refiner's is not), in execution order."""
+    seen = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target is ATTENTION and node in changing:
+            name = block_of(node)
+            if name is not None:
+                seen[name] = None
+    return tuple(seen)
+
+
+def dependents(gm: fx.GraphModule, root: fx.Node) -> set[fx.Node]:
+    """All nodes whose value depends on ``root``'s."""
+    found = {root}
+    for node in gm.graph.nodes:
+        if any(parent in found for parent in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _find_boundaries(gm: fx.GraphModule, blocks: tuple[str, ...], changing: set[fx.Node]) -> tuple[Boundary, ...]:
+    """The residual stream between blocks: latents-dependent (``changing``) values that cross the edge.
+
+    Views that only look into a crossing value (``getitem`` of a split) count as the values they are.
+    """
+    order = list(gm.graph.nodes)
+    position = {node: i for i, node in enumerate(order)}
+    last_use = {node: max((position[user] for user in node.users), default=-1) for node in order}
+    spans = {name: [position[n] for n in order if n.op == "call_function" and n in changing and block_of(n) == name] for name in blocks}
+    edges = [min(spans[blocks[0]]) - 1] + [max(spans[name]) for name in blocks]
+    boundaries = []
+    for edge in edges:
+        crossing = [n for n in order[: edge + 1] if n in changing and n.op == "call_function" and last_use[n] > edge]
+        streams = [n for n in crossing if isinstance(n.meta.get("val"), torch.Tensor)]
+        boundaries.append(Boundary(order[edge].name, tuple(n.name for n in streams)))
+    return tuple(boundaries)
+
+
+def _find_sites(trace: Trace) -> list[Site]:
+    sites: list[Site] = []
+    repeats: dict[str, int] = {}
+    placeholders = trace.placeholders
+    weights = {placeholders[position] for position in trace.state_names.values()} or set(placeholders)
+    for node in trace.gm.graph.nodes:
+        if node.op != "call_function":
+            continue
+        stack = module_stack(node)
+        if node.target is ATTENTION:
+            query, key = node.args[0].meta["val"], node.args[1].meta["val"]
+            sites.append(
+                AttentionSite(
+                    _distinct(repeats, stack[-1] if stack else node.name), trace.index, int(query.shape[1]), int(query.shape[-2]),
+                    int(key.shape[-2]), int(query.shape[-1]), len(node.args) > 3 and node.args[3] is not None,
+                )
+            )  # fmt: skip
+        elif node.target in PRODUCTS and _seen_through(node.args[PRODUCTS[node.target][1]]) in weights:
+            left, right = (node.args[i].meta["val"] for i in PRODUCTS[node.target])
+            rows = math.prod(map(int, left.shape[:-1]))  # a strided input makes a batched product of a linear layer
+            sites.append(LinearSite(_distinct(repeats, stack[-1] if stack else node.name), trace.index, int(right.shape[-2]), int(right.shape[-1]), rows))
+    if trace.boundaries:
+        for position, name in enumerate(trace.blocks):
+            streams = trace.boundaries[position + 1].streams
+            sites.append(BlockSite(name, trace.index, position, tuple(_shape(trace.gm, s) for s in streams)))
+    outputs = [n for n in trace.gm.graph.output_node().args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
+    sites.append(StepSite(trace.index, tuple(tuple(map(int, n.meta["val"].shape)) for n in outputs)))
+    return sites
+
+
+def _seen_through(node: fx.Node) -> fx.Node:
+    """What a value is made of, if only views, casts and expansions lie between."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _distinct(repeats: dict[str, int], name: str) -> str:
+    """A second site in one module is ``name#1``."""
+    repeats[name] = repeats.get(name, -1) + 1
+    return f"{name}#{repeats[name]}" if repeats[name] else name
+
+
+def _shape(gm: fx.GraphModule, name: str) -> tuple[int, ...]:
+    node = next(n for n in gm.graph.nodes if n.name == name)
+    return tuple(map(int, node.meta["val"].shape))
+
+
+def count_flops(gm: fx.GraphModule, block: str | None = None) -> int:
+    """FLOPs (two per multiply-add) of the matrix products and attention of a graph, or of one block of it."""
+    total = 0
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or (block is not None and block_of(node) != block):
+            continue
+        if node.target in PRODUCTS:
+            left = node.args[PRODUCTS[node.target][0]].meta["val"]
+            total += 2 * int(left.numel()) * int(node.meta["val"].shape[-1])
+        elif node.target is ATTENTION:
+            query, key, value = (node.args[i].meta["val"] for i in range(3))
+            total += 2 * int(query.numel()) * int(key.shape[-2]) + 2 * int(query.numel() // query.shape[-1]) * int(key.shape[-2]) * int(value.shape[-1])
+    return total
+
+
+def output_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """The tensors that a graph returns, in order (constants left out)."""
+    return [n for n in gm.graph.output_node().args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether a node picks one result out of a tuple."""
+    return node.op == "call_function" and node.target is operator.getitem

@@ -1,0 +1,184 @@
+"""Find the plan: solve on the profile's numbers, let real rollouts decide, until the target holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ditopt.console import Reporter, Stage
+from ditopt.cost_models.measured import MeasuredCost
+from ditopt.measure import Evaluator
+from ditopt.plan import Plan, Rule
+from ditopt.profile import Profile
+from ditopt.quality import Quality
+from ditopt.runtime.schedule import bind
+from ditopt.search import (
+    Measurement,
+    SearchProblem,
+    Solution,
+    Trial,
+    bisect_kept,
+    bisect_lambda,
+    refine,
+    solve,
+    solve_kept,
+)
+from ditopt.search.rollouts import rules_key
+from ditopt.target import Target
+
+Pairs = Sequence[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One plan tried by real rollouts on the tuning prompts."""
+
+    stage: str
+    rules: tuple[Rule, ...]
+    quality: Quality
+    seconds: float
+    met: bool
+
+
+@dataclass
+class Tuner:
+    """Searches the plan of one network while the others run by ``fixed`` rules.
+
+    ``seconds`` of a plan are the cost model's (measured per variant, summed over the schedule), so that the
+    choice between plans does not hang on the noise of one wall clock.
+    """
+
+    network: str
+    profile: Profile
+    evaluator: Evaluator
+    target: Target
+    pairs: Pairs
+    reporter: Reporter
+    budget: int
+    max_variants: int = 8
+    techniques: tuple[str, ...] = ("reuse", "forecast", "fit")
+    fixed: tuple[Rule, ...] = ()
+    tried: dict[tuple[str, ...], Tried] = field(default_factory=dict)
+    stage_name: str = "search"
+
+    def __post_init__(self) -> None:
+        part = self.profile.networks[self.network]
+        self.problem = SearchProblem.from_profile(
+            part,
+            self.techniques,
+            range_weights=part.range_weights,
+            sample_norm=self.profile.sample_norm,
+            network=self.network if len(self.profile.networks) > 1 else "*",
+        )
+        self._bar: Stage | None = None
+
+    def find(self, margin_db: float) -> Solution | None:
+        """The fastest plan found that meets the target with a margin, on the tuning prompts; None if none does."""
+        with self.reporter.stage(f"search: {self.network}", self.budget) as self._bar:
+            if self.target.speedup is not None:
+                return self._for_speed(self.target.speedup)
+            return self._for_quality(self.target.limit(margin_db))
+
+    def _for_quality(self, limit: float) -> Solution | None:
+        def meets(measurement: Measurement) -> bool:
+            return measurement.error <= limit
+
+        self.stage_name = "bisect"
+        by_count = bisect_kept(
+            self.problem, self._measure, meets, max(4, self.budget // 3), self.max_variants, start=self._guess(limit)
+        )
+        best = by_count.best
+        by_price = bisect_lambda(
+            self.problem, self._measure, meets, max(2, self.budget // 5), self.max_variants, start=self._price_of(best)
+        )
+        best = _faster(best, by_price.best)
+        self.stage_name = "refine"
+        while best is not None and self._left > 1 and len(best.solution.kept) > 2:
+            smaller = solve_kept(self.problem, len(best.solution.kept) - 1, self.max_variants)
+            improved = self._refine(smaller, max(2, self._left // 2))
+            if improved is None or not meets(improved.measurement):
+                break
+            best = _faster(best, improved)
+        if best is not None and self._left > 0:
+            polished = self._refine(best.solution, self._left)
+            if polished is not None and polished.measurement.seconds <= best.measurement.seconds * 1.001:
+                best = polished
+        return None if best is None else best.solution
+
+    def _for_speed(self, speedup: float) -> Solution | None:
+        part = self.profile.networks[self.network].seconds
+        allowed = self.problem.steps * part["full"] / speedup
+        count = int((allowed - self.problem.steps * part["predicted"]) / max(part["full"] - part["predicted"], 1e-9))
+        if count < 1:
+            return None
+        self.stage_name = "refine"
+        best = self._refine(solve_kept(self.problem, min(count, self.problem.steps), self.max_variants), self.budget)
+        return None if best is None else best.solution
+
+    def _guess(self, limit: float) -> int | None:
+        """A first number of kept steps: the least whose predicted error meets the limit."""
+        allowed = limit if self.target.max_rel_error is not None else 10 ** (limit / 20) * self._peak_to_norm()
+        for count in range(2, self.problem.steps):
+            if solve_kept(self.problem, count, self.max_variants).predicted_error <= allowed:
+                return count
+        return None
+
+    def _peak_to_norm(self) -> float:
+        """Turns an RMSE relative to a peak of 1 into an error relative to the sample's norm."""
+        entries = next(iter(self.evaluator.references.values())).numel()
+        return float(entries**0.5 / max(self.profile.sample_norm, 1e-12))
+
+    def _price_of(self, trial: Trial | None) -> float | None:
+        """A lambda at which the price-driven search keeps about as many steps as ``trial``."""
+        if trial is None:
+            return None
+        from ditopt.search import lambda_range
+
+        low, high = lambda_range(self.problem)
+        for _ in range(12):
+            middle = (low * high) ** 0.5
+            low, high = (
+                (middle, high)
+                if len(solve(self.problem, middle, self.max_variants).kept) < len(trial.solution.kept)
+                else (low, middle)
+            )
+        return (low * high) ** 0.5
+
+    def _refine(self, solution: Solution, budget: int) -> Trial | None:
+        found = refine(self.problem, solution, self._measure, budget)
+        known = self.tried.get(rules_key(found.rules))
+        return None if known is None else Trial(found, Measurement(self.target.error(known.quality), known.seconds))
+
+    @property
+    def _left(self) -> int:
+        return self.budget - len(self.tried)
+
+    def _measure(self, rules: Sequence[Rule]) -> Measurement:
+        key = rules_key(rules)
+        if key not in self.tried:
+            quality, _ = self.evaluator.quality([*self.fixed, *rules], self.pairs)
+            seconds = self.estimate(self.evaluator.bind([*self.fixed, *rules]))
+            met = self.target.missing_db(quality) <= 0
+            self.tried[key] = Tried(self.stage_name, tuple(rules), quality, seconds, met)
+            if self._bar is not None:
+                self._bar.advance(f"{seconds:.2f} s, {quality.psnr:.1f} dB")
+        found = self.tried[key]
+        return Measurement(self.target.error(found.quality), found.seconds)
+
+    def estimate(self, plan: Plan) -> float:
+        """Seconds of this network in one generation under a plan, by the measured times of its variants."""
+        cost = MeasuredCost(self.profile.networks[self.network].seconds)
+        ranges = self.evaluator.sessions[self.network].programs[0].variants.trace.ranges()
+        steps = bind(plan, self.network, ranges).steps
+        return sum(cost.step_seconds([found.site for found in step.predictions]) for step in steps)
+
+
+def _faster(one: Trial | None, two: Trial | None) -> Trial | None:
+    """The faster of two trials; of equally fast ones (to a per cent) the better."""
+    if one is None or two is None:
+        return one or two
+    key: Callable[[Trial], tuple[float, float]] = lambda trial: (
+        round(trial.measurement.seconds, 3),
+        trial.measurement.error,
+    )  # noqa: E731
+    return min(one, two, key=key)
