@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ditopt.api import optimize
+    from ditopt.api import apply, optimize
     from ditopt.errors import (
         AuditError,
         DitoptError,
@@ -35,10 +35,11 @@ __all__ = [
     "RolloutError",
     "TraceError",
     "__version__",
+    "apply",
     "optimize",
 ]
 
-_HOMES = {"optimize": "ditopt.api", "Plan": "ditopt.plan", "Profile": "ditopt.profile"}
+_HOMES = {"apply": "ditopt.api", "optimize": "ditopt.api", "Plan": "ditopt.plan", "Profile": "ditopt.profile"}
 
 
 def __getattr__(name: str) -> object:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ditopt.errors import InputError
+from ditopt.errors import InputError, PlanMismatchError
+from ditopt.plan import Plan
 
 ModelT = TypeVar("ModelT")
 
@@ -58,14 +59,61 @@ def optimize(
         RolloutError: the sampling loop does not call the model, gives NaN or is not deterministic.
         TraceError: no step, block or attention was found to decide on.
     """
-    from ditopt.optimizer import Optimizer, Target
+    from ditopt.optimizer import Optimizer
+    from ditopt.target import Target
 
     prompts = check_prompts(calib_prompts)
     target = Target.from_arguments(quality, max_rel_error, min_psnr, target_speedup)
     Optimizer(
-        model, prompts, rollout=rollout, target=target, plan_path=plan_path, pipe_kwargs=pipe_kwargs, seed=seed,
-        techniques=techniques, max_variants=max_variants, budget=budget, on_mismatch=on_mismatch, resume=resume, quiet=quiet,
-    ).run()  # fmt: skip
+        model,
+        prompts,
+        rollout=rollout,
+        target=target,
+        plan_path=plan_path,
+        pipe_kwargs=pipe_kwargs,
+        seed=seed,
+        techniques=techniques,
+        max_variants=max_variants,
+        budget=budget,
+        on_mismatch=on_mismatch,
+        resume=resume,
+        quiet=quiet,
+    ).run()
+    return model
+
+
+def apply(model: ModelT, plan: str | Path | Plan, *, on_mismatch: str = "error") -> ModelT:
+    """Let a model run by a plan that exists: what ``optimize`` ended with, in another process or machine.
+
+    Args:
+        model: a diffusers pipeline, or a network as an ``nn.Module``; compiled in place.
+        plan: a plan or the path of its file.
+        on_mismatch: what a call outside of the planned schedule does: ``error``, ``dense`` or ``retarget``.
+
+    Raises:
+        PlanError: the plan cannot be read.
+        PlanMismatchError: the pipeline lacks a network of the plan, or has another scheduler than it was made for.
+    """
+    from torch import nn
+
+    from ditopt.adapters import is_pipeline
+    from ditopt.backend import ditopt_backend
+
+    found = plan if isinstance(plan, Plan) else Plan.load(plan)
+    networks: dict[str, Any] = {name: getattr(model, name, None) for name in found.sampler.timesteps}
+    if not is_pipeline(model):
+        networks = dict.fromkeys(list(networks)[:1], model)
+    else:
+        scheduler = type(getattr(model, "scheduler", None)).__name__
+        if scheduler != found.sampler.class_name and on_mismatch == "error":
+            raise PlanMismatchError(
+                f"plan was made for {found.sampler.class_name}, the pipeline samples with {scheduler}; "
+                'set that scheduler, make a plan for this one, or pass on_mismatch="retarget"'
+            )
+    for name, network in networks.items():
+        if not isinstance(network, nn.Module):
+            raise PlanMismatchError(f"plan is for network {name!r}, which {type(model).__name__} does not have")
+        network.compile(backend=ditopt_backend, options={"plan": found, "network": name, "on_mismatch": on_mismatch})
     return model
 
 
@@ -83,6 +131,7 @@ def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
         raise InputError(f"calib_prompts holds {wrong[0]!r}, a {type(wrong[0]).__name__}; prompts are texts")
     if len(found) < 2:
         raise InputError(
-            f"{len(found)} calibration prompts are too few: one half is profiled and the other verifies; give at least 2, better 8"
+            f"{len(found)} calibration prompts are too few: one half is profiled and the other verifies; give at "
+            "least 2, better 8"
         )
     return found

@@ -54,7 +54,8 @@ def call_pattern(log: CallLog, guidance: float) -> dict[str, NetworkCalls]:
         )
     if not log.timestep:
         raise RolloutError(
-            "no argument of the model tells the step: none of its small tensor arguments changes from call to call; pass the timestep as a tensor"
+            "no argument of the model tells the step: none of its small tensor arguments changes from call to "
+            "call; pass the timestep as a tensor"
         )
     return {
         name: _of_network([r for r in log.records if r.network == name], guidance)

@@ -102,7 +102,8 @@ def decision_from_data(data: Any) -> Decision:
     Raises:
         ValueError: the kind is unknown or its settings do not validate.
     """
-    kind, settings = (data, {}) if isinstance(data, str) else (None, None)
+    kind: Any = data
+    settings: Any = {}
     if isinstance(data, dict) and len(data) == 1:
         kind, settings = next(iter(data.items()))
     if kind not in KINDS or not isinstance(settings, dict):

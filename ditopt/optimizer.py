@@ -136,7 +136,8 @@ class Optimizer:
 
     def _run(self, profiled: list[tuple[str, int]], held_out: list[tuple[str, int]]) -> Result:
         self.reporter.say(
-            f"ditopt: {len(profiled)} prompts to profile, {len(held_out)} held out to verify; target {self.target.to_data()}"
+            f"ditopt: {len(profiled)} prompts to profile, {len(held_out)} held out to verify; target "
+            f"{self.target.to_data()}"
         )
         with self._timed("probe"):
             eager, eager_seconds, calls, log = self._probe(profiled[0])
@@ -155,13 +156,14 @@ class Optimizer:
         for name, trace in traces.items():
             if not trace.blocks:
                 raise TraceError(
-                    f"no attention inside numbered blocks was found in {name}; ditopt works on transformers made of a stack of blocks"
+                    f"no attention inside numbered blocks was found in {name}; ditopt works on transformers made "
+                    "of a stack of blocks"
                 )
         evaluator = Evaluator(self.adapter, sessions, self._template(calls, traces, inputs))
         facts = {
             "calls": {name: part.timesteps for name, part in calls.items()},
             "settings": dict(self.pipe_kwargs or {}),
-            "pairs": profiled,
+            "pairs": [*profiled, *held_out],
         }
         checkpoints = Checkpoints(run_key({name: self.adapter.networks[name] for name in calls}, facts), self.resume)
         with self._timed("profile"):
@@ -172,8 +174,8 @@ class Optimizer:
             self._timed("held-out references"),
             self.reporter.stage("dense runs of held-out prompts", len(held_out)) as stage,
         ):
-            for pair in held_out:
-                evaluator.dense([pair])
+            for index, pair in enumerate(held_out):
+                self._reference(evaluator, checkpoints, f"held_out{index}", pair)
                 stage.advance()
         with self._timed("search and verify"):
             found = self._search(evaluator, profile, profiled, held_out)
@@ -181,6 +183,16 @@ class Optimizer:
             evaluator.bind(())
             return self._stay_dense("no plan met the target on the held-out prompts")
         return self._finish(evaluator, profile, found, profiled, held_out, eager_seconds)
+
+    @staticmethod
+    def _reference(evaluator: Evaluator, checkpoints: Checkpoints, name: str, pair: tuple[str, int]) -> None:
+        """The dense sample of a held-out prompt, from its checkpoint if there is one."""
+        kept = checkpoints.load(name, ["sample"])
+        if kept is not None:
+            evaluator.references[pair] = kept["sample"]
+            return
+        evaluator.dense([pair])
+        checkpoints.save(name, {"sample": evaluator.references[pair]})
 
     def _probe(self, pair: tuple[str, int]) -> tuple[Tensor, float, dict[str, NetworkCalls], CallLog]:
         """One eager generation: who is called when, with what, and how long it takes."""
@@ -198,7 +210,8 @@ class Optimizer:
                 else ""
             )
             self.reporter.say(
-                f"  {name}: {len(part.timesteps)} steps{guided}; timestep in {log.timestep!r}, latents in {log.latents!r}"
+                f"  {name}: {len(part.timesteps)} steps{guided}; timestep in {log.timestep!r}, latents in "
+                f"{log.latents!r}"
             )
         return sample, seconds, calls, log
 
@@ -208,11 +221,14 @@ class Optimizer:
         again = self.adapter.checked_rollout(*pair)
         if again.shape != compiled.shape or relative_l2(again, compiled) > 1e-4:
             raise RolloutError(
-                f"two rollouts of prompt {pair[0]!r} with seed {pair[1]} differ by {relative_l2(again, compiled) if again.shape == compiled.shape else math.nan:.1%}: "
-                "the loop is not deterministic. Draw all noise from a generator seeded with the seed that rollout is given"
+                f"two rollouts of prompt {pair[0]!r} with seed {pair[1]} differ by "
+                f"{relative_l2(again, compiled) if again.shape == compiled.shape else math.nan:.1%}: "
+                "the loop is not deterministic. Draw all noise from a generator seeded with the seed that "
+                "rollout is given"
             )
         self.reasons.append(
-            f"eager and compiled runs differ by {relative_l2(compiled, eager):.1%} (rounding grows along this sampler); quality is judged against the compiled one"
+            f"eager and compiled runs differ by {relative_l2(compiled, eager):.1%} (rounding grows along this "
+            "sampler); quality is judged against the compiled one"
         )
 
     def _template(self, calls: Mapping[str, NetworkCalls], traces: Mapping[str, Trace], inputs: Inputs) -> Plan:
@@ -281,7 +297,8 @@ class Optimizer:
             quality, _ = evaluator.quality(rules, held_out)
             missing = self.target.missing_db(quality)
             self.reporter.say(
-                f"  held-out prompts: {quality.psnr:.1f} dB (worst {quality.worst_psnr:.1f}), relative L2 {quality.rel_l2:.4f}"
+                f"  held-out prompts: {quality.psnr:.1f} dB (worst {quality.worst_psnr:.1f}), relative L2 "
+                f"{quality.rel_l2:.4f}"
             )
             if missing <= 0:
                 return Found(rules, quality, solutions, tuners)

@@ -75,7 +75,7 @@ DecisionField = Annotated[Decision, BeforeValidator(_read_decision), PlainSerial
 
 
 class Rule(_Part):
-    """``do`` at the sites that ``sites`` names (``step``, ``blocks.3``, a range ``blocks.2..5`` or a glob) in ``steps``."""
+    """``do`` at the sites ``sites`` (``step``, ``blocks.3``, a range ``blocks.2..5`` or a glob) in ``steps``."""
 
     sites: Annotated[str, Field(min_length=1, max_length=300)]
     steps: Annotated[Steps, Field(min_length=1)]
@@ -86,7 +86,8 @@ class Rule(_Part):
     def _fit_covers_steps(self) -> Self:
         if isinstance(self.do, Fit) and set(self.do.coefficients) != set(self.steps):
             raise ValueError(
-                f"fit has coefficients for steps {format_steps(self.do.coefficients)}, the rule is for {format_steps(self.steps)}"
+                f"fit has coefficients for steps {format_steps(self.do.coefficients)}, the rule is for "
+                f"{format_steps(self.steps)}"
             )
         return self
 
@@ -120,7 +121,7 @@ class DevicePrint(_Part):
 
 
 class Inputs(_Part):
-    """Names of the forward's arguments that tell step, latents and generation apart; ``forward`` lists them in order."""
+    """Names of the arguments that tell step, latents and generation apart; ``forward`` lists the forward's in order."""
 
     timestep: str = "timestep"
     latents: str = "hidden_states"
@@ -131,7 +132,7 @@ class Inputs(_Part):
 class Plan(_Part):
     """A plan: what to do where and when; what no rule names is dense, and later rules win."""
 
-    ditopt: Literal[1] = FORMAT_VERSION
+    ditopt: Literal[1] = 1
     model: ModelPrint
     sampler: SamplerPrint
     geometry: dict[str, tuple[int, ...]] = {}
@@ -221,7 +222,8 @@ class Plan(_Part):
             raise PlanError(f"{where}: not a plan in YAML: {problem}") from None
         if not isinstance(data, dict):
             raise PlanError(
-                f"{source}: a plan is a mapping that starts with 'ditopt: {FORMAT_VERSION}'; found {type(data).__name__}"
+                f"{source}: a plan is a mapping that starts with 'ditopt: {FORMAT_VERSION}'; found "
+                f"{type(data).__name__}"
             )
         version = data.get("ditopt")
         if version != FORMAT_VERSION:
@@ -249,7 +251,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML is annotated in part
             raise yaml.composer.ComposerError(
                 None, None, "aliases are not allowed in a plan; write the value out", event.start_mark
             )

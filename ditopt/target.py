@@ -39,7 +39,8 @@ class Target:
         if quality not in LEVELS:
             levels = ", ".join(f"{name} ({psnr:g} dB)" for name, psnr in LEVELS.items())
             raise InputError(
-                f"quality={quality!r} is unknown; use one of {levels}, or give min_psnr=, max_rel_error= or target_speedup="
+                f"quality={quality!r} is unknown; use one of {levels}, or give min_psnr=, max_rel_error= or "
+                "target_speedup="
             )
         return cls(min_psnr=LEVELS[quality])
 

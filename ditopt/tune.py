@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ditopt.console import Reporter, Stage
@@ -19,6 +20,7 @@ from ditopt.search import (
     Trial,
     bisect_kept,
     bisect_lambda,
+    lambda_range,
     refine,
     solve,
     solve_kept,
@@ -132,17 +134,15 @@ class Tuner:
         """A lambda at which the price-driven search keeps about as many steps as ``trial``."""
         if trial is None:
             return None
-        from ditopt.search import lambda_range
-
         low, high = lambda_range(self.problem)
         for _ in range(12):
-            middle = (low * high) ** 0.5
+            middle = math.sqrt(low * high)
             low, high = (
                 (middle, high)
                 if len(solve(self.problem, middle, self.max_variants).kept) < len(trial.solution.kept)
                 else (low, middle)
             )
-        return (low * high) ** 0.5
+        return math.sqrt(low * high)
 
     def _refine(self, solution: Solution, budget: int) -> Trial | None:
         found = refine(self.problem, solution, self._measure, budget)
@@ -174,11 +174,7 @@ class Tuner:
 
 
 def _faster(one: Trial | None, two: Trial | None) -> Trial | None:
-    """The faster of two trials; of equally fast ones (to a per cent) the better."""
+    """The faster of two trials; of equally fast ones (to a millisecond) the better."""
     if one is None or two is None:
         return one or two
-    key: Callable[[Trial], tuple[float, float]] = lambda trial: (
-        round(trial.measurement.seconds, 3),
-        trial.measurement.error,
-    )  # noqa: E731
-    return min(one, two, key=key)
+    return min(one, two, key=lambda trial: (round(trial.measurement.seconds, 3), trial.measurement.error))

@@ -31,7 +31,8 @@ def adapt(model: Any, rollout: Rollout | None, pipe_kwargs: Mapping[str, Any] | 
         )
     if rollout is None:
         raise InputError(
-            f"{type(model).__name__} is a bare module: give rollout(model, prompt, seed) -> Tensor, your own sampling loop"
+            f"{type(model).__name__} is a bare module: give rollout(model, prompt, seed) -> Tensor, your own "
+            "sampling loop"
         )
     if pipe_kwargs:
         raise InputError("pipe_kwargs= is for diffusers pipelines; put such settings into your rollout")

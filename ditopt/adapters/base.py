@@ -70,12 +70,14 @@ class Adapter(ABC):
             sample = self.rollout(prompt, seed, **settings)
         if not isinstance(sample, Tensor):
             raise RolloutError(
-                f"rollout returned {type(sample).__name__} for prompt {prompt!r}; it must return the finished sample as a torch.Tensor"
+                f"rollout returned {type(sample).__name__} for prompt {prompt!r}; it must return the finished "
+                "sample as a torch.Tensor"
             )
         if not bool(torch.isfinite(sample).all()):
             bad = int((~torch.isfinite(sample)).sum())
             raise RolloutError(
-                f"the dense model gave {bad} NaN or infinite values of {sample.numel()} for prompt {prompt!r}, seed {seed}; mend the model, dtype or sampler first"
+                f"the dense model gave {bad} NaN or infinite values of {sample.numel()} for prompt {prompt!r}, "
+                f"seed {seed}; mend the model, dtype or sampler first"
             )
         return sample.detach().float().cpu()
 

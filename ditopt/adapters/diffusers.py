@@ -35,13 +35,15 @@ class DiffusersAdapter(Adapter):
         }
         if not self.networks:
             raise InputError(
-                f"{type(pipe).__name__} has no network among {', '.join(NETWORKS)}; give its denoiser as an nn.Module with rollout="
+                f"{type(pipe).__name__} has no network among {', '.join(NETWORKS)}; give its denoiser as an "
+                "nn.Module with rollout="
             )
         accepted = inspect.signature(pipe.__call__).parameters
         unknown = sorted(set(self.settings) - set(accepted))
         if unknown:
             raise InputError(
-                f"pipe_kwargs {', '.join(unknown)} are not arguments of {type(pipe).__name__}; known are {', '.join(accepted)}"
+                f"pipe_kwargs {', '.join(unknown)} are not arguments of {type(pipe).__name__}; known are "
+                f"{', '.join(accepted)}"
             )
         self.accepted = accepted
         self._progress = dict(getattr(pipe, "_progress_bar_config", {}))
@@ -60,8 +62,8 @@ class DiffusersAdapter(Adapter):
         result = self.pipe(prompt=prompt, generator=generator, **arguments)
         for name in ("frames", "images", "sample", "audios"):
             if hasattr(result, name):
-                return _to_tensor(getattr(result, name))
-        return _to_tensor(result[0])
+                return _to_tensor(getattr(result, name))  # type: ignore[no-any-return]  # checked_rollout checks it
+        return _to_tensor(result[0])  # type: ignore[no-any-return]  # as above
 
     def sampler(self) -> Sampler:
         """Scheduler class, guidance scale and the sigma of every timestep of the latest rollout."""

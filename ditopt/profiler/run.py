@@ -14,10 +14,10 @@ from ditopt.adapters.base import Sampler
 from ditopt.backend import Session
 from ditopt.calls import NetworkCalls
 from ditopt.console import Reporter
+from ditopt.decisions import Reuse
 from ditopt.errors import RolloutError, TraceError
 from ditopt.measure import Evaluator
 from ditopt.plan import Rule
-from ditopt.decisions import Reuse
 from ditopt.profile import FeatureGram, NetworkProfile, Profile
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.features import FeatureCollector, range_gram
@@ -80,7 +80,8 @@ class ProfileRun:
             sample = self.evaluator.adapter.checked_rollout(*pair)
         except IndexError as error:
             raise RolloutError(
-                "the rollout calls the model more often than in the recorded generation; it must call it alike for every prompt"
+                "the rollout calls the model more often than in the recorded generation; it must call it alike "
+                "for every prompt"
             ) from error
         finally:
             for session in sessions.values():
@@ -89,7 +90,8 @@ class ProfileRun:
         for name, collector in collectors.items():
             if not collector.complete:
                 raise RolloutError(
-                    f"the rollout of prompt {pair[0]!r} calls {name} less often than that of the first prompt; it must call it alike for every prompt"
+                    f"the rollout of prompt {pair[0]!r} calls {name} less often than that of the first prompt; "
+                    "it must call it alike for every prompt"
                 )
             bundle[f"{name}.{STEP}"] = torch.from_numpy(collector.step_gram())
             bundle[f"{name}.present"] = torch.from_numpy(collector.present())
@@ -212,7 +214,8 @@ def whole_program(session: Session) -> Program:
     """
     if len(session.programs) != 1:
         raise TraceError(
-            f"{session.network} was captured as {len(session.programs)} graphs, so no decision can be made for it as a whole; "
+            f"{session.network} was captured as {len(session.programs)} graphs, so no decision can be made for "
+            "it as a whole; "
             "remove the graph breaks (TORCH_LOGS=graph_breaks shows them) or call it with the same shapes throughout"
         )
     return session.programs[0]

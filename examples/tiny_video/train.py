@@ -18,12 +18,14 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import spawn
 
 from .clips import FRAMES, RADII, render, sample_scene
 from .space_to_depth import to_latents
@@ -44,7 +46,7 @@ class Stage:
     radii: tuple[float, float] = RADII
 
 
-STAGES = (Stage(32, 16, 800, (0.13, 0.185)), Stage(32, 16, 1200), Stage(48, 12, 700), Stage(64, 8, 420))
+STAGES = (Stage(32, 16, 800, (0.13, 0.185)), Stage(32, 16, 1000), Stage(48, 8, 500), Stage(64, 6, 800))
 PEAK_LR = 1.5e-3
 WARMUP = 150
 
@@ -115,7 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29531")
-    torch.multiprocessing.spawn(train, (args,), nprocs=args.workers)
+    spawn(train, (args,), nprocs=args.workers)
 
 
 def average_gradients(parameters: list[nn.Parameter], workers: int) -> None:
@@ -163,7 +165,7 @@ def _train(rank: int, args: argparse.Namespace) -> None:
         step = state["step"]
         if rank == 0:
             print(f"resumed at step {step}", flush=True)
-    run = torch.compile(trainee.transformer, dynamic=False)
+    run: Any = torch.compile(trainee.transformer, dynamic=False)
     total = sum(stage.steps for stage in STAGES)
     source = batches(step, STAGES, mine)
     first, began, recent = step, time.time(), []

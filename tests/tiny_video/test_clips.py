@@ -1,0 +1,82 @@
+"""Clips can be made again bit for bit, and the detector reads them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from examples.tiny_video import prompts
+from examples.tiny_video.clips import FRAMES, render, sample_scene
+from examples.tiny_video.detector import KINDS, attribute_score, count_by_kind, count_right, parse_caption
+from examples.tiny_video.space_to_depth import from_latents, to_latents
+from examples.tiny_video.train import SEED
+
+SCENES = [sample_scene(seed) for seed in range(48)]
+
+
+def test_render_is_a_function_of_the_seed() -> None:
+    clip = render(sample_scene(5), 32)
+    assert clip.shape == (FRAMES, 32, 32, 3) and clip.dtype == np.float32
+    assert clip.min() >= 0 and clip.max() <= 1
+    np.testing.assert_array_equal(clip, render(sample_scene(5), 32))
+    assert np.abs(clip - render(sample_scene(6), 32)).max() > 0.1
+
+
+def test_detector_reads_rendered_clips() -> None:
+    clips, captions = [render(scene) for scene in SCENES], [scene.caption for scene in SCENES]
+    assert attribute_score(clips, captions) >= 0.98
+    assert attribute_score(clips, captions[1:] + captions[:1]) < 0.6
+
+
+def test_detector_finds_nothing_in_noise() -> None:
+    noise = np.random.default_rng(0).uniform(0, 1, (8, FRAMES, 64, 64, 3)).astype(np.float32)
+    assert attribute_score(list(noise), [scene.caption for scene in SCENES[:8]]) < 0.3
+
+
+def test_counts_by_kind_add_up() -> None:
+    scene = SCENES[3]
+    counts = count_by_kind(render(scene), SCENES[4].caption)
+    assert tuple(counts) == KINDS
+    assert counts["background"][1] == 1
+    assert {counts[kind][1] for kind in KINDS[1:]} == {len(SCENES[4].things)}
+    assert count_right(render(scene), SCENES[4].caption) == (
+        sum(right for right, _ in counts.values()),
+        sum(of for _, of in counts.values()),
+    )
+
+
+def test_captions_parse_back() -> None:
+    for scene in SCENES:
+        things, background = parse_caption(scene.caption)
+        assert background == scene.background
+        assert [tuple(thing.values()) for thing in things] == [(t.colour, t.shape, t.motion) for t in scene.things]
+    with pytest.raises(ValueError, match="not of the form"):
+        parse_caption("a dog in the rain")
+
+
+@pytest.mark.parametrize("size", [32, 48, 64])
+def test_space_to_depth_is_inverted_exactly(size: int) -> None:
+    levels = torch.randint(0, 257, (2, FRAMES, size, size, 3), generator=torch.Generator().manual_seed(0))
+    clips = levels / 256
+    latents = to_latents(clips)
+    assert latents.shape == (2, 12, FRAMES, size // 2, size // 2)
+    assert torch.equal(from_latents(latents), clips)
+    drawn = torch.from_numpy(render(SCENES[0], size))[None]
+    torch.testing.assert_close(from_latents(to_latents(drawn)), drawn, rtol=0, atol=2**-24)
+
+
+def test_a_latent_cell_holds_its_own_four_pixels() -> None:
+    clips = torch.full((1, 1, 4, 6, 3), 0.5)
+    clips[0, 0, 2:4, 4:6] = 1.0
+    cells = to_latents(clips)[0, :, 0].abs().sum(0)
+    assert torch.equal(cells, torch.tensor([[0.0, 0, 0], [0, 0, 12]]))
+
+
+def test_prompt_files_are_the_held_out_captions() -> None:
+    evaluation = (prompts.HERE / "prompts.txt").read_text().splitlines()
+    calibration = (prompts.HERE / "calibration_prompts.txt").read_text().splitlines()
+    assert evaluation == prompts.captions(prompts.EVALUATION_SEEDS) and len(evaluation) == 64
+    assert calibration == prompts.captions(prompts.CALIBRATION_SEEDS) and len(calibration) == 16
+    assert not set(evaluation) & set(calibration)
+    assert max(prompts.CALIBRATION_SEEDS) < SEED + 1_000_000
