@@ -16,7 +16,9 @@ from torch import Tensor, fx
 
 BoxedCallable = Callable[[list[Any]], Sequence[Any]]
 
-_MODULE_STEP = re.compile(r"\.__dict__|\._modules|\['_modules'\]|\._parameters|\._buffers|\['_parameters'\]|\['_buffers'\]")
+_MODULE_STEP = re.compile(
+    r"\.__dict__|\._modules|\['_modules'\]|\._parameters|\._buffers|\['_parameters'\]|\['_buffers'\]"
+)
 
 
 def source_name(placeholder: fx.Node) -> str | None:
@@ -69,8 +71,7 @@ def functionalise(
     Returns what Dynamo is to call. Gradients are not kept: everything runs under ``no_grad``.
     """
     from torch._dynamo.backends.common import aot_autograd
-    from torch._dynamo.utils import detect_fake_mode
-    from torch._guards import TracingContext, tracing
+    from torch._guards import TracingContext, detect_fake_mode, tracing
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V
 
@@ -89,7 +90,7 @@ def functionalise(
         keep_inference_input_mutations=False,
     )
     with torch.no_grad(), V.set_fake_mode(fake_mode), tracing(context):
-        return build(gm, example_inputs)  # type: ignore[no-any-return]
+        return build(gm, example_inputs)
 
 
 def lower(gm: fx.GraphModule, context: CompileContext) -> BoxedCallable:
@@ -111,7 +112,9 @@ def lower(gm: fx.GraphModule, context: CompileContext) -> BoxedCallable:
 
     def inner(graph: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Any:
         # Slots and pruned inputs move the parameters, so no input may be taken to stay at one address.
-        return compile_fx_inner(graph, example_inputs, **{**settings, "static_input_idxs": ()}, get_decomp_fn=select_decomp_table)
+        return compile_fx_inner(
+            graph, example_inputs, **{**settings, "static_input_idxs": ()}, get_decomp_fn=select_decomp_table
+        )
 
     with (
         torch.no_grad(),
@@ -121,7 +124,7 @@ def lower(gm: fx.GraphModule, context: CompileContext) -> BoxedCallable:
         enable_python_dispatcher(),
         torch._C._DisableAutocast(),
     ):
-        return compile_fx_forward(  # type: ignore[return-value]
+        return compile_fx_forward(
             gm,
             inputs,
             num_orig_model_outputs=outputs,

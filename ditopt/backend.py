@@ -6,6 +6,7 @@ Options: ``plan`` (a path, a ``Plan`` or None), ``network`` (which network of th
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +47,7 @@ class Session:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Session:
-        """The session that the user's options describe; a plan that cannot be read becomes an error at the first call."""
+        """The session that the user's options describe; what is wrong with them is raised at the first call."""
         options = dict(options or {})
         if isinstance(options.get("session"), Session):
             found: Session = options["session"]
@@ -55,12 +56,16 @@ class Session:
         try:
             unknown = sorted(set(options) - set(OPTIONS))
             if unknown:
-                raise InputError(f"options {', '.join(unknown)} are unknown to the ditopt backend; known are {', '.join(OPTIONS)}")
+                raise InputError(
+                    f"options {', '.join(unknown)} are unknown to the ditopt backend; known are {', '.join(OPTIONS)}"
+                )
             session.network = str(options.get("network", session.network))
             session.on_mismatch = str(options.get("on_mismatch", session.on_mismatch))
             session.check_passes = bool(options.get("check_passes", False))
             if session.on_mismatch not in MISMATCH:
-                raise InputError(f"option on_mismatch={session.on_mismatch!r} is unknown; use one of {', '.join(MISMATCH)}")
+                raise InputError(
+                    f"option on_mismatch={session.on_mismatch!r} is unknown; use one of {', '.join(MISMATCH)}"
+                )
             plan = options.get("plan")
             if isinstance(plan, str | Path):
                 plan = Plan.load(plan)
@@ -84,16 +89,29 @@ class Session:
         index = len(self.programs)
 
         def on_graph(graph: fx.GraphModule, inputs: Sequence[Any], context: CompileContext) -> BoxedCallable:
-            positions = self._positions(graph, arguments)
+            plan = self._find_plan(Trace(index, graph, context, arguments, state).structure)
+            positions = self._positions(graph, arguments, plan)
             trace = analyse(graph, context, index, arguments, state, positions.latents)
-            program = Program(VariantCache(trace, positions.latents, self.check_passes), positions, self.network, self.on_mismatch)
+            program = Program(
+                VariantCache(trace, positions.latents, self.check_passes), positions, self.network, self.on_mismatch
+            )
             self.programs.append(program)
-            self._attach(program, trace)
+            self._attach(program, trace, plan)
             return _boxed(program)
 
         return functionalise(gm, example_inputs, on_graph)
 
-    def _attach(self, program: Program, trace: Trace) -> None:
+    def _find_plan(self, structure: str) -> Plan | None:
+        """The plan given, else the one that the user's folder has for the model."""
+        if self.plan is not None or not self.lookup:
+            return self.plan
+        try:
+            return store.find_plan(structure)
+        except DitoptError as error:
+            self.error = error
+            return None
+
+    def _attach(self, program: Program, trace: Trace, plan: Plan | None) -> None:
         """Give a program its plan and compile what it needs; what does not fit is raised at the first call.
 
         (An exception here would reach the user wrapped in one of Dynamo's.)
@@ -101,33 +119,43 @@ class Session:
         try:
             if self.error is not None:
                 raise self.error
-            plan = self.plan
-            if plan is None and self.lookup:
-                plan = store.find_plan(trace.structure)
-                if plan is None and trace.blocks:
-                    log.warning("no plan for this model (structure %s) in %s: compiled dense; make one with `ditopt optimize`", trace.structure, store.plan_dir())
             if plan is not None:
                 check_model(plan, trace)
+            elif self.lookup and trace.blocks:
+                _say_dense(trace.structure, store.plan_dir())
             program.bind(plan)
             program.compile()
         except DitoptError as error:
             program.error = error
 
-    def _positions(self, graph: fx.GraphModule, arguments: dict[str, int]) -> InputPositions:
-        inputs = self.inputs or (self.plan.inputs if self.plan is not None else None)
+    def _positions(self, graph: fx.GraphModule, arguments: dict[str, int], plan: Plan | None) -> InputPositions:
+        inputs = self.inputs or (plan.inputs if plan is not None else None)
         if inputs is not None:
             probe = Trace(0, graph, CompileContext(None, None), arguments, {})
             identity = probe.find_argument(inputs.identity, inputs.forward) if inputs.identity else None
             return InputPositions(
-                probe.find_argument(inputs.timestep, inputs.forward), probe.find_argument(inputs.latents, inputs.forward), identity
+                probe.find_argument(inputs.timestep, inputs.forward),
+                probe.find_argument(inputs.latents, inputs.forward),
+                identity,
             )
         nodes = graph.graph.find_nodes(op="placeholder")
         timestep = next((arguments[name] for name in TIMESTEP_NAMES if name in arguments), None)
         latents = next((arguments[name] for name in LATENT_NAMES if name in arguments), None)
         if latents is None and arguments:
-            tensors = [p for p in arguments.values() if p < len(nodes) and isinstance(nodes[p].meta.get("val"), torch.Tensor)]
+            tensors = [
+                p for p in arguments.values() if p < len(nodes) and isinstance(nodes[p].meta.get("val"), torch.Tensor)
+            ]
             latents = max(tensors, key=lambda p: nodes[p].meta["val"].ndim, default=None)
         return InputPositions(timestep, latents, None)
+
+
+@functools.cache  # a model compiled again, for another resolution say, is not told twice
+def _say_dense(structure: str, folder: Path) -> None:
+    log.warning(
+        "no plan for this model (structure %s) in %s: compiled dense; make one with `ditopt optimize`",
+        structure,
+        folder,
+    )
 
 
 def check_model(plan: Plan, trace: Trace) -> None:
@@ -138,8 +166,9 @@ def check_model(plan: Plan, trace: Trace) -> None:
     """
     if trace.structure not in plan.model.structure.split():
         raise PlanMismatchError(
-            f"plan was made for {plan.model.class_name} with structure {plan.model.structure} and {plan.model.blocks} blocks; "
-            f"this model has structure {trace.structure} and {len(trace.blocks)} blocks. Make a plan for it with `ditopt optimize`"
+            f"plan was made for {plan.model.class_name} with structure {plan.model.structure} and {plan.model.blocks} "
+            f"blocks; this model has structure {trace.structure} and {len(trace.blocks)} blocks. Make a plan for it "
+            "with `ditopt optimize`"
         )
 
 
@@ -153,11 +182,19 @@ def _boxed(program: Program) -> BoxedCallable:
 
 
 def ditopt_backend(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """The backend that ``torch.compile`` calls, once per captured graph."""
     if mode not in (None, "default"):
-        warnings.warn(f"mode={mode!r} is ignored by the ditopt backend; its options are {', '.join(OPTIONS)}", stacklevel=2)
+        warnings.warn(
+            f"mode={mode!r} is ignored by the ditopt backend; its options are {', '.join(OPTIONS)}", stacklevel=2
+        )
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
-        log.info("ditopt compiles for inference: no gradients are recorded; call the model under torch.no_grad() to say so")
+        log.info(
+            "ditopt compiles for inference: no gradients are recorded; call the model under torch.no_grad() to say so"
+        )
     return Session.from_options(options).compile(gm, example_inputs)

@@ -6,7 +6,6 @@ The reference of every quality figure is the dense Inductor run with the same pr
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import platform
@@ -16,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,11 @@ from ditopt._torch import compile_counts
 from ditopt.adapters import DiffusersAdapter
 from ditopt.backend import Session
 from ditopt.console import Reporter, Stage
+from ditopt.device import describe_device
 from ditopt.errors import InputError, PlanMismatchError
-from ditopt.plan import Plan, write_text_atomically
-from ditopt.quality import psnr, relative_l2, value_range
+from ditopt.plan import Plan
+from ditopt.quality import psnr, relative_l2, ssim
+from ditopt.report.measured import BenchResult, RivalResult
 from ditopt.report.sheet import save_sheet
 
 MIN_REPEATS = 5
@@ -39,73 +40,13 @@ CONVERGED_FACTOR = 4
 CONVERGED_PROMPTS = 4
 SHEET_PROMPTS = 4
 SOLVERS = {"unipc": "UniPCMultistepScheduler", "dpmpp": "DPMSolverMultistepScheduler"}
-SIZES = ("height", "width", "num_frames")
 
 Sample = tuple[Tensor, float]
 
 
 @dataclass(frozen=True)
-class RivalResult:
-    """A rival at the optimised loop's latency; ``reason`` says why there are no figures."""
-
-    steps: int
-    seconds: float | None = None
-    psnr_db: float | None = None
-    worst_psnr_db: float | None = None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """What a benchmark measured; seconds are medians of whole generations, decibels are means over prompts."""
-
-    dense_eager_s: float
-    dense_inductor_s: float
-    optimized_s: float
-    speedup_vs_inductor: float
-    psnr_db: float
-    worst_psnr_db: float
-    rel_l2: float
-    ssim: float | None
-    fewer_steps: RivalResult
-    unipc: RivalResult
-    dpmpp: RivalResult
-    converged: dict[str, float]
-    attribute_score: dict[str, float] | None
-    graph_breaks: int
-    recompiles: int
-    variants: int
-    compile_s: float
-    first_generation_s: float
-    compile_cache: str
-    peak_rss_mb: float
-    slot_bytes: int
-    steps: int
-    kept: int
-    plan: dict[str, Any]
-    versions: dict[str, str]
-    settings: dict[str, Any]
-    prompts: int
-    per_prompt: list[dict[str, Any]]
-    seconds: dict[str, list[float]]
-    notes: list[str]
-
-    def to_data(self) -> dict[str, Any]:
-        """The result as JSON-able data."""
-        return asdict(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write the result as JSON, whole or not at all.
-
-        Raises:
-            PlanError: the folder is missing or not writable.
-        """
-        write_text_atomically(Path(path), json.dumps(self.to_data(), indent=2, default=str) + "\n")
-
-
-@dataclass(frozen=True)
 class Contender:
-    """One way to generate: compiled calls of the networks (None: eager), a scheduler (None: the pipeline's), settings."""
+    """One way to generate: calls of the networks (None: eager), scheduler (None: the pipeline's), settings."""
 
     adapter: DiffusersAdapter
     calls: Mapping[str, Any]
@@ -117,7 +58,7 @@ class Contender:
         swapped = self.adapter.scheduler(self.scheduler) if self.scheduler is not None else nullcontext()
         with installed(self.adapter.networks, self.calls), swapped:
             began = time.perf_counter()
-            sample = self.adapter.checked_rollout(prompt, seed, **self.settings)  # on the host: nothing is still running
+            sample = self.adapter.checked_rollout(prompt, seed, **self.settings)  # ends on the host: no work is left
             return sample, time.perf_counter() - began
 
 
@@ -134,13 +75,13 @@ def installed(networks: Mapping[str, nn.Module], calls: Mapping[str, Any]) -> It
             network._compiled_call_impl = before[name]
 
 
-def compiled_calls(networks: Mapping[str, nn.Module], options: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
-    """The compiled call of every network, the networks left as they were; ``options`` are the ditopt backend's."""
+def compiled_calls(networks: Mapping[str, nn.Module], sessions: Mapping[str, Session]) -> dict[str, Any]:
+    """The compiled call of every network: by ditopt where it has a session, else by Inductor alone."""
     made = {}
     for name, network in networks.items():
         with installed({name: network}, {}):
-            if options is not None and name in options:
-                network.compile(backend="ditopt", options=dict(options[name]))
+            if name in sessions:
+                network.compile(backend="ditopt", options={"session": sessions[name]})
             else:
                 network.compile(backend="inductor")
             made[name] = network._compiled_call_impl
@@ -173,28 +114,11 @@ def flow_solver(name: str, own: Any) -> Any:
     return made
 
 
-def ssim(sample: Tensor, reference: Tensor) -> float:
-    """Mean structural similarity (Wang et al. 2004; uniform 7 x 7 window) over the frames of ``[..., H, W, C]``."""
-    x, y = (t.reshape(-1, *t.shape[-3:]).movedim(-1, -3).double() for t in (sample, reference))
-    window, peak = min(7, *x.shape[-2:]), value_range(reference)
-    count = window**2
-
-    def mean(t: Tensor) -> Tensor:
-        return torch.nn.functional.avg_pool2d(t, window, stride=1)
-
-    mx, my = mean(x), mean(y)
-    unbiased = count / max(count - 1, 1)
-    vx, vy, vxy = (unbiased * (mean(a * b) - ma * mb) for a, b, ma, mb in ((x, x, mx, mx), (y, y, my, my), (x, y, mx, my)))
-    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
-    score = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    return float(score.mean())
-
-
 def settings_of(plan: Plan, given: Mapping[str, Any], accepted: Mapping[str, Any], order: int = 1) -> dict[str, Any]:
-    """What the pipeline is called with: the plan's steps, guidance and size, changed by ``given``."""
+    """What the pipeline is called with: the plan's steps, guidance and other settings, changed by ``given``."""
     steps = -(-plan.sampler.steps // order)
     found: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": plan.sampler.guidance}
-    found |= {name: plan.geometry[name][0] for name in SIZES if len(plan.geometry.get(name, ())) == 1}
+    found |= plan.settings
     return {name: value for name, value in found.items() if name in accepted} | dict(given)
 
 
@@ -233,10 +157,13 @@ def run_bench(
         raise InputError(f"repeats is {repeats}; a median needs at least {MIN_REPEATS} generations")
     probe = DiffusersAdapter(pipe, {})
     order = int(getattr(pipe.scheduler, "order", 1))
-    adapter = DiffusersAdapter(pipe, settings_of(plan, settings or {}, probe._accepted, order))
+    adapter = DiffusersAdapter(pipe, settings_of(plan, settings or {}, probe.accepted, order))
     own = type(pipe.scheduler).__name__
     if own != plan.sampler.class_name:
-        raise PlanMismatchError(f"plan is for {plan.sampler.class_name}, the pipeline samples with {own}; make a plan for it with `ditopt optimize`")
+        raise PlanMismatchError(
+            f"plan is for {plan.sampler.class_name}, the pipeline samples with {own}; "
+            "make a plan for it with `ditopt optimize`"
+        )
     bench = _Bench(adapter, plan, tuple(prompts), repeats, seed, order, reporter or Reporter(quiet=True))
     try:
         return bench.run(sheet, source)
@@ -261,8 +188,7 @@ class _Bench:
         networks = self.adapter.networks
         planned = [name for name in networks if name in self.plan.sampler.timesteps]
         self.sessions = {name: Session(plan=self.plan, network=name) for name in planned}
-        inductor = compiled_calls(networks, None)
-        optimised = compiled_calls(networks, {name: {"session": session} for name, session in self.sessions.items()})
+        inductor, optimised = compiled_calls(networks, {}), compiled_calls(networks, self.sessions)
         self.dense = Contender(self.adapter, inductor)
         self.contenders = {
             "dense_eager": Contender(self.adapter, {}),
@@ -275,6 +201,7 @@ class _Bench:
         with self.reporter.stage("bench: warm-up", 3) as stage:
             first = self._timed("optimized", 0)[1]
             added = _cached_graphs() - files
+            self._check_geometry()
             stage.advance()
             for name in ("dense_inductor", "dense_eager"):
                 self._timed(name, 0, num_inference_steps=2)
@@ -290,8 +217,11 @@ class _Bench:
             names = ("dense_inductor", "optimized", "fewer_steps")
             shown = [{name: part[name] for name in names} for part in made[:SHEET_PROMPTS]]
             save_sheet(sheet, self.prompts[: len(shown)], shown)
+        self._say_if_rival_was_faster(medians)
         programs = [program for session in self.sessions.values() for program in session.programs]
         ratings = [row["ssim"] for row in rows if row["ssim"] is not None]
+        unit = 2**20 if platform.system() == "Darwin" else 2**10  # bytes there, KiB elsewhere
+        evaluations = self._evaluations(steps)
         return BenchResult(
             dense_eager_s=medians["dense_eager"],
             dense_inductor_s=medians["dense_inductor"],
@@ -302,8 +232,8 @@ class _Bench:
             rel_l2=statistics.mean(row["rel_l2"] for row in rows),
             ssim=statistics.mean(ratings) if ratings else None,
             fewer_steps=self._rival("fewer_steps", steps, medians, rows),
-            unipc=self._rival("unipc", self._evaluations(steps), medians, rows),
-            dpmpp=self._rival("dpmpp", self._evaluations(steps), medians, rows),
+            unipc=self._rival("unipc", evaluations, medians, rows),
+            dpmpp=self._rival("dpmpp", evaluations, medians, rows),
             converged=converged,
             attribute_score=self._attributes(made),
             graph_breaks=after.breaks - before.breaks,
@@ -311,41 +241,59 @@ class _Bench:
             variants=sum(len(program.variants.compiled) for program in programs),
             compile_s=max(0.0, first - medians["optimized"]),
             first_generation_s=first,
-            compile_cache="warm: nothing had to be compiled" if added == 0 and files else f"{added} graphs were new to Inductor's cache",
-            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10),
+            compile_cache="cold" if added else "warm",
+            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
             slot_bytes=sum(program.statistics.peak_slot_bytes for program in programs),
             steps=self.adapter.steps,
             kept=sum(len(self.plan.kept_steps(name)) for name in planned),
-            plan={"path": source, **{key: value for key, value in self.plan.to_data().items() if key in ("model", "device", "target", "predicted", "measured")}},
+            plan={"path": source, **self.plan.to_data()},
             versions=versions(),
-            settings={key: value for key, value in self.adapter.settings.items() if isinstance(value, str | int | float | bool)} | {"seed": self.seed},
+            settings={**self.adapter.settings, "seed": self.seed},
             prompts=len(self.prompts),
             per_prompt=rows,
             seconds=self.seconds,
             notes=self.notes,
-        )  # fmt: skip
+        )
+
+    def _say_if_rival_was_faster(self, medians: Mapping[str, float]) -> None:
+        if medians["fewer_steps"] < medians["optimized"]:
+            self._note(
+                f"fewer steps took {medians['fewer_steps']:.3f} s, less than the optimised loop's "
+                f"{medians['optimized']:.3f} s: the comparison at equal latency is not in its favour"
+            )
 
     def _remarks(self) -> None:
         guidance = self.adapter.sampler().guidance
         if guidance != self.plan.sampler.guidance:
             self._note(f"the plan was made at guidance {self.plan.sampler.guidance:g}, this runs at {guidance:g}")
 
+    def _check_geometry(self) -> None:
+        """The figures of a plan hold for the size it was made at; say so where this is another."""
+        for name, session in self.sessions.items():
+            for program in session.programs:
+                trace, wanted = program.variants.trace, self.plan.geometry.get(name)
+                position = trace.find_argument(self.plan.inputs.latents, self.plan.inputs.forward)
+                shape = tuple(trace.placeholders[position].meta["val"].shape) if position is not None else wanted
+                if wanted and shape and shape != wanted:
+                    found = f"this runs at {list(shape)}"
+                    self._note(f"the plan was made for latents {list(wanted)} of {name}, {found}")
+
     def _note(self, text: str) -> None:
         self.notes.append(text)
         self.reporter.say(f"note: {text}")
 
     def _timed(self, name: str, index: int, **settings: Any) -> Sample:
-        contender = self.contenders[name]
-        if settings:
-            contender = Contender(self.adapter, contender.calls, contender.scheduler, {**contender.settings, **settings})
-        return contender.generate(self.prompts[index], self.seed + index)
+        chosen = self.contenders[name]
+        return replace(chosen, settings={**chosen.settings, **settings}).generate(
+            self.prompts[index], self.seed + index
+        )
 
     def _evaluations(self, steps: int) -> int:
         """Network evaluations (per branch) of ``steps`` steps of the pipeline's own scheduler."""
         return self.order * steps - (self.order - 1)
 
     def _equal_steps(self) -> int:
-        """The fewest steps of the own scheduler that take at least as long as the optimised loop, so rounded in their favour."""
+        """The fewest steps of the own scheduler that take as long as the optimised loop: rounded in its favour."""
         total = self.adapter.steps
         short = max(1, total // 3)
         if short == total:
@@ -360,24 +308,30 @@ class _Bench:
         optimised, dense, brief = (statistics.median(spent[name]) for name in ("optimized", "dense", "short"))
         per_step = max((dense - brief) / (total - short), 1e-9)
         steps = min(total, max(1, math.ceil((optimised - (dense - per_step * total)) / per_step - 1e-6)))
-        while steps < total and not self._as_slow(steps):
+        for _ in range(PILOT_ROUNDS):
+            if steps == total or self._as_slow(steps):
+                break
             steps += 1
         return steps
 
     def _as_slow(self, steps: int) -> bool:
         """Whether ``steps`` steps take as long as the optimised loop, the two timed in turns."""
-        pairs = [(self._timed("dense_inductor", 0, num_inference_steps=steps)[1], self._timed("optimized", 0)[1]) for _ in range(PILOT_ROUNDS)]
-        return statistics.median(a for a, _ in pairs) >= statistics.median(b for _, b in pairs)
+        rival, optimised = [], []
+        for _ in range(PILOT_ROUNDS):
+            rival.append(self._timed("dense_inductor", 0, num_inference_steps=steps)[1])
+            optimised.append(self._timed("optimized", 0)[1])
+        return statistics.median(rival) >= statistics.median(optimised)
 
     def _add_rivals(self, steps: int) -> None:
         own = self.adapter.pipe.scheduler
         self.failed: dict[str, str] = {}
-        self.contenders["fewer_steps"] = Contender(self.adapter, self.dense.calls, None, {"num_inference_steps": steps})
+        calls = self.dense.calls
+        self.contenders["fewer_steps"] = Contender(self.adapter, calls, None, {"num_inference_steps": steps})
         self._timed("fewer_steps", 0)
+        count = {"num_inference_steps": self._evaluations(steps)}
         for name in SOLVERS:
             try:
-                solver = flow_solver(name, own)
-                self.contenders[name] = Contender(self.adapter, self.dense.calls, solver, {"num_inference_steps": self._evaluations(steps)})
+                self.contenders[name] = Contender(self.adapter, calls, flow_solver(name, own), count)
                 self._timed(name, 0)  # its warm-up
             except Exception as error:  # a rival that this pipeline cannot drive is a finding, not a failure
                 self.contenders.pop(name, None)
@@ -385,7 +339,7 @@ class _Bench:
                 self._note(self.failed[name])
 
     def _rounds(self) -> tuple[list[dict[str, Tensor]], list[dict[str, Any]]]:
-        """Every contender on every prompt, in turns that begin with another one each time; eager only ``repeats`` times."""
+        """Every contender on every prompt, another one first in each turn; eager only ``repeats`` times."""
         count = max(self.repeats, len(self.prompts))
         frequent = [name for name in self.contenders if name != "dense_eager"]
         made: list[dict[str, Tensor]] = []
@@ -421,10 +375,11 @@ class _Bench:
         }
 
     def _kept_samples(self, index: int, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What later phases read: all of the first prompts', dense and optimised of the others where they are scored."""
-        few = max(CONVERGED_PROMPTS, SHEET_PROMPTS)
-        scored = hasattr(self.adapter.pipe, "attribute_score")
-        return {name: t for name, t in samples.items() if index < few or (scored and name in ("dense_inductor", "optimized"))}
+        """What later phases read: everything of the first prompts; of the others what is scored."""
+        if index < max(CONVERGED_PROMPTS, SHEET_PROMPTS):
+            return dict(samples)
+        scored = ("dense_inductor", "optimized") if hasattr(self.adapter.pipe, "attribute_score") else ()
+        return {name: samples[name] for name in scored}
 
     def _converged(self, made: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
         """How far dense and optimised are from a run with four times the steps."""
@@ -452,7 +407,9 @@ class _Bench:
             self._note(f"no attribute score: {error}")
             return None
 
-    def _rival(self, name: str, steps: int, medians: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> RivalResult:
+    def _rival(
+        self, name: str, steps: int, medians: Mapping[str, float], rows: Sequence[Mapping[str, Any]]
+    ) -> RivalResult:
         if name in self.failed:
             return RivalResult(steps, reason=self.failed[name])
         values = [row[f"{name}_db"] for row in rows]
@@ -463,7 +420,8 @@ def _cached_graphs() -> int:
     """The number of graphs in Inductor's cache on disk."""
     import getpass
 
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    usual = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or usual
     return sum(1 for path in Path(folder, "fxgraph").glob("*/*/*") if path.is_file())
 
 
@@ -478,16 +436,7 @@ def versions() -> dict[str, str]:
         "diffusers": str(diffusers.__version__),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": processor(),
+        "cpu": describe_device(torch.device("cpu")),
         "threads": str(torch.get_num_threads()),
         "accelerator": device,
     }
-
-
-def processor() -> str:
-    """The processor's name as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

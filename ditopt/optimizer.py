@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from rich.table import Table
 from torch import Tensor
 
-from ditopt import store
 from ditopt._torch import break_reasons
 from ditopt.adapters import Adapter, DiffusersAdapter, adapt
 from ditopt.adapters.base import CallLog, watch_calls
@@ -28,56 +23,22 @@ from ditopt.console import Reporter
 from ditopt.device import describe_device
 from ditopt.errors import InputError, RolloutError, TraceError
 from ditopt.measure import Evaluator
-from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint, write_text_atomically
-from ditopt.profile import NetworkProfile, Profile
+from ditopt.outcome import Found, Result, Row, check_writable, closing_table, finished_plan, write_outcome
+from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint
+from ditopt.profile import Profile
 from ditopt.profiler.checkpoint import Checkpoints, run_key
 from ditopt.profiler.run import ProfileRun, sigmas_of, whole_program
-from ditopt.quality import Quality, compare, relative_l2
-from ditopt.runtime.schedule import bind
+from ditopt.quality import compare, relative_l2
 from ditopt.search import TECHNIQUES, Solution
-from ditopt.sites import STEP
 from ditopt.target import Target
 from ditopt.trace import Trace
-from ditopt.tune import Tried, Tuner
+from ditopt.tune import Tuner
 
 RANGES = "ranges"
 ALL_TECHNIQUES = (*TECHNIQUES, RANGES)
 TUNING_PROMPTS = 3
 VERIFY_ROUNDS = 3
 TIMED_GENERATIONS = 3
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the closing table."""
-
-    name: str
-    seconds: float
-    speedup: float
-    psnr: float | None
-    worst_psnr: float | None
-    evaluations: int
-
-
-@dataclass
-class Result:
-    """What ``optimize`` found. ``plan`` is None if nothing beat the dense compiled model."""
-
-    plan: Plan | None
-    rows: list[Row]
-    reasons: list[str]
-    quality: Quality | None = None
-    timings: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Found:
-    """Rules that met the target on the held-out prompts, with what they measured there."""
-
-    rules: tuple[Rule, ...]
-    quality: Quality
-    solutions: dict[str, Solution]
-    tuners: dict[str, Tuner]
 
 
 Pairs = Sequence[tuple[str, int]]
@@ -254,6 +215,11 @@ class Optimizer:
                 timesteps={name: part.timesteps for name, part in calls.items()},
                 sigmas={name: sigmas_of(part.timesteps, sampler) for name, part in calls.items()},
             ),
+            settings={
+                name: value
+                for name, value in (self.pipe_kwargs or {}).items()
+                if isinstance(value, bool | int | float | str)
+            },
             geometry=geometry,
             device=DevicePrint(
                 device=describe_device(parameter.device),
@@ -325,18 +291,10 @@ class Optimizer:
         """Time the contenders in turn, refuse a plan that is no faster, write what was found."""
         with self._timed("final timing"):
             plan_seconds, dense_seconds = self._time_in_turn(evaluator, found.rules, held_out)
+        evaluations = self._evaluations(evaluator, ())
         rows = [
-            Row(
-                "dense, eager (one generation)",
-                eager_seconds,
-                dense_seconds / eager_seconds,
-                None,
-                None,
-                self._evaluations(evaluator, ()),
-            )
-        ]
-        rows.append(Row("dense, Inductor", dense_seconds, 1.0, None, None, self._evaluations(evaluator, ())))
-        rows.append(
+            Row("dense, eager (one run)", eager_seconds, dense_seconds / eager_seconds, None, None, evaluations),
+            Row("dense, Inductor", dense_seconds, 1.0, None, None, evaluations),
             Row(
                 "ditopt",
                 plan_seconds,
@@ -344,24 +302,29 @@ class Optimizer:
                 found.quality.psnr,
                 found.quality.worst_psnr,
                 self._evaluations(evaluator, found.rules),
-            )
-        )
+            ),
+        ]
         rows += self._fewer_steps(evaluator, plan_seconds, dense_seconds, held_out)
         if plan_seconds >= dense_seconds:
             evaluator.bind(())
-            self._show(rows)
+            self.reporter.table(closing_table(rows))
             return self._stay_dense(
                 f"the plan took {plan_seconds:.2f} s a generation, dense {dense_seconds:.2f} s", rows
             )
-        plan = self._plan(evaluator, found, rows, held_out)
-        self._write(plan, profile, found, rows, profiled, held_out)
+        programs = {name: whole_program(session) for name, session in evaluator.sessions.items()}
+        plan = finished_plan(evaluator.template, found, rows, programs, len(held_out))
+        result = Result(plan, rows, self.reasons, found.quality, self.timings)
+        prompts = {"profiled": [prompt for prompt, _ in profiled], "held_out": [prompt for prompt, _ in held_out]}
+        path = Path(self.plan_path) if self.plan_path is not None else None
+        path = write_outcome(path, plan, profile, found, result, prompts)
+        self.reporter.say(f"plan: {path}  (explained by `ditopt explain {path}`)")
         for session in evaluator.sessions.values():
             session.on_mismatch = self.on_mismatch
             for program in session.programs:
                 program.on_mismatch = self.on_mismatch
             session.bind(plan)
-        self._show(rows)
-        return Result(plan, rows, self.reasons, found.quality, self.timings)
+        self.reporter.table(closing_table(rows))
+        return result
 
     def _time_in_turn(self, evaluator: Evaluator, rules: Sequence[Rule], held_out: Pairs) -> tuple[float, float]:
         """Median seconds of a generation under ``rules`` and dense, measured alternately."""
@@ -402,81 +365,11 @@ class Optimizer:
         plan = evaluator.template.model_copy(update={"rules": tuple(rules)})
         return sum(len(plan.kept_steps(name)) for name in evaluator.sessions)
 
-    def _plan(self, evaluator: Evaluator, found: Found, rows: Sequence[Row], held_out: Pairs) -> Plan:
-        programs = {name: whole_program(session) for name, session in evaluator.sessions.items()}
-        ours, dense = rows[2], rows[1]
-        whole = evaluator.template.model_copy(update={"rules": found.rules})
-        bound = [bind(whole, name, program.variants.trace.ranges()) for name, program in programs.items()]
-        measured: dict[str, Any] = {
-            "prompts": len(held_out),
-            "psnr": round(found.quality.psnr, 2),
-            "worst_psnr": round(found.quality.worst_psnr, 2),
-            "rel_l2": round(found.quality.rel_l2, 5),
-            "dense_s": round(dense.seconds, 3),
-            "plan_s": round(ours.seconds, 3),
-            "speedup": round(ours.speedup, 2),
-            "evaluations": ours.evaluations,
-            "state_mib": round(max(program.statistics.peak_slot_bytes for program in programs.values()) / 2**20, 3),
-            "variants": sum(len(part.variants) for part in bound),
-        }
-        if len(rows) > 3 and rows[3].psnr is not None:
-            measured["fewer_steps"] = {
-                "steps": rows[3].evaluations,
-                "psnr": round(rows[3].psnr, 2),
-                "seconds": round(rows[3].seconds, 3),
-            }
-        predicted = {
-            "seconds": round(sum(s.predicted_seconds for s in found.solutions.values()), 3),
-            "relative_error": round(math.sqrt(sum(s.predicted_error**2 for s in found.solutions.values())), 5),
-        }
-        return whole.model_copy(update={"measured": measured, "predicted": predicted})
-
-    def _write(
-        self, plan: Plan, profile: Profile, found: Found, rows: Sequence[Row], profiled: Pairs, held_out: Pairs
-    ) -> None:
-        """The plan, its copy in the user's cache, and the side file that ``ditopt explain`` reads."""
-        structure = plan.model.structure.split()[0]
-        path = Path(self.plan_path) if self.plan_path is not None else store.plan_path(structure)
-        if self.plan_path is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        plan.save(path)
-        side = {
-            "explanations": {
-                name: [asdict(entry) for entry in solution.explanations] for name, solution in found.solutions.items()
-            },
-            "trials": [_trial_data(tried, plan) for tuner in found.tuners.values() for tried in tuner.tried.values()],
-            "reasons": self.reasons,
-            "prompts": {"profiled": [prompt for prompt, _ in profiled], "held_out": [prompt for prompt, _ in held_out]},
-            "timings": self.timings,
-            "table": [asdict(row) for row in rows],
-            "profile": {name: _profile_data(part) for name, part in profile.networks.items()},
-        }
-        write_text_atomically(explain_path(path), json.dumps(side, indent=1))
-        if self.plan_path is not None:
-            store.keep_plan(path, structure)
-        self.reporter.say(f"plan: {path}  (explained by `ditopt explain {path}`)")
-
     def _stay_dense(self, reason: str, rows: Sequence[Row] = ()) -> Result:
         """Nothing beats the dense compiled model: say so and leave that."""
         self.reasons.append(reason)
         self.reporter.say(f"the dense compiled model stays: {reason}")
         return Result(None, list(rows), self.reasons, None, self.timings)
-
-    def _show(self, rows: Sequence[Row]) -> None:
-        table = Table(title="whole generations, prompts not used in calibration")
-        for column, justify in (
-            ("", "left"),
-            ("seconds", "right"),
-            ("speed-up", "right"),
-            ("PSNR dB", "right"),
-            ("worst dB", "right"),
-            ("evaluations", "right"),
-        ):
-            table.add_column(column, justify="left" if justify == "left" else "right")
-        for row in rows:
-            psnr = ["-" if value is None else f"{value:.1f}" for value in (row.psnr, row.worst_psnr)]
-            table.add_row(row.name, f"{row.seconds:.2f}", f"{row.speedup:.2f}x", *psnr, str(row.evaluations))
-        self.reporter.table(table)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -485,52 +378,3 @@ class Optimizer:
             yield
         finally:
             self.timings[name] = round(time.perf_counter() - began, 2)
-
-
-def explain_path(plan_path: Path) -> Path:
-    """The side file of a plan: ``plan.explain.json`` next to ``plan.yaml``."""
-    return plan_path.with_suffix(".explain.json")
-
-
-def check_writable(path: Path) -> None:
-    """Refuse an output path before the long work starts.
-
-    Raises:
-        InputError: the folder is missing or not writable, or the path is a folder.
-    """
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give the name of a plan file, e.g. {path / 'plan.yaml'}")
-    if not path.parent.is_dir():
-        raise InputError(
-            f"{path} cannot be written: folder {path.parent} does not exist; make it first or choose another"
-        )
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path} cannot be written: no permission in {path.parent}; choose another folder")
-
-
-def _trial_data(tried: Tried, plan: Plan) -> dict[str, Any]:
-    trial_plan = plan.model_copy(update={"rules": tried.rules})
-    kept = {name: list(trial_plan.kept_steps(name)) for name in plan.sampler.timesteps}
-    return {
-        "kept": next(iter(kept.values())),
-        "evaluations": sum(map(len, kept.values())),
-        "psnr": tried.quality.psnr,
-        "worst_psnr": tried.quality.worst_psnr,
-        "rel_l2": tried.quality.rel_l2,
-        "seconds": tried.seconds,
-        "stage": tried.stage,
-        "met": tried.met,
-    }
-
-
-def _profile_data(part: NetworkProfile) -> dict[str, Any]:
-    gram = part.grams[STEP].effective(part.branch_weights).sum(0)[: len(part.timesteps), : len(part.timesteps)]
-    norms = np.sqrt(np.maximum(np.diag(gram), 1e-30))
-    return {
-        "timesteps": part.timesteps,
-        "sigmas": part.sigmas,
-        "similarity": (gram / norms / norms[:, None]).round(5).tolist(),
-        "sensitivity": part.sensitivity,
-        "range_weights": part.range_weights,
-        "seconds": part.seconds,
-    }

@@ -130,11 +130,15 @@ class Inputs(_Part):
 
 
 class Plan(_Part):
-    """A plan: what to do where and when; what no rule names is dense, and later rules win."""
+    """A plan: what to do where and when; what no rule names is dense, and later rules win.
+
+    ``settings`` is what the pipeline was called with, ``geometry`` the shape of each network's latents.
+    """
 
     ditopt: Literal[1] = 1
     model: ModelPrint
     sampler: SamplerPrint
+    settings: dict[str, bool | int | float | str] = {}
     geometry: dict[str, tuple[int, ...]] = {}
     device: DevicePrint
     inputs: Inputs = Inputs()

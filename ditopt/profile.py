@@ -93,10 +93,28 @@ def merge(first: Profile, second: Profile) -> Profile:
         if one.timesteps != two.timesteps or one.grams.keys() != two.grams.keys():
             raise ValueError(f"profiles of network {name!r} were taken on other schedules or other sites")
         grams = {
-            site: FeatureGram(site, gram.steps, gram.branches, np.concatenate([gram.values, two.grams[site].values]), gram.present, gram.has_latents)
+            site: FeatureGram(
+                site,
+                gram.steps,
+                gram.branches,
+                np.concatenate([gram.values, two.grams[site].values]),
+                gram.present,
+                gram.has_latents,
+            )
             for site, gram in one.grams.items()
         }
         sensitivity = tuple(share * a + (1 - share) * b for a, b in zip(one.sensitivity, two.sensitivity, strict=True))
         seconds = {key: share * value + (1 - share) * two.seconds[key] for key, value in one.seconds.items()}
-        networks[name] = NetworkProfile(one.timesteps, one.sigmas, one.step_widths, sensitivity, one.branch_weights, grams, seconds, one.range_weights)
-    return Profile(networks, first.prompts + second.prompts, share * first.sample_norm + (1 - share) * second.sample_norm)
+        networks[name] = NetworkProfile(
+            one.timesteps,
+            one.sigmas,
+            one.step_widths,
+            sensitivity,
+            one.branch_weights,
+            grams,
+            seconds,
+            one.range_weights,
+        )
+    return Profile(
+        networks, first.prompts + second.prompts, share * first.sample_norm + (1 - share) * second.sample_norm
+    )

@@ -75,7 +75,9 @@ def _provenance(plan: Plan) -> RenderableType:
     _row(table, "model", f"{plan.model.class_name}, {plan.model.blocks} blocks, {plan.model.structure}")
     _row(table, "sampler", f"{plan.sampler.class_name}, {plan.sampler.steps} steps, guidance {plan.sampler.guidance:g}")
     if plan.geometry:
-        _row(table, "geometry", "; ".join(f"{name} {' × '.join(map(str, size))}" for name, size in plan.geometry.items()))
+        _row(
+            table, "geometry", "; ".join(f"{name} {' × '.join(map(str, size))}" for name, size in plan.geometry.items())
+        )
     _row(table, "device", f"{plan.device.device}, torch {plan.device.torch}, {plan.device.dtype}")
     return table
 

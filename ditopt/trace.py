@@ -45,7 +45,10 @@ class Trace:
     def structure(self) -> str:
         """A hash of names, shapes and dtypes of the parameters and buffers that the graph reads."""
         nodes = self.placeholders
-        lines = sorted(f"{name} {tuple(nodes[i].meta['val'].shape)} {nodes[i].meta['val'].dtype}" for name, i in self.state_names.items())
+        lines = sorted(
+            f"{name} {tuple(nodes[i].meta['val'].shape)} {nodes[i].meta['val'].dtype}"
+            for name, i in self.state_names.items()
+        )
         return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def find_argument(self, name: str, order: Sequence[str] = ()) -> int | None:
@@ -101,12 +104,22 @@ def name_inputs(gm: fx.GraphModule) -> tuple[dict[str, int], dict[str, int]]:
     return arguments, state
 
 
-def analyse(gm: fx.GraphModule, context: CompileContext, index: int, arguments: dict[str, int], state: dict[str, int], latents: int | None) -> Trace:
+def analyse(
+    gm: fx.GraphModule,
+    context: CompileContext,
+    index: int,
+    arguments: dict[str, int],
+    state: dict[str, int],
+    latents: int | None,
+) -> Trace:
     """Find the sites of a functional ATen graph; ``latents`` is the position of the input that changes every step."""
     trace = Trace(index, gm, context, arguments, state)
     placeholders = trace.placeholders
     if len(placeholders) != len(arguments) + len(state):
-        trace.notes.append(f"graph has {len(placeholders)} inputs, the capture named {len(arguments) + len(state)}; inputs are not told apart")
+        trace.notes.append(
+            f"graph has {len(placeholders)} inputs, the capture named {len(arguments) + len(state)}; "
+            "inputs are not told apart"
+        )
         trace.arguments, trace.state_names = {}, {}
         latents = None
     changing = dependents(gm, placeholders[latents]) if latents is not None else set(gm.graph.nodes)
@@ -128,8 +141,8 @@ def block_of(node: fx.Node) -> str | None:
 
 
 def _find_blocks(gm: fx.GraphModule, changing: set[fx.Node]) -> tuple[str, ...]:
-    """Numbered modules whose attention is among the ``changing`` nodes (a prompt refiner's is not), in execution order."""
-    seen = {}
+    """Numbered modules in execution order with attention among the ``changing`` nodes; a prompt refiner's is not."""
+    seen: dict[str, None] = {}
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target is ATTENTION and node in changing:
             name = block_of(node)
@@ -155,7 +168,10 @@ def _find_boundaries(gm: fx.GraphModule, blocks: tuple[str, ...], changing: set[
     order = list(gm.graph.nodes)
     position = {node: i for i, node in enumerate(order)}
     last_use = {node: max((position[user] for user in node.users), default=-1) for node in order}
-    spans = {name: [position[n] for n in order if n.op == "call_function" and n in changing and block_of(n) == name] for name in blocks}
+    spans = {
+        name: [position[n] for n in order if n.op == "call_function" and n in changing and block_of(n) == name]
+        for name in blocks
+    }
     edges = [min(spans[blocks[0]]) - 1] + [max(spans[name]) for name in blocks]
     boundaries = []
     for edge in edges:
@@ -178,14 +194,27 @@ def _find_sites(trace: Trace) -> list[Site]:
             query, key = node.args[0].meta["val"], node.args[1].meta["val"]
             sites.append(
                 AttentionSite(
-                    _distinct(repeats, stack[-1] if stack else node.name), trace.index, int(query.shape[1]), int(query.shape[-2]),
-                    int(key.shape[-2]), int(query.shape[-1]), len(node.args) > 3 and node.args[3] is not None,
+                    _distinct(repeats, stack[-1] if stack else node.name),
+                    trace.index,
+                    int(query.shape[1]),
+                    int(query.shape[-2]),
+                    int(key.shape[-2]),
+                    int(query.shape[-1]),
+                    len(node.args) > 3 and node.args[3] is not None,
                 )
-            )  # fmt: skip
+            )
         elif node.target in PRODUCTS and _seen_through(node.args[PRODUCTS[node.target][1]]) in weights:
             left, right = (node.args[i].meta["val"] for i in PRODUCTS[node.target])
             rows = math.prod(map(int, left.shape[:-1]))  # a strided input makes a batched product of a linear layer
-            sites.append(LinearSite(_distinct(repeats, stack[-1] if stack else node.name), trace.index, int(right.shape[-2]), int(right.shape[-1]), rows))
+            sites.append(
+                LinearSite(
+                    _distinct(repeats, stack[-1] if stack else node.name),
+                    trace.index,
+                    int(right.shape[-2]),
+                    int(right.shape[-1]),
+                    rows,
+                )
+            )
     if trace.boundaries:
         for position, name in enumerate(trace.blocks):
             streams = trace.boundaries[position + 1].streams
@@ -224,7 +253,9 @@ def count_flops(gm: fx.GraphModule, block: str | None = None) -> int:
             total += 2 * int(left.numel()) * int(node.meta["val"].shape[-1])
         elif node.target is ATTENTION:
             query, key, value = (node.args[i].meta["val"] for i in range(3))
-            total += 2 * int(query.numel()) * int(key.shape[-2]) + 2 * int(query.numel() // query.shape[-1]) * int(key.shape[-2]) * int(value.shape[-1])
+            total += 2 * int(query.numel()) * int(key.shape[-2]) + 2 * int(query.numel() // query.shape[-1]) * int(
+                key.shape[-2]
+            ) * int(value.shape[-1])
     return total
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx
 
 LATENTS = "latents"
@@ -78,7 +79,9 @@ class PassManager:
         """The rewritten graph; ``gm`` itself is left as it is."""
         gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         gm.meta["ditopt_captured"] = [node.name for node in gm.graph.find_nodes(op="placeholder")]
-        gm.meta["ditopt_returned_inputs"] = [node.name for node in outputs(gm) if node is not None and node.op == "placeholder"]
+        gm.meta["ditopt_returned_inputs"] = [
+            node.name for node in outputs(gm) if node is not None and node.op == "placeholder"
+        ]
         for rewrite in self.passes:
             result = rewrite(gm, plan, index)
             gm = result.gm
@@ -96,10 +99,10 @@ def find(gm: fx.GraphModule, name: str) -> fx.Node:
     Raises:
         KeyError: there is none.
     """
-    for node in gm.graph.nodes:
-        if node.name == name:
-            return node
-    raise KeyError(name)
+    found: fx.Node | None = next((node for node in gm.graph.nodes if node.name == name), None)
+    if found is None:
+        raise KeyError(name)
+    return found
 
 
 def outputs(gm: fx.GraphModule) -> list[fx.Node | None]:
@@ -119,12 +122,34 @@ def tensor_value(node: fx.Node) -> Tensor:
     return value
 
 
-def call(gm: fx.GraphModule, target: Callable[..., object], *args: object) -> fx.Node:
+def call(gm: fx.GraphModule, target: Callable[..., object], *args: object, **settings: object) -> fx.Node:
     """Insert a call at the current place and give it its ``meta["val"]``; arguments are nodes and constants."""
-    node = gm.graph.call_function(target, args)
+    node = gm.graph.call_function(target, args, settings)  # type: ignore[arg-type]  # what a graph may hold is not spelt out
     values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
-    node.meta["val"] = target(*values)
+    node.meta["val"] = target(*values, **settings)
     return node
+
+
+def contiguous(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """A contiguous copy of a value: the layout in which features live across steps."""
+    return call(gm, torch.ops.aten.clone.default, node, memory_format=torch.contiguous_format)
+
+
+def in_layout_of(gm: fx.GraphModule, value: fx.Node, model: fx.Node) -> fx.Node:
+    """``value`` with its dimensions in the memory order of ``model``'s, so that views made for that one hold."""
+    order = _memory_order(tensor_value(model))
+    if _memory_order(tensor_value(value)) == order:
+        return value
+    dense = contiguous(gm, call(gm, torch.ops.aten.permute.default, value, order))
+    return call(gm, torch.ops.aten.permute.default, dense, [order.index(dim) for dim in range(len(order))])
+
+
+def _memory_order(value: Tensor) -> list[int]:
+    """Dimensions from the slowest to the fastest; those of one element stay where they are."""
+    strides = [int(stride) for stride in value.stride()]
+    long = [dim for dim in range(value.ndim) if value.shape[dim] > 1]
+    ranked = iter(sorted(long, key=lambda dim: strides[dim], reverse=True))
+    return [next(ranked) if dim in long else dim for dim in range(value.ndim)]
 
 
 def add_input(gm: fx.GraphModule, name: str, value: Tensor) -> fx.Node:

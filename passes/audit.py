@@ -23,15 +23,26 @@ def audit(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, dead: dict[str,
     names = {node.name for node in gm.graph.nodes}
     inputs = {str(node.target) for node in gm.graph.find_nodes(op="placeholder")}
     for wanted in plan.predicted:
-        needed = {factors_name(wanted.site)} | {slot_name(wanted.site, age, 0) for age in range(wanted.history)}
-        if not needed <= inputs:
-            raise AuditError(f"{wanted.site}: predicted by the plan, but the graph does not read {sorted(needed - inputs)}")
+        if wanted.site != STEP and wanted.site not in index.ranges:
+            raise AuditError(f"{wanted.site}: predicted by the plan, but the graph has no such site")
+        streams = 1 if wanted.site == STEP else len(index.boundaries[index.ranges[wanted.site][1] + 1].streams)
+        needed = [
+            {factors_name(wanted.site)}
+        ]  # of a feature's streams some may be dead, as the prompt's before a predicted last block
+        needed += [{slot_name(wanted.site, age, stream) for stream in range(streams)} for age in range(wanted.history)]
+        missing = [sorted(names)[0] for names in needed if not names & inputs]
+        if missing:
+            raise AuditError(f"{wanted.site}: predicted by the plan, but the graph does not read {', '.join(missing)}")
         left = [name for name in dead.get(wanted.site, ()) if name in names]
         if left:
-            raise AuditError(f"{wanted.site}: predicted by the plan, but {len(left)} of its nodes are still computed, e.g. {left[0]}")
+            raise AuditError(
+                f"{wanted.site}: predicted by the plan, but {len(left)} of its nodes are still computed, e.g. {left[0]}"
+            )
     extra = len(gm.graph.output_node().args[0]) - user_outputs(gm)  # type: ignore[arg-type]
     if plan.recorded and extra < len(plan.recorded):
-        raise AuditError(f"{len(plan.recorded)} features are to be recorded ({', '.join(plan.recorded)}), the graph hands on {extra}")
+        raise AuditError(
+            f"{len(plan.recorded)} features are to be recorded ({', '.join(plan.recorded)}), the graph hands on {extra}"
+        )
 
 
 def only_needed_by(gm: fx.GraphModule, index: GraphIndex, site: str, changing: set[str]) -> tuple[str, ...]:
@@ -43,6 +54,8 @@ def only_needed_by(gm: fx.GraphModule, index: GraphIndex, site: str, changing: s
     calls = [node.name for node in gm.graph.nodes if node.op == "call_function"]
     if site == STEP:
         return tuple(calls)
+    if site not in index.ranges:
+        return ()
     first, last = index.ranges[site]
     order = [node.name for node in gm.graph.nodes]
     begin, end = order.index(index.boundaries[first].after), order.index(index.boundaries[last + 1].after)

@@ -9,7 +9,20 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ditopt.passes._infra import LATENTS, GraphIndex, PassResult, Prediction, StepPlan, add_input, call, find, outputs, set_outputs, tensor_value
+from ditopt.passes._infra import (
+    LATENTS,
+    GraphIndex,
+    PassResult,
+    Prediction,
+    StepPlan,
+    add_input,
+    call,
+    find,
+    in_layout_of,
+    outputs,
+    set_outputs,
+    tensor_value,
+)
 from ditopt.passes.features import Feature, feature, user_outputs
 from ditopt.sites import STEP
 
@@ -69,30 +82,27 @@ def _like(node: fx.Node) -> torch.Tensor:
 
 def _factors_input(gm: fx.GraphModule, wanted: Prediction, end: fx.Node) -> fx.Node:
     name = factors_name(wanted.site)
-    for node in gm.graph.find_nodes(op="placeholder"):
-        if node.target == name:
-            return node
-    return add_input(gm, name, tensor_value(end).new_empty((wanted.terms,), dtype=torch.float32))
+    found: fx.Node | None = next((n for n in gm.graph.find_nodes(op="placeholder") if n.target == name), None)
+    return found or add_input(gm, name, tensor_value(end).new_empty((wanted.terms,), dtype=torch.float32))
 
 
-def _combine(gm: fx.GraphModule, factors: fx.Node, terms: list[fx.Node], end: fx.Node, start: fx.Node | None) -> fx.Node:
+def _combine(
+    gm: fx.GraphModule, factors: fx.Node, terms: list[fx.Node], end: fx.Node, start: fx.Node | None
+) -> fx.Node:
     """``sum_i factors[i] * terms[i] (+ start)``, summed in float32, in the dtype of ``end``."""
     total: fx.Node | None = None
     for i, term in enumerate(terms):
         factor = call(gm, aten.select.int, factors, 0, i)
-        wide = term if tensor_value(term).dtype == torch.float32 else call(gm, aten._to_copy.default, term)
-        if wide is not term:
-            wide.kwargs = {"dtype": torch.float32}
-            wide.meta["val"] = tensor_value(term).to(torch.float32)
+        wide = _cast(gm, term, torch.float32)
         product = call(gm, aten.mul.Tensor, wide, factor)
         total = product if total is None else call(gm, aten.add.Tensor, total, product)
     assert total is not None
-    dtype = tensor_value(end).dtype
-    if dtype != torch.float32:
-        narrow = gm.graph.call_function(aten._to_copy.default, (total,), {"dtype": dtype})
-        narrow.meta["val"] = tensor_value(total).to(dtype)
-        total = narrow
-    return total if start is None else call(gm, aten.add.Tensor, start, total)
+    total = _cast(gm, total, tensor_value(end).dtype)
+    return in_layout_of(gm, total if start is None else call(gm, aten.add.Tensor, start, total), end)
+
+
+def _cast(gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node if tensor_value(node).dtype == dtype else call(gm, aten._to_copy.default, node, dtype=dtype)
 
 
 def _position(index: GraphIndex, site: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ditopt.passes._infra import GraphIndex, PassResult, StepPlan, call, find, outputs, set_outputs
+from ditopt.passes._infra import GraphIndex, PassResult, StepPlan, call, contiguous, find, outputs, set_outputs
 from ditopt.passes.features import feature, user_outputs
 
 
@@ -22,10 +22,10 @@ def record(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
             continue
         with gm.graph.inserting_before(gm.graph.output_node()):
             for end, start in zip(found.ends, found.starts, strict=True):
-                extra.append(call(gm, torch.ops.aten.sub.Tensor, end, start) if start else call(gm, torch.ops.aten.clone.default, end))
+                extra.append(contiguous(gm, call(gm, torch.ops.aten.sub.Tensor, end, start) if start else end))
     if plan.boundaries:
         with gm.graph.inserting_before(gm.graph.output_node()):
             for boundary in index.boundaries:
-                extra += [call(gm, torch.ops.aten.clone.default, find(gm, name)) for name in boundary.streams]
+                extra += [contiguous(gm, find(gm, name)) for name in boundary.streams]
     set_outputs(gm, [*outputs(gm), *extra])
     return PassResult(gm, bool(extra), tuple(reasons))

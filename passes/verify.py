@@ -25,5 +25,9 @@ def verify(gm: fx.GraphModule) -> None:
             raise AuditError(f"node {node.name}: {node.target} mutates its input")
     values = gm.graph.output_node().args[0]
     for value in values if isinstance(values, list | tuple) else ():
-        if value in inputs and value.name not in gm.meta.get("ditopt_returned_inputs", ()):
+        if (
+            isinstance(value, fx.Node)
+            and value in inputs
+            and value.name not in gm.meta.get("ditopt_returned_inputs", ())
+        ):
             raise AuditError(f"output {value.name} is an input of the graph: slots must not alias arguments")

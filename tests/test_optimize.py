@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import ditopt
 from ditopt.backend import ditopt_backend
 from ditopt.errors import InputError, RolloutError, TraceError
-from ditopt.optimizer import Optimizer, Result, explain_path
+from ditopt.optimizer import Optimizer
+from ditopt.outcome import Result, explain_path
 from ditopt.plan import Plan
 from ditopt.quality import psnr, relative_l2
 from ditopt.target import Target

@@ -55,11 +55,12 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     >>> ticks(0, 9.5)
     [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
     """
-    span = (high - low) or max(abs(low), 1.0)
+    span = max(high - low, 1e-9 * max(abs(low), abs(high)))
+    span = span if span > 1e-300 else 1.0
     power = 10.0 ** math.floor(math.log10(span / wanted))
     step = min((f * power for f in (1, 2, 2.5, 5, 10)), key=lambda s: abs(span / s - wanted))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(k * step, 12) for k in range(first, max(last, first + 1) + 1)]
+    return [float(f"{k * step:.12g}") for k in range(first, max(last, first + 1) + 1)]
 
 
 def schedule(picture: Picture) -> Markup:
@@ -121,8 +122,9 @@ def heat_map(matrix: Sequence[Sequence[float]], name: str) -> Markup:
         for j, b in enumerate(steps):
             value = matrix[a][b]
             strength = (value - low) / (high - low) if high > low and math.isfinite(value) else 0.0
-            place = {"x": 30 + j * edge, "y": 20 + i * edge, "width": edge - 0.5, "height": edge - 0.5}
-            canvas.add("rect", title=f"{a}, {b}: {value:.4f}", class_="heat", fill_opacity=round(strength, 3), **place)
+            x, y, side = 30 + j * edge, 20 + i * edge, edge - 0.5
+            title, opacity = f"{a}, {b}: {value:.4f}", round(strength, 3)
+            canvas.add("rect", title=title, class_="heat", fill_opacity=opacity, x=x, y=y, width=side, height=side)
     size = len(steps) * edge
     canvas.add("text", f"{low:.3f} (pale) to {high:.3f} (strong)", x=30, y=36 + size, class_="tick")
     return canvas.done(40 + size, 44 + size, name)
@@ -151,7 +153,9 @@ def _axes(xs: Sequence[float], ys: Sequence[float], x_name: str, y_name: str) ->
             canvas.add("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid")
             canvas.add("text", f"{value:g}", x=LEFT - 6, y=y + 4, text_anchor="end", class_="tick")
         for value in across:
-            canvas.add("text", f"{value:g}", x=frame.x(value), y=HEIGHT - BOTTOM + 16, text_anchor="middle", class_="tick")
+            canvas.add(
+                "text", f"{value:g}", x=frame.x(value), y=HEIGHT - BOTTOM + 16, text_anchor="middle", class_="tick"
+            )
         middle = (TOP + HEIGHT - BOTTOM) / 2
         canvas.add("text", x_name, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle", class_="label")
         turn = f"rotate(-90 14 {_plain(middle)})"

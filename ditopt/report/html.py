@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import ditopt
 from ditopt.plan import Plan
 from ditopt.report import charts
-from ditopt.report.explained import Explained
+from ditopt.report.explained import Explained, TableRow
 from ditopt.report.figures import bench_rows, figure
 from ditopt.report.picture import MEANINGS, kinds_in, pictures
 
@@ -53,15 +53,22 @@ def render_report(plan: Plan, explained: Explained | None, bench: Mapping[str, A
     )
 
 
+def _rival(row: TableRow) -> bool:
+    """Whether a line is neither the plan nor the dense run itself, which have no place among the rivals."""
+    return row.psnr is not None and row.name != "ditopt"
+
+
 def _trials(plan: Plan, found: Explained, bench: Mapping[str, Any] | None) -> Any:
-    points = [
-        charts.Point(t.evaluations, t.psnr, f"{t.stage or 'trial'}: {t.evaluations} evaluations, {t.psnr:.2f} dB", "met" if t.met else "missed")
-        for t in found.trials
-    ]  # fmt: skip
-    rivals: list[tuple[str, Any, Any]] = [(row.name, row.evaluations, row.psnr) for row in found.table if "fewer" in row.name]
+    points = []
+    for trial in found.trials:
+        label = f"{trial.stage or 'trial'}: {trial.evaluations} evaluations, {trial.psnr:.2f} dB"
+        points.append(charts.Point(trial.evaluations, trial.psnr, label, "met" if trial.met else "missed"))
+    rivals: list[tuple[str, Any, Any]] = [(row.name, row.evaluations, row.psnr) for row in found.table if _rival(row)]
     if bench:
         rivals += [(name, n, db) for name, n, _, _, db, _ in bench_rows(bench)[3:]]
-    points += [charts.Point(n, db, f"{name}: {n} evaluations, {db:.2f} dB", "rival") for name, n, db in rivals if n and db is not None]
+    for name, n, db in rivals:
+        if n and db is not None:
+            points.append(charts.Point(n, db, f"{name}: {n} evaluations, {db:.2f} dB", "rival"))
     target = plan.target.get("min_psnr")
     line = float(target) if isinstance(target, int | float) else None
     return charts.scatter(points, "network evaluations", "PSNR to dense (dB)", line) if points else None

@@ -24,7 +24,9 @@ def save_sheet(path: Path, prompts: Sequence[str], samples: Sequence[Mapping[str
     import PIL.Image
     import PIL.ImageDraw
 
-    rows = [(prompt, name, frames) for prompt, made in zip(prompts, samples, strict=True) for name, frames in made.items()]
+    rows = [
+        (prompt, name, frames) for prompt, made in zip(prompts, samples, strict=True) for name, frames in made.items()
+    ]
     shape = rows[0][2].shape
     if len(shape) < 3 or shape[-1] not in (1, 3, 4):
         raise InputError(f"--sheet: samples of shape {list(shape)} are no pictures [..., H, W, C]; leave --sheet out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,17 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditopt.decisions import Fit
 from ditopt.errors import DitoptError, PlanMismatchError
 from ditopt.passes._infra import StepPlan
 from ditopt.passes.predict import factors_name, slot_name
 from ditopt.plan import Plan
 from ditopt.runtime.clock import ScheduleCache, StepClock, read_timestep
-from ditopt.runtime.schedule import BoundPlan, BoundPrediction, bind
+from ditopt.runtime.schedule import BoundPlan, BoundPrediction, adapted_factors, bind
 from ditopt.runtime.slots import StreamState
 from ditopt.runtime.streams import StreamTable
 from ditopt.runtime.variants import Variant, VariantCache
-from ditopt.search.predictors import predictor_coefficients
 from ditopt.sites import STEP
 
 Observer = Callable[["Observation"], None]
@@ -78,6 +77,8 @@ class Program:
 
     def __post_init__(self) -> None:
         self._streams: StreamTable[StreamState] = StreamTable(self._new_stream)
+        self._states: weakref.WeakSet[StreamState] = weakref.WeakSet()
+        self._lock = threading.Lock()
         self._schedules = ScheduleCache()
         self._factors: dict[tuple[float, ...], Tensor] = {}
 
@@ -94,7 +95,9 @@ class Program:
         if plan is None or not plan.rules:
             return
         if self.positions.timestep is None:
-            self.reasons.append(f"graph {self.variants.trace.index} does not see the timestep, so its step is unknown: compiled dense")
+            self.reasons.append(
+                f"graph {self.variants.trace.index} does not see the timestep, so its step is unknown: compiled dense"
+            )
             return
         self.bound = bind(plan, self.network, self.variants.trace.ranges())
 
@@ -104,6 +107,11 @@ class Program:
             self.variants.get(plan)
 
     def __call__(self, arguments: list[Any]) -> Sequence[Any]:
+        """Run one call: ``arguments`` are the captured graph's inputs in order.
+
+        Raises:
+            PlanMismatchError: the plan does not fit the model or the call's timestep.
+        """
         if self.error is not None:
             raise self.error
         self.statistics.calls += 1
@@ -115,54 +123,81 @@ class Program:
 
     def _new_stream(self) -> StreamState:
         assert self.plan is not None
-        self.statistics.generations += 1
-        return StreamState(StepClock(self.plan.sampler.timesteps[self.network]))
+        state = StreamState(StepClock(self.plan.sampler.timesteps[self.network]))
+        with self._lock:
+            self.statistics.generations += 1
+            self._states.add(state)
+        return state
 
     def _step(self, arguments: list[Any], bound: BoundPlan) -> Sequence[Any]:
         assert self.positions.timestep is not None
         identity = arguments[self.positions.identity] if self.positions.identity is not None else None
         state = self._streams.get(threading.get_ident(), self.network, identity, None)
-        tick = state.clock.tick(read_timestep(arguments[self.positions.timestep], self._schedules))
-        if tick.fresh or tick.skipped:  # a hole in the history is as good as none
-            state.reset()
-        if tick.step is None:
-            return self._unplanned(arguments, tick.reason)
-        step = bound.steps[tick.step]
-        added = self._added_inputs(step.predictions, state, bound, tick.step, arguments)
-        variant = step.variant
+        value = read_timestep(arguments[self.positions.timestep], self._schedules)
+        place = self._locate(state, bound, value)
+        if isinstance(place, str):
+            return self._unplanned(arguments, place)
+        number, time = place
+        step = bound.steps[number]
+        added = self._added_inputs(step.predictions, state, bound, number, time)
         if added is None:
             state.cold_steps += 1
             self.statistics.cold_calls += 1
-            variant, added = bound.full, {}
         elif step.predictions:
             self.statistics.predicted_calls += 1
-        outputs, features = self._run(self.variants.get(variant), arguments, added)
+        variant = self.variants.get(bound.full if added is None else step.variant)
+        outputs, features = self._run(variant, arguments, added or {})
         for site, tensors in features.items():
-            state.store(site, tick.step, tensors)
-        if added is not None and variant is step.variant:
-            state.retain(lambda site, source: (site, source) in step.live)
+            state.store(site, number, time, tensors)
+        self._note_peak()
+        if self.on_mismatch == "retarget" or added is None:  # who will read what is not known any more
+            state.retain_newest(bound.depth)
         else:
-            state.retain(lambda site, source: source in [held[0] for held in state.history[site][: bound.depth]])
-        self.statistics.peak_slot_bytes = max(self.statistics.peak_slot_bytes, state.peak_bytes)
+            state.retain(lambda site, source: (site, source) in step.live)
         return outputs
 
+    def _note_peak(self) -> None:
+        with self._lock:
+            held = sum(state.held_bytes for state in self._states)
+            self.statistics.peak_slot_bytes = max(self.statistics.peak_slot_bytes, held)
+
+    def _locate(self, state: StreamState, bound: BoundPlan, value: float) -> tuple[int, float] | str:
+        """The planned step of a call and its sigma, or why it is none; at a new generation the state is dropped.
+
+        Re-targeted, a value that is not planned is the nearest planned step, at its own sigma.
+        """
+        tick = state.clock.tick(value)
+        last, state.last_value = state.last_value, value
+        if self.on_mismatch == "retarget":
+            if bound.begins_anew(last, value):
+                state.reset()
+            if tick.step is None:
+                self.statistics.unplanned_calls += 1
+                return bound.position(value)
+        elif tick.step is None:
+            return tick.reason
+        elif tick.fresh or tick.skipped:  # a hole in the history is as good as none
+            state.reset()
+        return tick.step, bound.times[tick.step]
+
     def _added_inputs(
-        self, predictions: tuple[BoundPrediction, ...], state: StreamState, bound: BoundPlan, step: int, arguments: Sequence[Any]
+        self, predictions: tuple[BoundPrediction, ...], state: StreamState, bound: BoundPlan, step: int, time: float
     ) -> dict[str, Tensor] | None:
         """Slots and coefficients for a step's predictions; None if this stream lacks the history for one."""
         added: dict[str, Tensor] = {}
         for found in predictions:
             held = state.history.get(found.site, [])[: found.decision.history]
-            sources = tuple(source for source, _ in held)
-            factors = found.factors
-            if sources != found.sources:
-                if isinstance(found.decision, Fit) or len(sources) < found.decision.history:
-                    return None
-                factors = tuple(predictor_coefficients(found.decision, bound.times, step, sources))
-            for age, (_, tensors) in enumerate(held):
-                for stream, tensor in enumerate(tensors):
+            factors: tuple[float, ...] | None = found.factors
+            planned = [(source, bound.times[source]) for source in found.sources]
+            if time != bound.times[step] or planned != [(each.step, each.time) for each in held]:
+                refit = self.on_mismatch == "retarget"
+                factors = adapted_factors(found.decision, time, [each.time for each in held], refit=refit)
+            if factors is None:
+                return None
+            for age in range(found.decision.history):
+                for stream, tensor in enumerate(held[min(age, len(held) - 1)].tensors):
                     added[slot_name(found.site, age, stream)] = tensor
-            added[factors_name(found.site)] = self._factors_tensor(factors, held[0][1][0])
+            added[factors_name(found.site)] = self._factors_tensor(factors, held[0].tensors[0])
         return added
 
     def _factors_tensor(self, factors: tuple[float, ...], like: Tensor) -> Tensor:
@@ -171,7 +206,9 @@ class Program:
             found = self._factors[factors] = torch.tensor(factors, dtype=torch.float32).to(like.device)
         return found
 
-    def _run(self, variant: Variant, arguments: Sequence[Any], added: dict[str, Tensor]) -> tuple[Sequence[Any], dict[str, tuple[Tensor, ...]]]:
+    def _run(
+        self, variant: Variant, arguments: Sequence[Any], added: dict[str, Tensor]
+    ) -> tuple[Sequence[Any], dict[str, tuple[Tensor, ...]]]:
         values = [arguments[i] if isinstance(i, int) else added[i] for i in variant.inputs]
         results = variant.run(values)
         outputs = list(results[: variant.user_outputs])
@@ -181,7 +218,9 @@ class Program:
             features[site] = tuple(results[at : at + count])
             at += count
         if STEP in features:  # the caller may write into what it was given
-            features[STEP] = tuple(t.clone() if any(_shares_memory(t, out) for out in outputs) else t for t in features[STEP])
+            features[STEP] = tuple(
+                t.clone() if any(_shares_memory(t, out) for out in outputs) else t for t in features[STEP]
+            )
         return outputs, features
 
     def _observe(self, arguments: list[Any], observer: Observer) -> Sequence[Any]:
@@ -196,7 +235,8 @@ class Program:
         if self.on_mismatch == "error":
             assert self.plan is not None
             raise PlanMismatchError(
-                f"{reason}; the plan is for {len(self.plan.sampler.timesteps[self.network])} steps of {self.plan.sampler.class_name}. "
+                f"{reason}; the plan is for {len(self.plan.sampler.timesteps[self.network])} steps of "
+                f"{self.plan.sampler.class_name}. "
                 'Generate with these, re-target the plan (options={"on_mismatch": "retarget"}) or run such calls dense '
                 '(options={"on_mismatch": "dense"})'
             )
@@ -205,4 +245,8 @@ class Program:
 
 
 def _shares_memory(left: Any, right: Any) -> bool:
-    return isinstance(left, Tensor) and isinstance(right, Tensor) and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+    return (
+        isinstance(left, Tensor)
+        and isinstance(right, Tensor)
+        and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+    )

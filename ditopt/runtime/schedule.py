@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ditopt.decisions import Decision, Dense, Fit, Predictor
+from ditopt.decisions import Decision, Dense, Fit, Forecast, Predictor
 from ditopt.errors import PlanMismatchError
 from ditopt.passes._infra import Prediction, StepPlan
 from ditopt.plan import Plan, format_steps
@@ -44,6 +45,25 @@ class BoundPlan:
     steps: tuple[BoundStep, ...]
     full: StepPlan
     times: tuple[float, ...]
+    timesteps: tuple[float, ...]
+
+    def position(self, value: float) -> tuple[int, float]:
+        """The planned step nearest to a timestep value, and the sigma of that value.
+
+        Sigmas lie on straight lines through the planned ones, also beyond the first and the last.
+        """
+        step = min(range(len(self.timesteps)), key=lambda index: abs(self.timesteps[index] - value))
+        known = sorted(dict(zip(self.timesteps, self.times, strict=True)).items())
+        if len(known) == 1:
+            return step, known[0][1]
+        at = min(max(bisect(known, (value,)), 1), len(known) - 1)
+        (low, low_time), (high, high_time) = known[at - 1], known[at]
+        return step, low_time + (value - low) * (high_time - low_time) / (high - low)
+
+    def begins_anew(self, last: float | None, value: float) -> bool:
+        """Whether a timestep ``value`` after ``last`` starts another generation: time runs backwards."""
+        rising = self.timesteps[-1] > self.timesteps[0]
+        return last is None or (value < last if rising else value > last)
 
     @property
     def variants(self) -> tuple[StepPlan, ...]:
@@ -71,7 +91,8 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]]) -> Bou
     missing = [name for name in plan.planned_sites() if name not in known and not _matches_any(name, known)]
     if missing:
         raise PlanMismatchError(
-            f"plan names sites that the model lacks: {', '.join(missing)}; the model has {STEP} and blocks {_stacks(ranges)}"
+            f"plan names sites that the model lacks: {', '.join(missing)}; "
+            f"the model has {STEP} and blocks {_stacks(ranges)}"
         )
     late = [t for rule in plan.rules for t in rule.steps if t >= total]
     if late:
@@ -89,16 +110,46 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]]) -> Bou
             sources = tuple(history[site][: decision.history])
             if len(sources) < decision.history:
                 raise PlanMismatchError(
-                    f"step {t}: {decision.kind} of {site} reads {decision.history} computed steps, only {len(sources)} come before it"
+                    f"step {t}: {decision.kind} of {site} reads {decision.history} computed steps, "
+                    f"only {len(sources)} come before it"
                 )
-            found.append(BoundPrediction(site, decision, sources, tuple(predictor_coefficients(decision, times, t, sources))))
+            if isinstance(decision, Fit) and decision.sources[t] != sources:
+                raise PlanMismatchError(
+                    f"step {t}: fit of {site} was made for the steps {list(decision.sources[t])}, but the steps "
+                    f"computed before it are {list(sources)}; a plan with fits cannot be edited by hand, make it "
+                    "again with `ditopt optimize`"
+                )
+            found.append(
+                BoundPrediction(site, decision, sources, tuple(predictor_coefficients(decision, times, t, sources)))
+            )
         bound.append(tuple(found))
         for site in _recorded(used, active, ranges):
             history[site].insert(0, t)
-    return BoundPlan(_with_liveness(bound, used, ranges), StepPlan((), used), times)
+    return BoundPlan(_with_liveness(bound, used, ranges), StepPlan((), used), times, plan.sampler.timesteps[network])
 
 
-def _with_liveness(bound: Sequence[tuple[BoundPrediction, ...]], used: tuple[str, ...], ranges: Mapping[str, tuple[int, int]]) -> tuple[BoundStep, ...]:
+def adapted_factors(
+    decision: Predictor, time: float, held: Sequence[float], *, refit: bool
+) -> tuple[float, ...] | None:
+    """The coefficients of a prediction at sigma ``time`` from features at the sigmas ``held``: not the planned ones.
+
+    Reuse and forecasts go by the true distances. A fit holds for its own steps only: where ``refit`` is true, order 1
+    takes its place in the same graph (further terms weigh nothing). None: the site has to be computed.
+    """
+    history = decision.history
+    if isinstance(decision, Fit):
+        if not refit or min(history, len(held)) < 2:
+            return None
+        order_1 = predictor_coefficients(Forecast(), (time, *held), 0, (1, 2))
+        return (*order_1, *(0.0,) * (history - 2 + decision.latents))
+    if len(held) < history:
+        return None
+    return predictor_coefficients(decision, (time, *held), 0, range(1, history + 1))
+
+
+def _with_liveness(
+    bound: Sequence[tuple[BoundPrediction, ...]], used: tuple[str, ...], ranges: Mapping[str, tuple[int, int]]
+) -> tuple[BoundStep, ...]:
     steps: list[BoundStep] = []
     live: frozenset[tuple[str, int]] = frozenset()
     for found in reversed(bound):
@@ -127,11 +178,15 @@ def _active(decisions: Mapping[str, Decision], ranges: Mapping[str, tuple[int, i
     return kept
 
 
-def _recorded(used: tuple[str, ...], active: Mapping[str, object], ranges: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+def _recorded(
+    used: tuple[str, ...], active: Mapping[str, object], ranges: Mapping[str, tuple[int, int]]
+) -> tuple[str, ...]:
     """The features that a step computes afresh: none in a predicted step, no range that touches a predicted one."""
     if STEP in active:
         return ()
-    return tuple(site for site in used if site == STEP or not any(overlap(ranges[site], ranges[other]) for other in active))
+    return tuple(
+        site for site in used if site == STEP or not any(overlap(ranges[site], ranges[other]) for other in active)
+    )
 
 
 def overlap(one: tuple[int, int], two: tuple[int, int]) -> bool:

@@ -9,32 +9,52 @@ from torch import Tensor
 
 from ditopt.runtime.clock import StepClock
 
-Held = tuple[int, tuple[Tensor, ...]]
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A feature: the planned step that it was computed in (or nearest to), its sigma, and its tensors."""
+
+    step: int
+    time: float
+    tensors: tuple[Tensor, ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class StreamState:
-    """What one guidance branch of one generation carries from call to call; newest features first."""
+    """What one guidance branch of one generation carries from call to call; newest features first.
+
+    ``held_bytes`` is the memory of all features held.
+    """
 
     clock: StepClock
     history: dict[str, list[Held]] = field(default_factory=dict)
-    peak_bytes: int = 0
+    held_bytes: int = 0
     cold_steps: int = 0
+    last_value: float | None = None
 
     def reset(self) -> None:
         """Forget all features: a new generation begins."""
         self.history.clear()
+        self.held_bytes = 0
 
-    def store(self, site: str, step: int, tensors: Iterable[Tensor]) -> None:
-        """Keep the feature that ``site`` had in ``step``."""
-        self.history.setdefault(site, []).insert(0, (step, tuple(tensors)))
+    def store(self, site: str, step: int, time: float, tensors: Iterable[Tensor]) -> None:
+        """Keep the feature that ``site`` had in ``step``, at sigma ``time``."""
+        self.history.setdefault(site, []).insert(0, Held(step, time, tuple(tensors)))
+        self._count()
 
     def retain(self, wanted: Callable[[str, int], bool]) -> None:
-        """Drop every feature (site, step) that is not ``wanted`` any more, after noting the peak."""
-        self.peak_bytes = max(self.peak_bytes, self.bytes())
+        """Drop every feature (site, step) that is not ``wanted`` any more."""
         for site, held in self.history.items():
-            self.history[site] = [(step, tensors) for step, tensors in held if wanted(site, step)]
+            self.history[site] = [found for found in held if wanted(site, found.step)]
+        self._count()
 
-    def bytes(self) -> int:
-        """Memory of all features held, in bytes."""
-        return sum(t.numel() * t.element_size() for held in self.history.values() for _, tensors in held for t in tensors)
+    def retain_newest(self, depth: int) -> None:
+        """Drop all but the newest ``depth`` features of every site."""
+        for held in self.history.values():
+            del held[depth:]
+        self._count()
+
+    def _count(self) -> None:
+        self.held_bytes = sum(
+            t.numel() * t.element_size() for held in self.history.values() for found in held for t in found.tensors
+        )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import fx
+from torch import Tensor, fx
 
 from ditopt._torch import BoxedCallable, fake_mode_of, lower, trace_aten
 from ditopt.passes._infra import GraphIndex, PassManager, StepPlan
@@ -92,7 +92,7 @@ class VariantCache:
         nodes = sum(node.op == "call_function" for node in gm.graph.nodes)
         sample = self.trace.placeholders[0].meta["val"]
 
-        def trace_call(function: Callable[..., object], values: list[object]) -> fx.GraphModule:
+        def trace_call(function: Callable[..., object], values: list[Tensor]) -> fx.GraphModule:
             with fake_mode_of(sample) as mode:
                 return trace_aten(function, values, mode)
 

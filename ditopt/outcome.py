@@ -1,0 +1,187 @@
+"""What a run of ``optimize`` ends with: the table, the plan's measured figures, and the side file that explains it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ditopt import store
+from ditopt.errors import InputError
+from ditopt.plan import Plan, Rule, write_text_atomically
+from ditopt.profile import NetworkProfile, Profile
+from ditopt.quality import Quality
+from ditopt.runtime.program import Program
+from ditopt.runtime.schedule import bind
+from ditopt.search import Solution
+from ditopt.sites import STEP
+from ditopt.tune import Tried, Tuner
+
+DENSE, OURS, RIVAL = 1, 2, 3
+"""Positions of the contenders in the closing table; the rival may be missing."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the closing table."""
+
+    name: str
+    seconds: float
+    speedup: float
+    psnr: float | None
+    worst_psnr: float | None
+    evaluations: int
+
+
+@dataclass
+class Result:
+    """What ``optimize`` found. ``plan`` is None if nothing beat the dense compiled model."""
+
+    plan: Plan | None
+    rows: list[Row]
+    reasons: list[str]
+    quality: Quality | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rules that met the target on the held-out prompts, with what they measured there."""
+
+    rules: tuple[Rule, ...]
+    quality: Quality
+    solutions: dict[str, Solution]
+    tuners: dict[str, Tuner]
+
+
+def closing_table(rows: Sequence[Row]) -> Table:
+    """The table that ``optimize`` ends with."""
+    table = Table(title="whole generations, prompts not used in calibration")
+    table.add_column("")
+    for column in ("seconds", "speed-up", "PSNR dB", "worst dB", "evaluations"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        psnr = ["-" if value is None else f"{value:.1f}" for value in (row.psnr, row.worst_psnr)]
+        table.add_row(row.name, f"{row.seconds:.2f}", f"{row.speedup:.2f}x", *psnr, str(row.evaluations))
+    return table
+
+
+def finished_plan(
+    template: Plan, found: Found, rows: Sequence[Row], programs: Mapping[str, Program], held_out: int
+) -> Plan:
+    """The plan with what was predicted for it and what it measured on ``held_out`` prompts."""
+    ours, dense = rows[OURS], rows[DENSE]
+    whole = template.model_copy(update={"rules": found.rules})
+    bound = [bind(whole, name, program.variants.trace.ranges()) for name, program in programs.items()]
+    measured: dict[str, Any] = {
+        "prompts": held_out,
+        "psnr": round(found.quality.psnr, 2),
+        "worst_psnr": round(found.quality.worst_psnr, 2),
+        "rel_l2": round(found.quality.rel_l2, 5),
+        "dense_s": round(dense.seconds, 3),
+        "plan_s": round(ours.seconds, 3),
+        "speedup": round(ours.speedup, 2),
+        "evaluations": ours.evaluations,
+        "state_mib": round(max(program.statistics.peak_slot_bytes for program in programs.values()) / 2**20, 3),
+        "variants": sum(len(part.variants) for part in bound),
+    }
+    if len(rows) > RIVAL and rows[RIVAL].psnr is not None:
+        rival = rows[RIVAL]
+        measured["fewer_steps"] = {
+            "steps": rival.evaluations,
+            "psnr": round(rival.psnr or 0.0, 2),
+            "seconds": round(rival.seconds, 3),
+        }
+    predicted = {
+        "seconds": round(sum(s.predicted_seconds for s in found.solutions.values()), 3),
+        "relative_error": round(math.sqrt(sum(s.predicted_error**2 for s in found.solutions.values())), 5),
+    }
+    return whole.model_copy(update={"measured": measured, "predicted": predicted})
+
+
+def write_outcome(
+    path: Path | None, plan: Plan, profile: Profile, found: Found, result: Result, prompts: Mapping[str, Sequence[str]]
+) -> Path:
+    """Write the plan, its copy in the user's cache, and the side file that ``ditopt explain`` reads.
+
+    Returns the plan's path: ``path``, or the cache's own if that is None.
+
+    Raises:
+        PlanError: a file cannot be written.
+    """
+    structure = plan.model.structure.split()[0]
+    target = path or store.plan_path(structure)
+    if path is None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    plan.save(target)
+    side = {
+        "explanations": {
+            name: [asdict(entry) for entry in solution.explanations] for name, solution in found.solutions.items()
+        },
+        "trials": [_trial_data(tried, plan) for tuner in found.tuners.values() for tried in tuner.tried.values()],
+        "reasons": result.reasons,
+        "prompts": {kind: list(texts) for kind, texts in prompts.items()},
+        "timings": result.timings,
+        "table": [asdict(row) for row in result.rows],
+        "profile": {name: _profile_data(part) for name, part in profile.networks.items()},
+    }
+    write_text_atomically(explain_path(target), json.dumps(side, indent=1))
+    if path is not None:
+        store.keep_plan(path, structure)
+    return target
+
+
+def explain_path(plan_path: Path) -> Path:
+    """The side file of a plan: ``plan.explain.json`` next to ``plan.yaml``."""
+    return plan_path.with_suffix(".explain.json")
+
+
+def check_writable(path: Path) -> None:
+    """Refuse an output path before the long work starts.
+
+    Raises:
+        InputError: the folder is missing or not writable, or the path is a folder.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a plan file, e.g. {path / 'plan.yaml'}")
+    if not path.parent.is_dir():
+        raise InputError(
+            f"{path} cannot be written: folder {path.parent} does not exist; make it first or choose another"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written: no permission in {path.parent}; choose another folder")
+
+
+def _trial_data(tried: Tried, plan: Plan) -> dict[str, Any]:
+    trial_plan = plan.model_copy(update={"rules": tried.rules})
+    kept = {name: list(trial_plan.kept_steps(name)) for name in plan.sampler.timesteps}
+    return {
+        "kept": next(iter(kept.values())),
+        "evaluations": sum(map(len, kept.values())),
+        "psnr": tried.quality.psnr,
+        "worst_psnr": tried.quality.worst_psnr,
+        "rel_l2": tried.quality.rel_l2,
+        "seconds": tried.seconds,
+        "stage": tried.stage,
+        "met": tried.met,
+    }
+
+
+def _profile_data(part: NetworkProfile) -> dict[str, Any]:
+    gram = part.grams[STEP].effective(part.branch_weights).sum(0)[: len(part.timesteps), : len(part.timesteps)]
+    norms = np.sqrt(np.maximum(np.diag(gram), 1e-30))
+    return {
+        "timesteps": part.timesteps,
+        "sigmas": part.sigmas,
+        "similarity": (gram / norms / norms[:, None]).round(5).tolist(),
+        "sensitivity": part.sensitivity,
+        "range_weights": part.range_weights,
+        "seconds": part.seconds,
+    }

@@ -1,0 +1,109 @@
+"""``ditopt doctor``: what this machine has of what ditopt needs, each finding with the way out."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ditopt import store
+from ditopt.errors import DitoptError
+from ditopt.plan import Plan
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact; ``broken`` if ditopt cannot work as it is."""
+
+    name: str
+    text: str
+    broken: bool = False
+
+    def __str__(self) -> str:
+        return f"{'BROKEN' if self.broken else 'ok':<7}{self.name:<20}{self.text}"
+
+
+def findings() -> Iterator[Finding]:
+    """All findings, the slow one (a trial compilation) last."""
+    import torch
+
+    from ditopt.device import describe_device
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
+    yield Finding("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    yield Finding("device", f"{device.type}: {describe_device(device)}")
+    yield _compiler()
+    triton = importlib.util.find_spec("triton") is not None
+    yield Finding(
+        "triton", "present" if triton else "absent; needed for GPUs only", device.type == "cuda" and not triton
+    )
+    absent = "absent; needed for pipelines only: pip install ditopt[diffusers]"
+    yield Finding("diffusers", "present" if importlib.util.find_spec("diffusers") else absent)
+    yield _cache()
+    yield from _plans()
+    yield _trial()
+
+
+def _compiler() -> Finding:
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++", "cl"]
+    found = next((path for path in map(shutil.which, wanted) if path), None)
+    if found is None:
+        return Finding("C++ compiler", f"none of {', '.join(wanted)} found; install g++ or set CXX", broken=True)
+    return Finding("C++ compiler", found)
+
+
+def _cache() -> Finding:
+    folder = store.cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        text = f"{folder} cannot be written ({error.strerror}); set DITOPT_CACHE to a folder that can"
+        return Finding("cache", text, broken=True)
+    return Finding("cache", f"{folder} is writable")
+
+
+def _plans() -> Iterator[Finding]:
+    files = sorted(store.plan_dir().glob("*.yaml"))
+    yield Finding("plans", f"{len(files)} in {store.plan_dir()}")
+    for file in files:
+        try:
+            plan = Plan.load(file)
+            yield Finding("", f"{plan.model.class_name}, {plan.sampler.steps} steps: {file.name}")
+        except DitoptError as error:
+            yield Finding("", f"{str(error).splitlines()[0]}; delete or replace it", broken=True)
+
+
+def _trial() -> Finding:
+    """Compile a small network through the backend: it meets every private interface of torch that ditopt uses."""
+    import torch
+    from torch import nn
+
+    from ditopt.backend import Session, ditopt_backend
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)).eval()
+    given = torch.randn(2, 8)
+    began = time.perf_counter()
+    try:
+        with torch.no_grad():
+            options: dict[str, Any] = {"session": Session()}
+            compiled = torch.compile(network, backend=ditopt_backend, options=options)
+            error = float((compiled(given) - network(given)).abs().max())
+    except Exception as problem:  # whatever a torch release moved is what this is to find
+        first = str(problem).strip().splitlines()[:1]
+        text = f"a trial compilation failed: {type(problem).__name__}: {' '.join(first)}"
+        text += "; ditopt is made for torch 2.11 to 2.13"
+        return Finding("private interfaces", text, broken=True)
+    seconds = time.perf_counter() - began
+    return Finding(
+        "private interfaces", f"a trial compilation took {seconds:.1f} s, error {error:.1g}", broken=error > 1e-4
+    )
