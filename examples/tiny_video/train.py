@@ -24,6 +24,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 
@@ -77,6 +78,13 @@ class Trainee(nn.Module):
         nn.init.zeros_(self.transformer.proj_out.bias)
 
 
+def load_weights(trainee: Trainee, folder: Path) -> None:
+    """Start from the weights of an exported pipeline."""
+    for name, part in (("transformer", trainee.transformer), ("text_encoder", trainee.text_encoder)):
+        (found,) = (folder / name).glob("*.safetensors")
+        part.load_state_dict(load_file(found), strict=name == "transformer")  # T5 ties its embeddings: one is saved
+
+
 def batches(start: int, stages: tuple[Stage, ...], mine: slice) -> queue.Queue[tuple[Tensor, list[str]]]:
     """Render this worker's share ``mine`` of the batches from step ``start`` on in a background thread."""
     ready: queue.Queue[tuple[Tensor, list[str]]] = queue.Queue(maxsize=4)
@@ -112,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--start", type=Path, help="a pipeline directory whose weights to start from")
     parser.add_argument("--workers", type=int, default=2, help="processes that share each batch")
     parser.add_argument("--stop-after", type=int, help="stop after this many steps of this start (for trials)")
     args = parser.parse_args()
@@ -146,6 +155,8 @@ def _train(rank: int, args: argparse.Namespace) -> None:
     torch.manual_seed(SEED)
     tokenizer = build_tokenizer()
     trainee = Trainee(len(tokenizer))
+    if args.start is not None:
+        load_weights(trainee, args.start)
     average = {name: value.detach().clone() for name, value in trainee.state_dict().items()}
     hidden = [p for n, p in trainee.named_parameters() if p.ndim == 2 and ".blocks." in n and "scale_shift" not in n]
     chosen = {id(p) for p in hidden}
