@@ -36,7 +36,7 @@ from ditopt.tune import Tuner
 
 RANGES = "ranges"
 ALL_TECHNIQUES = (*TECHNIQUES, RANGES)
-TUNING_PROMPTS = 3
+TUNING_PROMPTS = 4
 VERIFY_ROUNDS = 3
 TIMED_GENERATIONS = 3
 
@@ -268,7 +268,8 @@ class Optimizer:
             )
             if missing <= 0:
                 return Found(rules, quality, solutions, tuners)
-            margin += missing + 0.3
+            gap = missing - tuners[names[-1]].missing_db(solutions.get(names[-1]))
+            margin = max(margin + 0.3, gap + 0.3)  # what the tuning prompts promised too much
             self.reporter.say(
                 f"  short of the target by {missing:.1f} dB: searching again with {margin:.1f} dB in hand"
             )

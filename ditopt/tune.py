@@ -81,6 +81,11 @@ class Tuner:
                 return self._for_speed(self.target.speedup)
             return self._for_quality(self.target.limit(margin_db))
 
+    def missing_db(self, solution: Solution | None) -> float:
+        """By how many dB a tried plan misses the target on the tuning prompts; negative where it exceeds it."""
+        known = None if solution is None else self.tried.get(rules_key(solution.rules))
+        return 0.0 if known is None else self.target.missing_db(known.quality)
+
     def _for_quality(self, limit: float) -> Solution | None:
         def meets(measurement: Measurement) -> bool:
             return measurement.error <= limit
