@@ -113,7 +113,7 @@ def optimize(
     technique: Annotated[
         list[str] | None, typer.Option(help="kind of decision to consider, repeatable; default: all")
     ] = None,
-    budget: Annotated[int, typer.Option(min=1, help="the most plans to try by real rollouts")] = 24,
+    budget: Annotated[int, typer.Option(min=1, help="the most plans to try by real rollouts")] = 16,
     max_variants: Annotated[int, typer.Option(min=1, help="the most distinct graphs to compile")] = 8,
     on_mismatch: Annotated[Mismatch, typer.Option(help="what unplanned calls do")] = Mismatch.error,
     resume: Annotated[bool, typer.Option(help="take up an interrupted run")] = True,
