@@ -8,8 +8,8 @@ PIP    := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 
 DEMO     := build/demo
 MODEL    := examples/tiny_video
-OPTIMIZE := --quality fast
-BENCH    := --limit 4
+OPTIMIZE := --quality fast --guidance 1
+BENCH    := --limit 5
 
 .PHONY: demo test lint format clean
 
@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/ditopt optimize $(MODEL) --prompts $(MODEL)/calibration_prompts.txt -o $(DEMO)/plan.yaml $(OPTIMIZE)
 	$(BIN)/ditopt show $(DEMO)/plan.yaml
 	$(BIN)/ditopt bench $(MODEL) --plan $(DEMO)/plan.yaml --prompts $(MODEL)/prompts.txt $(BENCH) --json $(DEMO)/bench.json
-	$(BIN)/ditopt report $(DEMO)/plan.yaml -o $(DEMO)/report.html
+	$(BIN)/ditopt report $(DEMO)/plan.yaml --bench $(DEMO)/bench.json -o $(DEMO)/report.html
 	@echo "The plan is $(DEMO)/plan.yaml, its figures are $(DEMO)/bench.json, the report is $(DEMO)/report.html."
 
 test: lint

@@ -66,6 +66,7 @@ class Optimizer:
         self.reporter = Reporter(self.quiet)
         self.timings: dict[str, float] = {}
         self.reasons: list[str] = []
+        self.state_bytes = 0
         chosen = tuple(self.techniques) if self.techniques is not None else ALL_TECHNIQUES
         unknown = [name for name in chosen if name not in ALL_TECHNIQUES and not name.startswith(TECHNIQUES)]
         if unknown:
@@ -313,7 +314,7 @@ class Optimizer:
                 f"the plan took {plan_seconds:.2f} s a generation, dense {dense_seconds:.2f} s", rows
             )
         programs = {name: whole_program(session) for name, session in evaluator.sessions.items()}
-        plan = finished_plan(evaluator.template, found, rows, programs, len(held_out))
+        plan = finished_plan(evaluator.template, found, rows, programs, len(held_out), self.state_bytes)
         result = Result(plan, rows, self.reasons, found.quality, self.timings)
         prompts = {"profiled": [prompt for prompt, _ in profiled], "held_out": [prompt for prompt, _ in held_out]}
         path = Path(self.plan_path) if self.plan_path is not None else None
@@ -338,8 +339,14 @@ class Optimizer:
                     began = time.perf_counter()
                     self.adapter.checked_rollout(*pair)
                     spent[planned].append(time.perf_counter() - began)
+                    self._note_state(evaluator)
                     stage.advance()
         return statistics.median(spent[True]), statistics.median(spent[False])
+
+    def _note_state(self, evaluator: Evaluator) -> None:
+        """Keep the most memory that slots have taken under the plan that is bound."""
+        held = sum(whole_program(session).statistics.peak_slot_bytes for session in evaluator.sessions.values())
+        self.state_bytes = max(self.state_bytes, held)
 
     def _fewer_steps(
         self, evaluator: Evaluator, plan_seconds: float, dense_seconds: float, held_out: Pairs

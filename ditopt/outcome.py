@@ -74,9 +74,9 @@ def closing_table(rows: Sequence[Row]) -> Table:
 
 
 def finished_plan(
-    template: Plan, found: Found, rows: Sequence[Row], programs: Mapping[str, Program], held_out: int
+    template: Plan, found: Found, rows: Sequence[Row], programs: Mapping[str, Program], held_out: int, state_bytes: int
 ) -> Plan:
-    """The plan with what was predicted for it and what it measured on ``held_out`` prompts."""
+    """The plan with what was predicted for it and measured on ``held_out`` prompts and of its slots (bytes)."""
     ours, dense = rows[OURS], rows[DENSE]
     whole = template.model_copy(update={"rules": found.rules})
     bound = [bind(whole, name, program.variants.trace.ranges()) for name, program in programs.items()]
@@ -89,7 +89,7 @@ def finished_plan(
         "plan_s": round(ours.seconds, 3),
         "speedup": round(ours.speedup, 2),
         "evaluations": ours.evaluations,
-        "state_mib": round(max(program.statistics.peak_slot_bytes for program in programs.values()) / 2**20, 3),
+        "state_mib": round(state_bytes / 2**20, 3),
         "variants": sum(len(part.variants) for part in bound),
     }
     if len(rows) > RIVAL and rows[RIVAL].psnr is not None:

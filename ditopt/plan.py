@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -311,11 +310,9 @@ def write_text_atomically(path: Path, text: str) -> None:
         PlanError: the folder is missing or not writable.
     """
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False, encoding="utf-8"
-        ) as partial:
-            partial.write(text)
-        os.replace(partial.name, path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # made by open, so that the umask counts
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
     except OSError as error:
         raise PlanError(
             f"{path}: cannot be written: {error.strerror or error}; choose a folder that exists and is writable"

@@ -90,6 +90,7 @@ class Program:
         """
         self._streams.clear()
         self._factors.clear()
+        self.statistics.peak_slot_bytes = 0
         self.error = None
         self.plan, self.bound = plan, None
         if plan is None or not plan.rules:
