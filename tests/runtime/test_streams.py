@@ -271,7 +271,7 @@ class TestStreamTable:
             address = id(tensor)
             with table._lock:
                 del tensor
-            others: list[torch.Tensor] = []  # the freed address comes back within a few allocations, not always at the first
+            others: list[torch.Tensor] = []  # the freed address comes back within a few allocations
             while id(tensor := torch.ones(3)) != address and len(others) < 500:
                 others.append(tensor)
             reused += id(tensor) == address
