@@ -42,5 +42,5 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("ditopt needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt torch
-	$(PIP) install --constraint constraints.txt --editable ".[diffusers,plots,bench,dev]"
+	$(PIP) install --constraint constraints.txt --editable ".[diffusers,bench,dev]"
 	touch $@

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,7 +58,6 @@ class CompileContext:
 
     fake_mode: Any
     tracing: Any
-    patches: dict[str, Any] = field(default_factory=dict)
 
 
 def functionalise(
@@ -100,7 +99,6 @@ def lower(gm: fx.GraphModule, context: CompileContext) -> BoxedCallable:
     """
     from torch._dispatch.python import enable_python_dispatcher
     from torch._guards import TracingContext, tracing
-    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_forward, compile_fx_inner, create_compiler_config_extra
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V
@@ -118,7 +116,6 @@ def lower(gm: fx.GraphModule, context: CompileContext) -> BoxedCallable:
 
     with (
         torch.no_grad(),
-        config.patch(context.patches),
         V.set_fake_mode(context.fake_mode),
         tracing(fresh),
         enable_python_dispatcher(),
@@ -157,13 +154,6 @@ def is_mutating(target: object) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
-def is_fake(value: Any) -> bool:
-    """Whether a value is a fake tensor (shape and strides without data)."""
-    from torch._subclasses import FakeTensor
-
-    return isinstance(value, FakeTensor)
-
-
 @dataclass(frozen=True)
 class CompileCounts:
     """What Dynamo has counted in this process so far."""
@@ -174,7 +164,7 @@ class CompileCounts:
 
 
 def compile_counts() -> CompileCounts:
-    """Graphs captured, graph breaks and compilations of frames that had been compiled before."""
+    """Graphs captured, graph breaks, and compilations of frames (the first of each included)."""
     from torch._dynamo.utils import compilation_time_metrics, counters
 
     graphs = int(counters["stats"].get("unique_graphs", 0))

@@ -119,6 +119,10 @@ class Session:
         try:
             if self.error is not None:
                 raise self.error
+            if plan is not None and self.plan is None:  # nobody named it, so it must not stand in the way
+                program.on_mismatch = "dense"
+                if self.network not in plan.sampler.timesteps:
+                    plan = None
             if plan is not None:
                 check_model(plan, trace)
             elif self.lookup and trace.blocks:

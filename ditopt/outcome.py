@@ -14,10 +14,11 @@ import numpy as np
 from rich.table import Table
 
 from ditopt import store
-from ditopt.errors import InputError
+from ditopt.errors import InputError, PlanError
 from ditopt.plan import Plan, Rule, write_text_atomically
 from ditopt.profile import NetworkProfile, Profile
 from ditopt.quality import Quality
+from ditopt.report.explained import side_path
 from ditopt.runtime.program import Program
 from ditopt.runtime.schedule import bind
 from ditopt.search import Solution
@@ -132,15 +133,13 @@ def write_outcome(
         "table": [asdict(row) for row in result.rows],
         "profile": {name: _profile_data(part) for name, part in profile.networks.items()},
     }
-    write_text_atomically(explain_path(target), json.dumps(side, indent=1))
+    write_text_atomically(side_path(target), json.dumps(side, indent=1))
     if path is not None:
-        store.keep_plan(path, structure)
+        try:
+            store.keep_plan(path, structure)
+        except PlanError as error:  # the plan itself is written: nothing is lost
+            result.reasons.append(str(error))
     return target
-
-
-def explain_path(plan_path: Path) -> Path:
-    """The side file of a plan: ``plan.explain.json`` next to ``plan.yaml``."""
-    return plan_path.with_suffix(".explain.json")
 
 
 def check_writable(path: Path) -> None:

@@ -106,9 +106,16 @@ class SamplerPrint(_Part):
     class_name: Annotated[str, Field(alias="class")]
     steps: Annotated[int, Field(ge=1, le=100_000)]
     guidance: float = 1.0
-    timesteps: dict[str, tuple[float, ...]]
+    timesteps: Annotated[dict[str, tuple[float, ...]], Field(min_length=1)]
     sigmas: dict[str, tuple[float, ...]]
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        lengths = [{name: len(values) for name, values in part.items()} for part in (self.timesteps, self.sigmas)]
+        if lengths[0] != lengths[1] or 0 in lengths[0].values():
+            raise ValueError(f"timesteps are {lengths[0]} and sigmas {lengths[1]}; each network needs as many of both")
+        return self
 
 
 class DevicePrint(_Part):
@@ -218,7 +225,7 @@ class Plan(_Part):
                 data = loader.construct_document(node) if node is not None else None
             finally:
                 loader.dispose()
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             where = f"{source}, line {mark.line + 1}" if mark else source
             problem = getattr(error, "problem", None) or str(error)

@@ -7,7 +7,6 @@ is the site ``step``.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 STEP = "step"
@@ -59,20 +58,6 @@ class StepSite:
 Site = AttentionSite | LinearSite | BlockSite | StepSite
 
 
-@dataclass(frozen=True)
-class BlockRange:
-    """Blocks ``first`` to ``last`` (inclusive positions in the trace's order of blocks) as one site."""
-
-    name: str
-    first: int
-    last: int
-
-    @property
-    def length(self) -> int:
-        """Number of blocks covered."""
-        return self.last - self.first + 1
-
-
 def range_name(first: str, last: str) -> str:
     """The name of the range from block ``first`` to block ``last``: ``blocks.2..5``, or both names in full.
 
@@ -86,19 +71,3 @@ def range_name(first: str, last: str) -> str:
     stem, _, _ = first.rpartition(".")
     other, _, number = last.rpartition(".")
     return f"{first}..{number}" if stem == other else f"{first}..{last}"
-
-
-def parse_range(name: str, blocks: tuple[str, ...]) -> BlockRange:
-    """The range that ``name`` stands for among ``blocks`` (names in execution order).
-
-    Raises:
-        KeyError: a block of the name is not among ``blocks``; the argument is that block's name.
-    """
-    first, dots, last = name.partition("..")
-    if dots and re.fullmatch(r"\d+", last):
-        last = f"{first.rpartition('.')[0]}.{last}"
-    last = last or first
-    for block in (first, last):
-        if block not in blocks:
-            raise KeyError(block)
-    return BlockRange(name, blocks.index(first), blocks.index(last))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -257,13 +256,3 @@ def count_flops(gm: fx.GraphModule, block: str | None = None) -> int:
                 key.shape[-2]
             ) * int(value.shape[-1])
     return total
-
-
-def output_nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    """The tensors that a graph returns, in order (constants left out)."""
-    return [n for n in gm.graph.output_node().args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
-
-
-def is_getitem(node: fx.Node) -> bool:
-    """Whether a node picks one result out of a tuple."""
-    return node.op == "call_function" and node.target is operator.getitem

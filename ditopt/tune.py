@@ -83,7 +83,7 @@ class Tuner:
 
     def missing_db(self, solution: Solution | None) -> float:
         """By how many dB a tried plan misses the target on the tuning prompts; negative where it exceeds it."""
-        known = None if solution is None else self.tried.get(rules_key(solution.rules))
+        known = None if solution is None else self.tried.get(self._key(solution.rules))
         return 0.0 if known is None else self.target.missing_db(known.quality)
 
     def _for_quality(self, limit: float) -> Solution | None:
@@ -151,15 +151,19 @@ class Tuner:
 
     def _refine(self, solution: Solution, budget: int) -> Trial | None:
         found = refine(self.problem, solution, self._measure, budget)
-        known = self.tried.get(rules_key(found.rules))
+        known = self.tried.get(self._key(found.rules))
         return None if known is None else Trial(found, Measurement(self.target.error(known.quality), known.seconds))
+
+    def _key(self, rules: Sequence[Rule]) -> tuple[str, ...]:
+        """What was measured: these rules beside those of the other networks."""
+        return rules_key([*self.fixed, *rules])
 
     @property
     def _left(self) -> int:
         return self.budget - len(self.tried)
 
     def _measure(self, rules: Sequence[Rule]) -> Measurement:
-        key = rules_key(rules)
+        key = self._key(rules)
         if key not in self.tried:
             quality, _ = self.evaluator.quality([*self.fixed, *rules], self.pairs)
             seconds = self.estimate(self.evaluator.bind([*self.fixed, *rules]))

@@ -36,7 +36,6 @@ USED = [
     ("torch._dispatch.python", "enable_python_dispatcher", "lower: Inductor's own passes see other decompositions"),
     ("torch._C", "_DisableAutocast", "lower: passes of Inductor would cast under the caller's autocast"),
     ("torch.fx.experimental.proxy_tensor", "make_fx", "trace_aten: attention cannot be lowered"),
-    ("torch._subclasses", "FakeTensor", "is_fake: fake values are not told from real ones"),
     ("torch._ops", "OpOverload", "is_mutating: the verifier is blind to mutation"),
 ]
 
@@ -148,7 +147,6 @@ def test_inputs_keep_their_order_through_aot_autograd(captured: dict[str, Any]) 
 
 def test_a_captured_graph_is_described_by_fake_tensors(captured: dict[str, Any]) -> None:
     node = captured["graph"].graph.find_nodes(op="placeholder")[0]
-    assert _torch.is_fake(node.meta["val"]) and not _torch.is_fake(torch.zeros(1))
     with _torch.fake_mode_of(node.meta["val"]) as mode:
         assert mode is captured["context"].fake_mode
 

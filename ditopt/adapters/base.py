@@ -60,6 +60,10 @@ class Adapter(ABC):
     def sampler(self) -> Sampler:
         """The sampling loop's facts after a rollout."""
 
+    def describe(self) -> str:
+        """What else a rollout depends on, as text: two loops that differ should differ in it."""
+        return type(self).__name__
+
     def checked_rollout(self, prompt: str, seed: int, **settings: Any) -> Tensor:
         """A rollout whose result is a finite tensor.
 

@@ -75,6 +75,11 @@ class DiffusersAdapter(Adapter):
         guidance = self.settings.get("guidance_scale", self._default("guidance_scale", 1.0))
         return Sampler(type(scheduler).__name__, float(guidance if guidance is not None else 1.0), known)
 
+    def describe(self) -> str:
+        """The scheduler with its configuration, and the classes of the other components."""
+        parts = {name: type(part).__name__ for name, part in self.pipe.components.items()}
+        return f"{type(self.pipe).__name__} {parts} {dict(self.pipe.scheduler.config)}"
+
     @property
     def steps(self) -> int:
         """The number of sampling steps that the user's settings ask for."""

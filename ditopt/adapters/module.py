@@ -30,6 +30,11 @@ class ModuleAdapter(Adapter):
             raise InputError(f"settings {sorted(settings)} cannot be passed to a bare rollout")
         return self._rollout(self.networks["transformer"], prompt, seed)
 
+    def describe(self) -> str:
+        """The caller's loop by name and compiled code, so that an edited loop is another one."""
+        code = getattr(self._rollout, "__code__", None)
+        return f"{self.sampler().class_name} {code.co_code.hex() if code else ''} {code.co_consts if code else ''!r}"
+
     def sampler(self) -> Sampler:
         """A bare loop tells nothing of itself: distances between steps are those of the timesteps."""
         return Sampler(getattr(self._rollout, "__name__", type(self._rollout).__name__), 1.0, {})

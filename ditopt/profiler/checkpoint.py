@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ditopt import store
+
+log = logging.getLogger("ditopt")
 
 
 def run_key(networks: Mapping[str, nn.Module], facts: Mapping[str, Any]) -> str:
@@ -32,14 +36,21 @@ class Checkpoints:
     def __init__(self, key: str, resume: bool = True) -> None:
         self.folder = store.cache_dir() / "runs" / key
         self.resume = resume
+        self.loaded = 0
 
     def load(self, name: str, expected: Sequence[str]) -> dict[str, Tensor] | None:
         """The bundle called ``name`` if it is there with all ``expected`` tensors."""
         path = self._path(name)
         if not self.resume or not path.exists():
             return None
-        found = load_file(path)
-        return found if set(expected) <= set(found) else None
+        try:
+            found = load_file(path)
+        except SafetensorError:  # cut short by a full disk, say: as good as none
+            return None
+        if not set(expected) <= set(found):
+            return None
+        self.loaded += 1
+        return found
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep a bundle; where the folder cannot be written the run goes on without checkpoints."""
@@ -49,7 +60,9 @@ class Checkpoints:
             partial = path.with_suffix(".partial")
             save_file({key: value.contiguous() for key, value in tensors.items()}, partial)
             os.replace(partial, path)
-        except OSError:
+        except (OSError, SafetensorError) as error:
+            if self.resume:
+                log.warning("%s: checkpoints cannot be kept (%s); an interrupted run will start over", path, error)
             self.resume = False
 
     def _path(self, name: str) -> Path:

@@ -96,10 +96,19 @@ class Program:
         if plan is None or not plan.rules:
             return
         if self.positions.timestep is None:
-            self.reasons.append(
-                f"graph {self.variants.trace.index} does not see the timestep, so its step is unknown: compiled dense"
+            names = ", ".join(self.variants.trace.arguments)
+            raise PlanMismatchError(
+                f"plan tells steps by the argument {plan.inputs.timestep!r}, but the captured graph's tensor "
+                "arguments are "
+                f"{names}; pass the timestep as a tensor under that name"
             )
-            return
+        if plan.inputs.identity is not None and self.positions.identity is None:
+            names = ", ".join(self.variants.trace.arguments)
+            raise PlanMismatchError(
+                f"plan tells generations apart by the argument {plan.inputs.identity!r}, but the captured "
+                "graph's tensor "
+                f"arguments are {names}; without it guidance branches would share their state"
+            )
         self.bound = bind(plan, self.network, self.variants.trace.ranges())
 
     def compile(self) -> None:
@@ -142,7 +151,6 @@ class Program:
         step = bound.steps[number]
         added = self._added_inputs(step.predictions, state, bound, number, time)
         if added is None:
-            state.cold_steps += 1
             self.statistics.cold_calls += 1
         elif step.predictions:
             self.statistics.predicted_calls += 1

@@ -29,7 +29,6 @@ class StreamState:
     clock: StepClock
     history: dict[str, list[Held]] = field(default_factory=dict)
     held_bytes: int = 0
-    cold_steps: int = 0
     last_value: float | None = None
 
     def reset(self) -> None:

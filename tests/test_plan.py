@@ -1,0 +1,141 @@
+"""Plan files: a round trip, a readable form, and what malformed ones get."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ditopt.decisions import Decision, Dense, Fit, Forecast, Reuse
+from ditopt.errors import PlanError
+from ditopt.plan import (
+    MAX_BYTES,
+    DevicePrint,
+    ModelPrint,
+    Plan,
+    Rule,
+    SamplerPrint,
+    diff_plans,
+    format_steps,
+    parse_steps,
+)
+
+HEAD = """ditopt: 1
+model: {class: Net, structure: 'sha256:0', blocks: 2}
+sampler: {class: Euler, steps: 3, timesteps: {transformer: [3, 2, 1]}, sigmas: {transformer: [1, 0.5, 0.2]}}
+device: {device: cpu, torch: '2', dtype: float32}
+"""
+
+
+def make(*rules: Rule) -> Plan:
+    return Plan(
+        model=ModelPrint(class_name="Net", structure="sha256:0", blocks=2),
+        sampler=SamplerPrint(
+            class_name="Euler",
+            steps=3,
+            timesteps={"transformer": (3.0, 2.0, 1.0)},
+            sigmas={"transformer": (1.0, 0.5, 0.2)},
+        ),
+        device=DevicePrint(device="cpu", torch="2", dtype="float32"),
+        rules=rules,
+    )
+
+
+steps = st.sets(st.integers(0, 200), min_size=1, max_size=12).map(lambda found: tuple(sorted(found)))
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> Rule:
+    chosen = draw(steps)
+    number = st.floats(-4, 4, allow_nan=False)
+    fit = Fit(
+        history=2,
+        latents=True,
+        coefficients={t: (draw(number), draw(number), draw(number)) for t in chosen},
+        sources={t: (t + 2, t + 1) for t in chosen},
+    )
+    decisions: list[Decision] = [Dense(), Reuse(), Forecast(order=1), Forecast(order=2), fit]
+    do = draw(st.sampled_from(decisions))
+    return Rule(sites=draw(st.sampled_from(["step", "blocks.1", "blocks.0..3", "blocks.*"])), steps=chosen, do=do)
+
+
+@given(st.lists(rules(), max_size=4))
+def test_round_trip(found: list[Rule]) -> None:
+    plan = make(*found)
+    import yaml
+
+    assert Plan.parse(yaml.safe_dump(plan.to_data())) == plan
+
+
+@given(steps)
+def test_steps_round_trip(found: tuple[int, ...]) -> None:
+    assert parse_steps(format_steps(found)) == found
+
+
+def test_saved_plans_load_and_later_rules_win(tmp_path: Path) -> None:
+    plan = make(Rule(sites="step", steps=(1, 2), do=Reuse()), Rule(sites="step", steps=(2,), do=Dense()))
+    plan.save(tmp_path / "plan.yaml")
+    assert Plan.load(tmp_path / "plan.yaml") == plan
+    assert plan.kept_steps() == (0, 2)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_diff_names_what_changed() -> None:
+    assert diff_plans(make(), make()) == []
+    changed = diff_plans(make(), make(Rule(sites="step", steps=(1,), do=Reuse())))
+    assert changed == ["+ rule step @ 1: reuse"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"p.yaml: a plan is a mapping.*found NoneType"),
+        ("- a", r"p.yaml: a plan is a mapping.*found list"),
+        ("ditopt: 2", r"p.yaml, field ditopt: format version 2 is not supported; upgrade ditopt"),
+        ("ditopt: 1\nmodel: {class: A", r"p.yaml, line 2: not a plan in YAML"),
+        (HEAD[: len(HEAD) // 2], r"p.yaml, line \d: not a plan in YAML"),
+        (HEAD + "colour: red", r"p.yaml, line 5, field colour: unknown field"),
+        (HEAD + "rules:\n- {sites: step, steps: 5-3, do: reuse}", r"line 6, field rules.0.steps: .*backwards"),
+        (
+            HEAD + "rules:\n- {sites: step, steps: 1, do: magic}",
+            r"line 6, field rules.0.do: .*'magic' is unknown",
+        ),
+        (HEAD + "rules:\n- {sites: step, steps: 1, do: {forecast: {order: 7}}}", r"line 6.*less than or equal to 2"),
+        (HEAD.replace("[1, 0.5, 0.2]", "[1]"), r"line 3, field sampler: timesteps are .*as many of both"),
+        ("ditopt: 1\nditopt: 1", r"line 2.*key 'ditopt' stands twice"),
+        ("a: &a [1]\nb: *a", r"line 2.*aliases are not allowed"),
+        ("x: !!python/object/apply:os.system [ls]", r"line 1.*could not determine a constructor"),
+        ("a: 2024-99-99", r"p.yaml: not a plan in YAML"),
+        ("? [1]\n: 2", r"p.yaml.*not a plan in YAML"),
+        ("[" * 5000, r"p.yaml.*not a plan in YAML"),
+    ],
+)
+def test_malformed_plans_are_named(text: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Plan.parse(text, "p.yaml")
+
+
+def test_files_that_are_no_plans(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="no such plan file; make one with `ditopt optimize"):
+        Plan.load(tmp_path / "none.yaml")
+    large = tmp_path / "large.yaml"
+    large.write_bytes(b"a" * (MAX_BYTES + 1))
+    with pytest.raises(PlanError, match="over the limit"):
+        Plan.load(large)
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(PlanError, match="cannot be read as a plan"):
+        Plan.load(binary)
+    with pytest.raises(PlanError, match="cannot be written"):
+        make().save(tmp_path / "no" / "plan.yaml")
+
+
+def test_a_fit_covers_its_steps() -> None:
+    broken: dict[str, Any] = {"history": 2, "coefficients": {1: (1.0, 0.0)}, "sources": {1: (0, 0)}}
+    with pytest.raises(ValueError, match="fit has coefficients for steps 1, the rule is for 1-2"):
+        Rule(sites="step", steps=(1, 2), do=Fit(**broken))
+    with pytest.raises(ValueError, match="step 1 has 1 coefficients and 2 sources"):
+        Fit(history=2, coefficients={1: (1.0,)}, sources={1: (0, 0)})
