@@ -70,7 +70,10 @@ class Optimizer:
         self.reasons: list[str] = []
         self.state_bytes = 0
         chosen = tuple(self.techniques) if self.techniques is not None else ALL_TECHNIQUES
-        candidates(name for name in chosen if name != RANGES)
+        try:
+            candidates(name for name in chosen if name != RANGES)
+        except InputError as error:
+            raise InputError(str(error).replace("choose from ", f"choose from {RANGES}, ")) from None
         self.use_ranges = RANGES in chosen
         self.chosen = tuple(name for name in chosen if name != RANGES)
         self.adapter: Adapter = adapt(self.model, self.rollout, self.pipe_kwargs)

@@ -102,7 +102,8 @@ def test_show_draws_sites_by_steps(plan_file: Path) -> None:
 
 def test_show_wraps_long_schedules(tmp_path: Path) -> None:
     times = tuple(1000.0 - step for step in range(250))
-    sampler = make_plan().sampler.model_copy(update={"timesteps": {"transformer": times}, "steps": 250})
+    longer = {"timesteps": {"transformer": times}, "sigmas": {"transformer": tuple(t / 1000 for t in times)}}
+    sampler = make_plan().sampler.model_copy(update={**longer, "steps": 250})
     make_plan(sampler=sampler).save(tmp_path / "long.yaml")
     rows = [line.split()[1] for line in run("show", tmp_path / "long.yaml").stdout.splitlines() if line[:5] == "step "]
     assert [len(row) for row in rows] == [100, 100, 50]
