@@ -21,7 +21,7 @@ from ditopt.backend import Session, ditopt_backend
 from ditopt.calls import NetworkCalls, call_pattern
 from ditopt.console import Reporter
 from ditopt.device import describe_device
-from ditopt.errors import RolloutError, TraceError
+from ditopt.errors import InputError, RolloutError, TraceError
 from ditopt.measure import Evaluator
 from ditopt.outcome import Found, Result, Row, check_writable, closing_table, finished_plan, write_outcome
 from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint
