@@ -20,15 +20,13 @@ from torch import fx
 from ditopt import store
 from ditopt._torch import BoxedCallable, CompileContext, functionalise
 from ditopt.errors import DitoptError, InputError, PlanMismatchError
-from ditopt.plan import Inputs, Plan
+from ditopt.plan import LATENT_NAMES, TIMESTEP_NAMES, Inputs, Plan
 from ditopt.runtime.program import MISMATCH, InputPositions, Program
 from ditopt.runtime.variants import VariantCache
 from ditopt.trace import Trace, analyse, mark_attention, name_inputs
 
 log = logging.getLogger("ditopt")
 
-TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "time")
-LATENT_NAMES = ("hidden_states", "sample", "latents", "x", "noisy_latents")
 OPTIONS = ("plan", "network", "on_mismatch", "session", "check_passes")
 
 

@@ -175,11 +175,7 @@ class Optimizer:
             profile = run(profiled)
             apart = relative_l2(evaluator.references[profiled[0]], compiled)
         if apart > SAME_RUN:
-            raise RolloutError(
-                f"two compiled rollouts of prompt {profiled[0][0]!r} with seed {profiled[0][1]} differ by {apart:.1%}: "
-                "the loop is not deterministic. Draw all noise from a generator seeded with the seed that "
-                "rollout is given"
-            )
+            raise _not_deterministic(profiled[0], apart)
         return profile
 
     @staticmethod
@@ -218,12 +214,8 @@ class Optimizer:
             return
         again = self.adapter.checked_rollout(*pair)
         if again.shape != compiled.shape or relative_l2(again, compiled) > 1e-4:
-            raise RolloutError(
-                f"two rollouts of prompt {pair[0]!r} with seed {pair[1]} differ by "
-                f"{relative_l2(again, compiled) if again.shape == compiled.shape else math.nan:.1%}: "
-                "the loop is not deterministic. Draw all noise from a generator seeded with the seed that "
-                "rollout is given"
-            )
+            apart = relative_l2(again, compiled) if again.shape == compiled.shape else math.nan
+            raise _not_deterministic(pair, apart)
         self.reasons.append(
             f"eager and compiled runs differ by {relative_l2(compiled, eager):.1%} (rounding grows along this "
             "sampler); quality is judged against the compiled one"
@@ -358,6 +350,8 @@ class Optimizer:
             )
         programs = {name: whole_program(session) for name, session in evaluator.sessions.items()}
         plan = finished_plan(evaluator.template, found, rows, programs, len(held_out), self.state_bytes)
+        for program in programs.values():  # what did not apply is told, not dropped
+            self.reasons += [*program.variants.trace.notes, *program.variants.reasons]
         result = Result(plan, rows, self.reasons, found.quality, self.timings)
         prompts = {"profiled": [prompt for prompt, _ in profiled], "held_out": [prompt for prompt, _ in held_out]}
         path = Path(self.plan_path) if self.plan_path is not None else None
@@ -431,3 +425,11 @@ class Optimizer:
             yield
         finally:
             self.timings[name] = round(time.perf_counter() - began, 2)
+
+
+def _not_deterministic(pair: tuple[str, int], apart: float) -> RolloutError:
+    """The error for two rollouts of one (prompt, seed) that differ by the relative L2 ``apart``."""
+    return RolloutError(
+        f"two rollouts of prompt {pair[0]!r} with seed {pair[1]} differ by {apart:.1%}: the loop is not deterministic. "
+        "Draw all noise from a generator seeded with the seed that rollout is given"
+    )

@@ -17,6 +17,9 @@ from ditopt.errors import PlanError
 from ditopt.sites import STEP
 
 FORMAT_VERSION = 1
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "time")
+LATENT_NAMES = ("hidden_states", "sample", "latents", "x", "noisy_latents")
+"""What networks call the arguments that ``Inputs`` names, likeliest first: for guessing where no plan says it."""
 MAX_BYTES = 4 * 2**20
 MAX_RULES = 10_000
 

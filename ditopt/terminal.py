@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -144,8 +144,3 @@ def bench_table(bench: Mapping[str, Any]) -> Table:
 def _row(table: Table, *cells: str) -> None:
     """Add a row whose texts are taken as they are, brackets included."""
     table.add_row(*(Text(cell) for cell in cells))
-
-
-def print_wide(console: Console, shown: RenderableType) -> None:
-    """Print without touching what looks like markup, numbers or paths in it."""
-    console.print(shown, highlight=False, markup=False)

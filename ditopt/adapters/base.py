@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ditopt.errors import RolloutError
+from ditopt.plan import LATENT_NAMES, TIMESTEP_NAMES
 from ditopt.runtime.clock import read_timestep
 
 
@@ -86,10 +87,6 @@ class Adapter(ABC):
         return sample.detach().float().cpu()
 
 
-TIMESTEP_HINTS = ("timestep", "timesteps", "t", "sigma", "time", "timestep_cond")
-LATENT_HINTS = ("hidden_states", "sample", "latents", "x", "noisy_latents")
-
-
 def forward_order(network: nn.Module) -> tuple[str, ...]:
     """Names of the forward's parameters in order."""
     return tuple(
@@ -139,9 +136,9 @@ def _digest(log: CallLog, raw: Sequence[tuple[str, dict[str, Any]]]) -> None:
         return
     shared = [key for key in raw[0][1] if all(key in given for _, given in raw)]
     small = [key for key in shared if raw[0][1][key].ndim <= 1]
-    log.timestep = next((key for key in TIMESTEP_HINTS if key in small), "") or _changing(raw, small)
+    log.timestep = next((key for key in TIMESTEP_NAMES if key in small), "") or _changing(raw, small)
     large = [key for key in shared if key != log.timestep and raw[0][1][key].ndim >= 2]
-    log.latents = next((key for key in LATENT_HINTS if key in large), large[0] if large else "")
+    log.latents = next((key for key in LATENT_NAMES if key in large), large[0] if large else "")
     for key in [k for k in large if k != log.latents]:
         objects = {id(given[key]) for _, given in raw}
         if len(objects) <= max(1, len(raw) // 2):

@@ -72,7 +72,6 @@ class Program:
     plan: Plan | None = None
     error: DitoptError | None = None
     observer: Observer | None = None
-    reasons: list[str] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
 
     def __post_init__(self) -> None:
