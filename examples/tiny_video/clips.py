@@ -19,6 +19,7 @@ Field = npt.NDArray[np.floating[Any]]  # coordinates and distances, in the preci
 FRAMES = 6
 SIZE = 64
 RADII = (0.16, 0.22)  # of a thing, as a share of the canvas edge
+TILT = 0.3  # things start this near to upright, in radians; spinning ones then pass through all angles
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.92, 0.16, 0.14),
@@ -105,7 +106,7 @@ def _sample_thing(rng: np.random.Generator, colour: str, radii: tuple[float, flo
         centre=centre,
         travel=travel,
         radius=radius,
-        angle=float(rng.uniform(0, 2 * np.pi)),
+        angle=float(rng.uniform(-TILT, TILT)),
         spin=spin,
         texture=int(rng.integers(3)),
         texture_phase=float(rng.uniform(0, 2 * np.pi)),
@@ -117,9 +118,9 @@ def _visible(things: tuple[Thing, ...]) -> bool:
     for back in range(1, len(things)):
         hidden = 0
         for frame in range(FRAMES):
-            x, y, _ = _pose(things[back], frame)
+            x, y, _ = pose(things[back], frame)
             for front in things[:back]:
-                fx, fy, _ = _pose(front, frame)
+                fx, fy, _ = pose(front, frame)
                 if np.hypot(x - fx, y - fy) < front.radius + 0.3 * things[back].radius:
                     hidden += 1
         if hidden > 2:
@@ -127,7 +128,8 @@ def _visible(things: tuple[Thing, ...]) -> bool:
     return True
 
 
-def _pose(thing: Thing, frame: int) -> tuple[float, float, float]:
+def pose(thing: Thing, frame: int) -> tuple[float, float, float]:
+    """Centre x, centre y (canvas edges) and angle (radians) of a thing in a frame."""
     progress = frame / (FRAMES - 1) - 0.5
     dx, dy = MOTIONS[thing.motion]
     return (
@@ -227,7 +229,7 @@ def render(scene: Scene, size: int = SIZE, frames: int = FRAMES) -> Array:
     gy, gx = np.meshgrid(axis, axis, indexing="ij")
     for frame in range(frames):
         for thing in reversed(scene.things):
-            cx, cy, angle = _pose(thing, frame)
+            cx, cy, angle = pose(thing, frame)
             cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
             x = (gx - np.float32(cx)) * cos + (gy - np.float32(cy)) * sin
             y = (gy - np.float32(cy)) * cos - (gx - np.float32(cx)) * sin

@@ -2,7 +2,8 @@
 
     python -m examples.tiny_video.train --out runs/tiny_video
 
-Stages grow the canvas (32, 48, 64 pixels: 384, 864, 1,536 tokens). A checkpoint is written every
+Stages grow the canvas (32, 48, 64 pixels: 384, 864, 1,536 tokens). Beside the velocity, a head that only
+training uses reads off a middle block what stands where (`scene_maps`). A checkpoint is written every
 ``--save-every`` steps and found again on the next start, so the run survives an interruption. The
 batch of step n depends on n and the seed alone. The exported weights are an average over steps.
 """
@@ -14,6 +15,7 @@ import json
 import math
 import os
 import queue
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 
 from .clips import FRAMES, RADII, render, sample_scene
+from .scene_maps import SceneHead, scene_maps
 from .space_to_depth import to_latents
 from .text import build_text_encoder, build_tokenizer, encode
 
@@ -47,9 +50,12 @@ class Stage:
     radii: tuple[float, float] = RADII
 
 
-STAGES = (Stage(32, 16, 800, (0.13, 0.185)), Stage(32, 16, 1000), Stage(48, 8, 500), Stage(64, 6, 800))
-PEAK_LR = 1.5e-3
-WARMUP = 150
+STAGES = (Stage(32, 16, 1800, (0.18, 0.24)), Stage(48, 8, 400, (0.17, 0.23)), Stage(64, 6, 900))
+MUON_LR = 3e-3
+ADAM_LR = 1.5e-3
+WARMUP = 100
+TAPPED_BLOCK = 4  # whose features the scene loss reads
+SCENE_WEIGHT = 0.1  # of the scene loss beside the velocity loss, times the learning-rate schedule
 
 
 def build_transformer() -> WanTransformer3DModel:
@@ -67,6 +73,10 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, **unused: object)
     return mixed
 
 
+Maps = tuple[Tensor, Tensor]  # class numbers and numbers, see `scene_maps`
+Batch = tuple[Tensor, list[str], Maps]  # clips, captions, scene maps
+
+
 class Trainee(nn.Module):
     """Transformer and text encoder as one module, so that one optimiser and one average cover both."""
 
@@ -74,8 +84,21 @@ class Trainee(nn.Module):
         super().__init__()
         self.transformer = build_transformer()
         self.text_encoder = build_text_encoder(vocabulary)
+        self.scene_head = SceneHead(self.transformer.proj_out.in_features)
         nn.init.zeros_(self.transformer.proj_out.weight)
         nn.init.zeros_(self.transformer.proj_out.bias)
+        self._tapped: list[Tensor] = []
+
+    def tap(self) -> None:
+        """Have the forward pass hand the features of block `TAPPED_BLOCK` to the scene head."""
+        self.transformer.blocks[TAPPED_BLOCK].register_forward_hook(lambda *seen: self._tapped.append(seen[-1]))
+
+    def forward(
+        self, noisy: Tensor, timestep: Tensor, text: Tensor, maps: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Velocity like ``noisy`` ``[B, 12, F, H/2, W/2]`` and the scene loss of the tapped block's features."""
+        velocity = self.transformer(noisy, timestep, text, return_dict=False)[0]
+        return velocity, self.scene_head(self._tapped.pop(), *maps)
 
 
 def load_weights(trainee: Trainee, folder: Path) -> None:
@@ -85,9 +108,9 @@ def load_weights(trainee: Trainee, folder: Path) -> None:
         part.load_state_dict(load_file(found), strict=name == "transformer")  # T5 ties its embeddings: one is saved
 
 
-def batches(start: int, stages: tuple[Stage, ...], mine: slice) -> queue.Queue[tuple[Tensor, list[str]]]:
+def batches(start: int, stages: tuple[Stage, ...], mine: slice) -> queue.Queue[Batch]:
     """Render this worker's share ``mine`` of the batches from step ``start`` on in a background thread."""
-    ready: queue.Queue[tuple[Tensor, list[str]]] = queue.Queue(maxsize=4)
+    ready: queue.Queue[Batch] = queue.Queue(maxsize=4)
 
     def work() -> None:
         for step in range(start, sum(stage.steps for stage in stages)):
@@ -95,7 +118,9 @@ def batches(start: int, stages: tuple[Stage, ...], mine: slice) -> queue.Queue[t
             seeds = [SEED + 1_000_000 + step * 64 + i for i in range(stage.batch)]
             scenes = [sample_scene(seed, stage.radii) for seed in seeds[mine]]
             clips = np.stack([render(scene, stage.size, FRAMES) for scene in scenes])
-            ready.put((torch.from_numpy(clips), [scene.caption for scene in scenes]))
+            maps = [np.stack(part) for part in zip(*(scene_maps(scene, stage.size) for scene in scenes), strict=True)]
+            captions = [scene.caption for scene in scenes]
+            ready.put((torch.from_numpy(clips), captions, (torch.from_numpy(maps[0]), torch.from_numpy(maps[1]))))
 
     threading.Thread(target=work, daemon=True).start()
     return ready
@@ -111,8 +136,8 @@ def stage_at(step: int, stages: tuple[Stage, ...]) -> Stage:
 
 
 def learning_rate(step: int, total: int) -> float:
-    """Linear warm-up, constant, then linear decay over the last 40% of the run, as a share of the peak."""
-    return min(1.0, (step + 1) / WARMUP, max(0.02, (total - step) / (0.4 * total)))
+    """Linear warm-up, constant, then linear decay over the last 35% of the run, as a share of the peak."""
+    return min(1.0, (step + 1) / WARMUP, max(0.02, (total - step) / (0.35 * total)))
 
 
 def main() -> None:
@@ -124,9 +149,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that share each batch")
     parser.add_argument("--stop-after", type=int, help="stop after this many steps of this start (for trials)")
     args = parser.parse_args()
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29531")
-    spawn(train, (args,), nprocs=args.workers)
+    with tempfile.TemporaryDirectory() as meeting:
+        spawn(train, (args, Path(meeting) / "workers"), nprocs=args.workers)
 
 
 def average_gradients(parameters: list[nn.Parameter], workers: int) -> None:
@@ -141,15 +165,15 @@ def average_gradients(parameters: list[nn.Parameter], workers: int) -> None:
             at += p.numel()
 
 
-def train(rank: int, args: argparse.Namespace) -> None:
-    """The training loop of one worker."""
+def train(rank: int, args: argparse.Namespace, meeting: Path) -> None:
+    """The training loop of one worker; ``meeting`` is the file by which the workers find each other."""
+    distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=args.workers)
     with patch.object(nn.functional, "scaled_dot_product_attention", plain_attention):
         _train(rank, args)
 
 
 def _train(rank: int, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", rank=rank, world_size=args.workers)
     mine = slice(rank, None, args.workers)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
@@ -162,8 +186,8 @@ def _train(rank: int, args: argparse.Namespace) -> None:
     chosen = {id(p) for p in hidden}
     rest = [p for p in trainee.parameters() if id(p) not in chosen]
     optimisers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(hidden, lr=PEAK_LR, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(hidden, lr=MUON_LR, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     step = 0
     latest = args.out / "latest.pt"
@@ -176,12 +200,13 @@ def _train(rank: int, args: argparse.Namespace) -> None:
         step = state["step"]
         if rank == 0:
             print(f"resumed at step {step}", flush=True)
-    run: Any = torch.compile(trainee.transformer, dynamic=False)
+    trainee.tap()
+    run: Any = torch.compile(trainee, dynamic=False)
     total = sum(stage.steps for stage in STAGES)
     source = batches(step, STAGES, mine)
     first, began, recent = step, time.time(), []
     while step < total and (args.stop_after is None or step - first < args.stop_after):
-        clips, captions = source.get()
+        clips, captions, maps = source.get()
         draw = torch.Generator().manual_seed(SEED + step)
         batch = stage_at(step, STAGES).batch
         drop = (torch.rand(batch, generator=draw) < DROP_CAPTION)[mine]
@@ -192,15 +217,15 @@ def _train(rank: int, args: argparse.Namespace) -> None:
         sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
         mix = sigma.view(-1, 1, 1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
-            velocity = run((1 - mix) * latents + mix * noise, sigma * 1000, text, return_dict=False)[0]
+            velocity, scene_loss = run((1 - mix) * latents + mix * noise, sigma * 1000, text, maps)
         loss = (velocity.float() - (noise - latents)).square().mean()
-        loss.backward()
+        scale = learning_rate(step, total)
+        (loss + SCENE_WEIGHT * scale * scene_loss).backward()
         average_gradients(list(trainee.parameters()), args.workers)
         nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
-        scale = learning_rate(step, total)
-        for optimiser in optimisers:
+        for optimiser, peak in zip(optimisers, (MUON_LR, ADAM_LR), strict=True):
             for group in optimiser.param_groups:
-                group["lr"] = PEAK_LR * scale
+                group["lr"] = peak * scale
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         step += 1
@@ -208,12 +233,13 @@ def _train(rank: int, args: argparse.Namespace) -> None:
         with torch.no_grad():
             for name, value in trainee.state_dict().items():
                 average[name].lerp_(value, 1 - decay) if value.is_floating_point() else average[name].copy_(value)
-        recent.append(loss.item())
+        recent.append((loss.item(), scene_loss.item()))
         if rank == 0 and (step % 20 == 0 or step - first == 5):
             rate = (time.time() - began) / (len(recent) if step - first > 20 else step - first)
             left = (total - step) * rate / 60
             size = stage_at(step - 1, STAGES).size
-            shown = f"loss {np.mean(recent):.4f} {rate:.2f} s/step, {left:.0f} min left"
+            velocity_loss, mean_scene_loss = np.mean(recent, 0)
+            shown = f"loss {velocity_loss:.4f} scene {mean_scene_loss:.4f} {rate:.2f} s/step, {left:.0f} min left"
             print(f"step {step}/{total} size {size} {shown}", flush=True)
             recent, began = [], time.time()
         if not math.isfinite(loss.item()):

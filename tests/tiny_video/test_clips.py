@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from examples.tiny_video import prompts
-from examples.tiny_video.clips import FRAMES, render, sample_scene
+from examples.tiny_video.clips import BACKGROUNDS, COLOURS, FRAMES, SIZE, render, sample_scene
 from examples.tiny_video.detector import KINDS, attribute_score, count_by_kind, count_right, parse_caption
+from examples.tiny_video.scene_maps import CLASSES, NUMBERS, TOKEN_EDGE, SceneHead, scene_maps
 from examples.tiny_video.space_to_depth import from_latents, to_latents
 from examples.tiny_video.train import SEED
 
@@ -80,3 +81,41 @@ def test_prompt_files_are_the_held_out_captions() -> None:
     assert calibration == prompts.captions(prompts.CALIBRATION_SEEDS) and len(calibration) == 8
     assert not set(evaluation) & set(calibration)
     assert max(prompts.CALIBRATION_SEEDS) < SEED + 1_000_000
+
+
+def test_scene_maps_name_what_is_rendered_at_every_token() -> None:
+    for seed in range(12):
+        scene = sample_scene(seed)
+        clip = render(scene, SIZE)
+        classes, numbers = scene_maps(scene, SIZE)
+        cells = SIZE // TOKEN_EDGE
+        assert classes.shape == (FRAMES * cells * cells, len(CLASSES))
+        assert (classes[:, 3] == BACKGROUNDS.index(scene.background)).all()
+        inside = numbers[:, 0] < -0.25  # clear of the outline, so that no pixel of the token is mixed
+        tokens = clip.reshape(FRAMES, cells, TOKEN_EDGE, cells, TOKEN_EDGE, 3).mean((2, 4)).reshape(-1, 3)
+        palette = np.array(list(COLOURS.values()), np.float32)
+        nearest = np.abs(tokens[:, None] / tokens.max(-1)[:, None, None] - palette / palette.max(-1)[:, None]).sum(-1)
+        assert inside.sum() > 10
+        agree = nearest.argmin(-1)[inside] == classes[inside, 0] - 1
+        assert agree.mean() > 0.97, seed
+        far = numbers[:, 0] == 1
+        assert (classes[far, :3] == 0).all()
+
+
+def test_scene_head_reads_what_is_in_the_features() -> None:
+    scenes = [sample_scene(seed) for seed in range(2)]
+    classes, numbers = (
+        torch.from_numpy(np.stack(part)) for part in zip(*(scene_maps(s, 32) for s in scenes), strict=True)
+    )
+    torch.manual_seed(0)
+    head = SceneHead(32)
+    known = torch.cat([numbers, classes, torch.zeros(*classes.shape[:2], 32 - NUMBERS - len(CLASSES))], -1)
+    optimiser = torch.optim.Adam(head.parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        loss = head(known, classes, numbers)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
