@@ -130,18 +130,33 @@ class DevicePrint(_Part):
 
 
 class Inputs(_Part):
-    """Names of the arguments that tell step, latents and generation apart; ``forward`` lists the forward's in order."""
+    """Names of the arguments that tell step, latents and generation apart; ``forward`` lists the forward's in order.
+
+    ``contexts`` are the names of diffusers' ``cache_context`` where nothing else tells guidance branches apart.
+    """
 
     timestep: str = "timestep"
     latents: str = "hidden_states"
     identity: str | None = None
     forward: tuple[str, ...] = ()
+    contexts: tuple[str, ...] | None = None
+
+
+class Breaks(_Part):
+    """How a network is cut by graph breaks: ``clock`` is the structure of its graph that is called with the timestep.
+
+    ``at`` says file, line and reason of each break.
+    """
+
+    clock: str
+    at: tuple[str, ...] = ()
 
 
 class Plan(_Part):
     """A plan: what to do where and when; what no rule names is dense, and later rules win.
 
-    ``settings`` is what the pipeline was called with, ``geometry`` the shape of each network's latents.
+    ``settings`` is what the pipeline was called with, ``geometry`` the shape of each network's latents (batch first),
+    ``breaks`` which networks are several graphs.
     """
 
     ditopt: Literal[1] = 1
@@ -151,6 +166,7 @@ class Plan(_Part):
     geometry: dict[str, tuple[int, ...]] = {}
     device: DevicePrint
     inputs: Inputs = Inputs()
+    breaks: dict[str, Breaks] = {}
     target: dict[str, float | str] = {}
     predicted: dict[str, float] = {}
     measured: dict[str, Any] = {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,21 +16,37 @@ from torch import Tensor, nn
 from ditopt.errors import RolloutError
 from ditopt.plan import LATENT_NAMES, TIMESTEP_NAMES
 from ditopt.runtime.clock import read_timestep
+from ditopt.runtime.streams import current_context_name
 
 
 @dataclass(frozen=True)
 class CallRecord:
-    """One call of a network in a rollout: which network, at what timestep, with which conditioning object."""
+    """One call of a network in a rollout: which network, at what timestep, with which conditioning object.
+
+    ``context`` is the name of diffusers' ``cache_context`` around the call; ``latents`` is a digest of the
+    latents' values (None: not taken).
+    """
 
     network: str
     timestep: float
     identity: int
     batch: int
+    context: str | None = None
+    latents: str | None = None
+
+    @property
+    def branch(self) -> tuple[int, str | None]:
+        """What tells the call's guidance branch, as run-time streams do."""
+        return self.identity, self.context
 
 
 @dataclass
 class CallLog:
-    """All calls of one rollout in order, and the names of the arguments that matter."""
+    """All calls of one rollout in order, and the names of the arguments that matter.
+
+    ``contexts`` are the names of diffusers' ``cache_context`` if branches that share the conditioning object are
+    told apart by them; ``looked_at`` are the tensor arguments among which ``identity`` was sought.
+    """
 
     records: list[CallRecord] = field(default_factory=list)
     timestep: str = ""
@@ -37,6 +54,8 @@ class CallLog:
     identity: str | None = None
     forward: tuple[str, ...] = ()
     kept: list[Any] = field(default_factory=list)
+    contexts: tuple[str, ...] | None = None
+    looked_at: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,17 +115,29 @@ def forward_order(network: nn.Module) -> tuple[str, ...]:
     )
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A call as it comes in: the tensors given by name, and what would be gone later."""
+
+    network: str
+    tensors: dict[str, Tensor]
+    context: str | None
+    latents: str | None
+
+
 @contextmanager
 def watch_calls(networks: dict[str, nn.Module]) -> Iterator[CallLog]:
     """Record every call of the networks while the context lasts.
 
     The argument that holds the timestep is found by name, else as the small tensor whose value changes;
-    the latents by name, else as the tensor argument of the output's shape; the conditioning object
-    (whose identity tells guidance branches and generations apart) is the first other tensor argument
-    of two or more dimensions that stays the same object from step to step.
+    the latents by name, else as the first tensor argument of two or more dimensions. The conditioning
+    object (whose identity tells guidance branches and generations apart) is one of the other tensor
+    arguments: one whose objects stay the same from step to step, a branch having one; of several such
+    the one with the most objects, so that an argument which the branches share comes last. The name of
+    diffusers' ``cache_context`` around a call tells branches apart as well.
     """
     log = CallLog()
-    raw: list[tuple[str, dict[str, Any]]] = []
+    raw: list[_Call] = []
     handles = []
     for name, network in networks.items():
         order = forward_order(network)
@@ -120,7 +151,10 @@ def watch_calls(networks: dict[str, nn.Module]) -> Iterator[CallLog]:
             order: tuple[str, ...] = order,
         ) -> None:
             given = {**dict(zip(order, args, strict=False)), **kwargs}
-            raw.append((name, {key: value for key, value in given.items() if isinstance(value, Tensor)}))
+            tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+            latents = _latents_name(tensors, tensors)
+            digest = _digest_of(tensors[latents]) if latents else None  # loops may write into them later
+            raw.append(_Call(name, tensors, current_context_name(), digest))
 
         handles.append(network.register_forward_pre_hook(before, with_kwargs=True))
     try:
@@ -128,35 +162,64 @@ def watch_calls(networks: dict[str, nn.Module]) -> Iterator[CallLog]:
     finally:
         for handle in handles:
             handle.remove()
-        _digest(log, raw)
+        _fill(log, raw)
 
 
-def _digest(log: CallLog, raw: Sequence[tuple[str, dict[str, Any]]]) -> None:
+def _latents_name(tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:
+    """Which of the arguments ``names`` holds the latents; empty if none can."""
+    large = [name for name in names if tensors[name].ndim >= 2]
+    return next((name for name in LATENT_NAMES if name in large), large[0] if large else "")
+
+
+def _digest_of(tensor: Tensor) -> str:
+    values = tensor.detach().cpu().contiguous().view(torch.uint8)
+    return hashlib.blake2b(values.numpy().data, digest_size=16).hexdigest()
+
+
+def _fill(log: CallLog, raw: Sequence[_Call]) -> None:
     if not raw:
         return
-    shared = [key for key in raw[0][1] if all(key in given for _, given in raw)]
-    small = [key for key in shared if raw[0][1][key].ndim <= 1]
+    log.kept = [call.tensors for call in raw]
+    first = raw[0].tensors
+    shared = [key for key in first if all(key in call.tensors for call in raw)]
+    small = [key for key in shared if first[key].ndim <= 1]
     log.timestep = next((key for key in TIMESTEP_NAMES if key in small), "") or _changing(raw, small)
-    large = [key for key in shared if key != log.timestep and raw[0][1][key].ndim >= 2]
-    log.latents = next((key for key in LATENT_NAMES if key in large), large[0] if large else "")
-    for key in [k for k in large if k != log.latents]:
-        objects = {id(given[key]) for _, given in raw}
-        if len(objects) <= max(1, len(raw) // 2):
-            log.identity = key
-            break
-    for network, given in raw:
-        if not log.timestep:
-            break
-        identity = id(given[log.identity]) if log.identity else 0
-        batch = int(given[log.latents].shape[0]) if log.latents else 1
-        log.records.append(CallRecord(network, read_timestep(given[log.timestep]), identity, batch))
-    log.kept = [given for _, given in raw]
+    log.latents = _latents_name(first, shared)
+    log.looked_at = tuple(key for key in shared if key not in (log.timestep, log.latents))
+    if not log.timestep:
+        return
+    times = [read_timestep(call.tensors[log.timestep]) for call in raw]
+    log.identity = _find_identity(raw, times, log.looked_at)
+    for call, time in zip(raw, times, strict=True):
+        identity = id(call.tensors[log.identity]) if log.identity else 0
+        batch = int(call.tensors[log.latents].shape[0]) if log.latents else 1
+        log.records.append(CallRecord(call.network, time, identity, batch, call.context, call.latents))
+    names = {(record.network, *record.branch) for record in log.records}
+    if len(names) > len({name[:2] for name in names}):
+        log.contexts = tuple(dict.fromkeys(call.context for call in raw if call.context is not None))
 
 
-def _changing(raw: Sequence[tuple[str, dict[str, Any]]], small: Sequence[str]) -> str:
+def _find_identity(raw: Sequence[_Call], times: Sequence[float], names: Sequence[str]) -> str | None:
+    """The argument whose objects tell branches apart: constant ones, the most, rather of two dimensions than fewer.
+
+    An argument is constant if there are as many objects in the whole rollout of a network as in the step with the
+    most: objects made anew for a step or a call add up to more. (Some steps may leave a branch out.)
+    """
+    objects: dict[str, int] = {}
+    for name in names:
+        seen: dict[str, dict[float, set[int]]] = {}
+        for call, time in zip(raw, times, strict=True):
+            seen.setdefault(call.network, {}).setdefault(time, set()).add(id(call.tensors[name]))
+        counts = [(len(set().union(*steps.values())), max(map(len, steps.values()))) for steps in seen.values()]
+        if all(total == most for total, most in counts):
+            objects[name] = sum(total for total, _ in counts)
+    return max(objects, key=lambda name: (objects[name], min(raw[0].tensors[name].ndim, 2)), default=None)
+
+
+def _changing(raw: Sequence[_Call], small: Sequence[str]) -> str:
     """The small tensor argument whose value changes from call to call."""
     for key in small:
-        values = {float(given[key].flatten()[0]) for _, given in raw}
+        values = {float(call.tensors[key].flatten()[0]) for call in raw}
         if len(values) > 1:
             return key
     return ""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ditopt.adapters.base import Adapter, Sampler
 from ditopt.errors import InputError
+from ditopt.runtime.streams import watch_contexts
 
 NETWORKS = ("transformer", "transformer_2", "unet")
 
@@ -46,6 +47,7 @@ class DiffusersAdapter(Adapter):
                 f"{', '.join(accepted)}"
             )
         self.accepted = accepted
+        watch_contexts()
         self._progress = dict(getattr(pipe, "_progress_bar_config", {}))
         pipe.set_progress_bar_config(**{**self._progress, "disable": True})
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ditopt.adapters.base import Adapter, Sampler
 from ditopt.errors import InputError
+from ditopt.runtime.streams import watch_contexts
 
 Rollout = Callable[[nn.Module, str, int], Tensor]
 
@@ -21,6 +22,7 @@ class ModuleAdapter(Adapter):
             raise InputError(
                 f"rollout={rollout!r} is not callable; give rollout(model, prompt, seed) -> Tensor, your sampling loop"
             )
+        watch_contexts()
         self.networks = {"transformer": model}
         self._rollout = rollout
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import sys
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
-
-from torch import nn
 
 from ditopt.errors import InputError
 
@@ -62,8 +60,9 @@ class StreamTable(Generic[S]):
 
     A pipeline passes one and the same conditioning tensor at every step of a branch, and another one for another
     branch, prompt or generation. The table holds it weakly: with the tensor its state goes, and a new tensor at the
-    same address is a new stream. Streams without such an object are told apart by thread, network and name alone, so
-    that two unnamed ones in one thread share a state; a bounded number of them is held, least recently used out first.
+    same address is a new stream. Where branches share one object, their names tell them apart. Streams without such an
+    object are told apart by thread, network and name alone, so that two unnamed ones in one thread share a state; a
+    bounded number of them is held, least recently used out first.
     Thread-safe; a lookup takes about a microsecond.
 
     Args:
@@ -205,81 +204,57 @@ def _forget(table_ref: weakref.ref[StreamTable[Any]], key: _Key, ref: weakref.re
         table._died(key, ref)
 
 
-_HOOK = "ditopt_context"
+class _OpenContext(threading.local):
+    """The name of the innermost ``cache_context`` that is open in this thread."""
+
+    name: str | None = None
 
 
-class _ThreadNames(threading.local):
-    """The context names that are set in this thread, by the id of the probe that saw them."""
-
-    def __init__(self) -> None:
-        self.by_probe: dict[int, str] = {}
+_open = _OpenContext()
+_WATCHED = "_ditopt_watches"
 
 
-_names = _ThreadNames()
+def watch_contexts() -> bool:
+    """Make the names readable that diffusers' models are called under; False while diffusers has loaded no model.
 
-
-def watch_context(module: nn.Module) -> bool:
-    """Make the names that diffusers' ``module.cache_context(name)`` sets readable; False if the module has none.
-
-    diffusers tells a name only to the ``StateManager`` attributes of stateful hooks that are registered on the module
-    or below it, and keeps it nowhere else: without hooks it is lost. So a hook that only listens is registered. Its
-    manager keeps the name per thread, while diffusers' own ones share it between threads. ``forward`` stays as it was
-    (a wrapped one renames all modules in a trace), except on a module that has other hooks already, whose removal
-    relies on the chain of wrappers. Calling it again changes nothing.
+    ``model.cache_context(name)`` tells its name to caching hooks only and keeps it nowhere, so the method that all
+    models of diffusers share is wrapped, once in a process; diffusers itself is not imported for it, and no module is
+    changed. Importing this module does it, and so do adapters and programs when they are made. What was entered before
+    has no name: at worst (the backend was imported before diffusers) that is one call of a process, the one that is
+    captured; its branch then has a shorter history in that generation and computes where it lacks one.
     """
-    module = getattr(module, "_orig_mod", module)
-    if not hasattr(module, "cache_context"):
+    mixin: Any = getattr(sys.modules.get("diffusers.models.cache_utils"), "CacheMixin", None)
+    if not hasattr(mixin, "cache_context"):
         return False
-    hooks = importlib.import_module("diffusers.hooks.hooks")
-    registry = hooks.HookRegistry.check_if_exists_or_initialize(module)
-    if registry.get_hook(_HOOK) is not None:
-        return True
-    first = not registry.hooks
-    had_forward = "forward" in vars(module)
-    forward = module.forward
-    registry.register_hook(_listener(hooks), _HOOK)
-    if first:
-        if had_forward:
-            module.forward = forward
-        else:
-            del module.forward
+    if not hasattr(mixin.cache_context, _WATCHED):
+        mixin.cache_context = _noting(mixin.cache_context)
     return True
 
 
-def current_context_name(module: nn.Module) -> str | None:
-    """The name of the ``cache_context`` in which this thread calls ``module``; None outside one or if not watched.
+def _noting(cache_context: Callable[..., Any]) -> Callable[..., Any]:
+    """``cache_context`` that notes its name for the thread while it is open."""
 
-    See ``watch_context``. Takes about a microsecond.
+    @functools.wraps(cache_context)
+    @contextmanager
+    def noting(self: object, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        outer, _open.name = _open.name, name
+        try:
+            with cache_context(self, name, *args, **kwargs) as value:
+                yield value
+        finally:
+            _open.name = outer
+
+    setattr(noting, _WATCHED, True)
+    return noting
+
+
+def current_context_name() -> str | None:
+    """The name of the ``cache_context`` in which this thread calls a network; None outside of any.
+
+    The innermost open one counts, whichever module it was opened on: a loop opens one around a call, and calls to
+    another network within it (a control network) belong to the same branch. See ``watch_contexts`` for which are seen.
     """
-    registry = vars(module).get("_diffusers_hook")
-    if registry is None:
-        registry = vars(getattr(module, "_orig_mod", module)).get("_diffusers_hook")
-    hook = None if registry is None else registry.hooks.get(_HOOK)
-    return None if hook is None else _names.by_probe.get(id(hook.probe))
+    return _open.name
 
 
-def _listener(hooks: Any) -> Any:
-    """A stateful hook that does nothing but hold a ``StateManager`` which notes the name."""
-
-    class ContextProbe(hooks.StateManager):  # type: ignore[misc]  # diffusers is untyped and imported late
-        def set_context(self, context: Any) -> None:
-            if context is None:
-                _names.by_probe.pop(id(self), None)
-            else:
-                # diffusers before 0.42 passes the name itself
-                _names.by_probe[id(self)] = context if isinstance(context, str) else context.name
-
-        def reset(self, *args: Any, **kwargs: Any) -> None:
-            self.set_context(None)
-
-    class ContextListener(hooks.ModelHook):  # type: ignore[misc]  # as above
-        _is_stateful = True
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.probe = ContextProbe(object)
-
-        def reset_state(self, module: nn.Module) -> nn.Module:
-            return module
-
-    return ContextListener()
+watch_contexts()  # `torch.compile(model, backend="ditopt")` imports this: later than the model, before its first call

@@ -6,6 +6,8 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -259,6 +261,58 @@ def test_two_branches_by_separate_calls(name: str, bench: SimpleNamespace, bound
     prompt, other = embeds(1), embeds(2)
     expected = generate(Literal(bench.model, predict, site), prompt, noise(), other=other)
     torch.testing.assert_close(generate(bench.forward, prompt, noise(), other=other), expected, rtol=1e-5, atol=2e-5)
+
+
+@torch.no_grad()
+def guided_by_name(bench: SimpleNamespace, names: Sequence[str | None], *prompts: Tensor, steps: int = STEPS) -> Tensor:
+    """Two guidance branches of ``prompts`` (of one tensor, written to before each call, if ``names`` are given)."""
+    shared, latents = torch.empty_like(prompts[0]), noise()
+    timesteps, sigmas = schedule()
+    for i, t in enumerate(timesteps[:steps]):
+        velocities = []
+        for name, prompt in zip(names, prompts, strict=True):
+            text = prompt if name is None else shared.copy_(prompt)
+            with bench.model.cache_context(name) if name is not None else nullcontext():
+                velocities += bench.forward(
+                    hidden_states=latents, timestep=t.expand(1), encoder_hidden_states=text, return_dict=False
+                )
+        velocity, less = velocities
+        latents = latents + (sigmas[i + 1] - sigmas[i]) * (less + 3.0 * (velocity - less))
+    return latents
+
+
+@pytest.mark.parametrize("name", ["order 1", "range order 1"])
+def test_two_branches_that_share_the_conditioning_object_are_told_by_their_contexts(
+    name: str, bench: SimpleNamespace, bound: Callable[..., Program]
+) -> None:
+    program = bound(PLANS[name][0])
+    prompts = embeds(1), embeds(2)
+    expected = guided_by_name(bench, (None, None), *prompts)
+    before = compile_counts()
+    for names in (("cond", "uncond"), ("a", "b"), ("cond", "uncond")):
+        assert torch.equal(guided_by_name(bench, names, *prompts), expected)
+    assert compile_counts() == before, "a name neither breaks nor guards a graph"
+    assert program.statistics.cold_calls == 0
+
+
+def test_a_plan_that_needs_names_refuses_calls_without(bench: SimpleNamespace, bound: Callable[..., Program]) -> None:
+    program = bound(PLANS["order 1"][0])
+    plan = bench.session.plan.model_copy(
+        update={"inputs": INPUTS.model_copy(update={"identity": None, "contexts": ("cond", "uncond")})}
+    )
+    bench.session.bind(plan)
+    program.positions = replace(program.positions, identity=None)
+    try:
+        generate(bench.forward, embeds(1), noise(), stop=1)  # the first call of all may be one that nobody heard of
+        with pytest.raises(PlanMismatchError, match=r"by the contexts cond, uncond, and this call is in none"):
+            generate(bench.forward, embeds(1), noise())
+        program.on_mismatch = "dense"
+        dense = generate(bench.model, embeds(1), noise())
+        torch.testing.assert_close(generate(bench.forward, embeds(1), noise()), dense, rtol=1e-5, atol=1e-5)
+    finally:
+        program.positions = replace(
+            program.positions, identity=program.variants.trace.arguments["encoder_hidden_states"]
+        )
 
 
 def test_a_guidance_interval_starts_the_second_branch_afresh(

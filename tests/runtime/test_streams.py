@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from copy import deepcopy
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import diffusers as untyped_diffusers
@@ -17,9 +19,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ditopt._torch import compile_counts
 from ditopt.errors import InputError
 from ditopt.runtime.clock import StepClock, read_timestep
-from ditopt.runtime.streams import Stream, StreamTable, current_context_name, watch_context
+from ditopt.runtime.streams import Stream, StreamTable, current_context_name, watch_contexts
 
 diffusers: Any = untyped_diffusers
 
@@ -409,7 +412,7 @@ class TestStreamTable:
 
 def tiny_wan() -> Any:
     torch.manual_seed(0)
-    return diffusers.WanTransformer3DModel(
+    model = diffusers.WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=12,
@@ -420,7 +423,9 @@ def tiny_wan() -> Any:
         ffn_dim=32,
         num_layers=2,
         rope_max_seq_len=32,
-    ).eval()
+    )
+    assert watch_contexts()  # diffusers may have loaded the model just now
+    return model.eval()
 
 
 @dataclass
@@ -437,7 +442,7 @@ class WanLoop:
         self.handle = self.model.register_forward_pre_hook(self.tick, with_kwargs=True)
 
     def tick(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        name = current_context_name(module)
+        name = current_context_name()
         identity = kwargs["encoder_hidden_states"] if self.use_identity else None
         tick = self.table.get(threading.get_ident(), "transformer", identity, name).tick(
             read_timestep(kwargs["timestep"])
@@ -466,30 +471,33 @@ class WanLoop:
 class TestCacheContext:
     @pytest.mark.parametrize("use_identity", [True, False])
     def test_names_of_a_real_wan(self, use_identity: bool) -> None:
-        model = tiny_wan()
-        assert watch_context(model) and watch_context(model)
-        wan = WanLoop(model, use_identity)
+        wan = WanLoop(tiny_wan(), use_identity)
         wan.generate()
         wan.generate()
         expected = [(name, step, step == 0) for step in range(3) for name in ("cond", "uncond")]
         assert wan.log == expected * 2
-        assert current_context_name(model) is None
+        assert current_context_name() is None
 
-    def test_names_are_lost_unless_watched(self) -> None:
-        model = tiny_wan()
-        with model.cache_context("cond"):
-            assert current_context_name(model) is None
+    def test_the_innermost_context_counts(self) -> None:
+        one, two = tiny_wan(), tiny_wan()
+        with one.cache_context("cond"):
+            with two.cache_context("control"):
+                assert current_context_name() == "control"
+            assert current_context_name() == "cond"
+            with pytest.raises(ZeroDivisionError), one.cache_context("uncond"):
+                raise ZeroDivisionError
+            assert current_context_name() == "cond"
+        assert current_context_name() is None
 
     def test_names_belong_to_threads(self) -> None:
         model, barrier = tiny_wan(), threading.Barrier(2)
-        watch_context(model)
         wan = WanLoop(model, use_identity=False)
         with model.cache_context("cond"):
             seen: list[str | None] = []
-            other = threading.Thread(target=lambda: seen.append(current_context_name(model)))
+            other = threading.Thread(target=lambda: seen.append(current_context_name()))
             other.start()
             other.join()
-            assert seen == [None] and current_context_name(model) == "cond"
+            assert seen == [None] and current_context_name() == "cond"
 
         def late() -> None:
             barrier.wait(5)
@@ -503,71 +511,44 @@ class TestCacheContext:
         calls = [(name, step, step == 0) for step in range(3) for name in ("cond", "uncond")]
         assert sorted(wan.log, key=repr) == sorted(calls * 2, key=repr)
 
-    def test_forward_stays_bare_and_numbers_too(self) -> None:
+    def test_it_wraps_once_and_keeps_the_signature(self) -> None:
+        method = diffusers.CacheMixin.cache_context
+        assert watch_contexts() and watch_contexts()
+        assert diffusers.CacheMixin.cache_context is method
+        assert list(inspect.signature(method).parameters)[:2] == ["self", "name"]
+
+    def test_diffusers_own_caches_hear_the_names(self) -> None:
         model = tiny_wan()
-        x, t, e = torch.ones(1, 4, 1, 4, 4), torch.tensor([500.0]), torch.ones(1, 3, 16)
-        with torch.no_grad():
-            before = model(x, t, e).sample
-            watch_context(model)
-            assert "forward" not in vars(model)
-            assert torch.equal(before, model(x, t, e).sample)
-        copied = deepcopy(model)
-        with copied.cache_context("cond"):
-            assert (current_context_name(copied), current_context_name(model)) == ("cond", None)
+        model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
+        wan = WanLoop(model)  # that cache raises where no context is set
+        wan.generate()
+        assert [name for name, _, _ in wan.log] == ["cond", "uncond"] * 3
 
-    def test_lives_with_diffusers_own_cache(self) -> None:
-        for watch_first in (True, False):
-            model = tiny_wan()
-            if watch_first:
-                watch_context(model)
-            model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
-            watch_context(model)
-            WanLoop(model).generate()
-            with model.cache_context("uncond"):
-                assert current_context_name(model) == "uncond"
-            model.disable_cache()
-            with model.cache_context("cond"):
-                assert current_context_name(model) == "cond"
-            wan = WanLoop(model)
-            wan.generate()
-            assert [step for _, step, _ in wan.log] == [0, 0, 1, 1, 2, 2]
+    def test_diffusers_is_not_imported_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class CacheMixin:
+            @contextmanager
+            def cache_context(self, name: str) -> Iterator[str]:
+                yield name.upper()
 
-    def test_earlier_hook_can_still_be_removed(self) -> None:
-        calls: list[int] = []
-
-        class Counter(diffusers.hooks.ModelHook):  # type: ignore[misc]  # diffusers is untyped here
-            def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                calls.append(1)
-                return args, kwargs
-
-        model = tiny_wan()
-        registry = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(model)
-        registry.register_hook(Counter(), "counter")
-        watch_context(model)
-        WanLoop(model).generate()
-        assert len(calls) == 6
-        registry.remove_hook("counter")
-        WanLoop(model).generate()
-        assert len(calls) == 6
-
-    def test_module_without_contexts(self) -> None:
-        module = nn.Linear(2, 2)
-        assert not watch_context(module)
-        assert current_context_name(module) is None
+        models = ModuleType("diffusers.models.cache_utils")
+        monkeypatch.delitem(sys.modules, models.__name__)
+        assert not watch_contexts() and models.__name__ not in sys.modules
+        monkeypatch.setitem(sys.modules, models.__name__, models)
+        assert not watch_contexts(), "diffusers is being loaded"
+        vars(models)["CacheMixin"] = CacheMixin
+        assert watch_contexts()
+        with CacheMixin().cache_context("cond") as value:
+            assert (current_context_name(), value) == ("cond", "COND")
 
 
 def test_torch_compile_hands_over_the_same_objects() -> None:
     """Dynamo gives its backend the very tensor objects of the caller, and the names are readable from there."""
     model = tiny_wan()
-    watch_context(model)
     seen: list[tuple[str | None, set[int]]] = []
-    modules: list[set[str]] = []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
-        modules.append({path for n in graph.graph.nodes for path, _ in n.meta.get("nn_module_stack", {}).values()})
-
         def call(*arguments: Tensor) -> Any:
-            seen.append((current_context_name(model), {id(argument) for argument in arguments}))
+            seen.append((current_context_name(), {id(argument) for argument in arguments}))
             return graph(*arguments)
 
         return call
@@ -575,11 +556,13 @@ def test_torch_compile_hands_over_the_same_objects() -> None:
     compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
     x, e, timesteps = torch.ones(1, 4, 1, 4, 4), torch.ones(1, 3, 16), flow(3).timesteps
     cache = [t.expand(1) for t in timesteps]
+    before = compile_counts()
     with torch.no_grad():
         for timestep in cache:
-            with compiled.cache_context("cond"):
-                compiled(x, timestep, e, return_dict=False)
-            assert seen[-1][0] == "cond" and {id(timestep), id(e)} <= seen[-1][1]
-    assert len(seen) == 3 and len(modules) == 1
-    assert not any("function_reference" in path for path in modules[0])
+            for name in ("cond", "uncond"):
+                with compiled.cache_context(name):
+                    compiled(x, timestep, e, return_dict=False)
+                assert seen[-1][0] == name and {id(timestep), id(e)} <= seen[-1][1]
+    assert len(seen) == 6
+    assert compile_counts().graphs - before.graphs == 1 and compile_counts().breaks == before.breaks
     torch.compiler.reset()
