@@ -1,96 +1,175 @@
 """What the flow must show: optimize and bench the shipped model at four targets, and hold the figures to them.
 
     python -m benchmarks.flow --model examples/tiny_video --out build/flow
+    python -m benchmarks.flow --only unguided-42
 
-Every target's plan, figures and report stay in the output folder; a run that was interrupted goes on from them.
-Exits with 1 where a figure misses its bound.
+Both targets of one guidance scale share a benchmark, and so its dense runs. Every target's plan, figures and report
+stay in the output folder; a run that was interrupted goes on from them, and what belongs to other weights, prompts or
+limits is made again. Writes one table as JSON and Markdown. Exits with 1 where a figure misses its bound or a part
+could not be measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import multiprocessing
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-
-@dataclass(frozen=True)
-class Goal:
-    """A target, and the least speed-up over Inductor at it."""
-
-    guidance: float
-    psnr_db: float
-    speedup: float
-
-    @property
-    def name(self) -> str:
-        """Of the folder that holds its files."""
-        return f"guidance{self.guidance:g}-psnr{self.psnr_db:g}"
-
-
-GOALS = (Goal(1.0, 42.0, 3.0), Goal(1.0, 36.0, 4.5), Goal(4.0, 42.0, 2.0), Goal(4.0, 36.0, 2.6))
-OVER_FEWER_STEPS_DB = 6.0
-OVER_SOLVERS_DB = 3.0
-ATTRIBUTE_POINTS = 0.01
+from benchmarks.goals import GOALS, Check, Goal, checks
+from ditopt.plan import Plan, write_text_atomically
 
 
 @dataclass(frozen=True)
-class Check:
-    """A figure against its bound; ``value`` None where it was not measured, which is a miss."""
+class Settings:
+    """What the figures depend on beside the goal; ``limit`` prompts are timed, ``score_limit`` are scored."""
 
-    name: str
-    value: float | None
-    bound: float
-    least: bool = True
+    model: Path
+    out: Path
+    limit: int
+    score_limit: int
 
     @property
-    def met(self) -> bool:
-        """Whether the bound holds."""
-        if self.value is None:
-            return False
-        return self.value >= self.bound if self.least else self.value <= self.bound
+    def calibration(self) -> Path:
+        """The prompts that plans are made with."""
+        return self.model / "calibration_prompts.txt"
+
+    @property
+    def prompts(self) -> Path:
+        """The held-out prompts."""
+        return self.model / "prompts.txt"
 
 
-def checks(goal: Goal, figures: dict[str, Any]) -> Iterator[Check]:
-    """Every bound of the issue that a benchmark's figures can be held to."""
-    quality = figures["psnr_db"]
-    yield Check("× Inductor", figures["speedup_vs_inductor"], goal.speedup)
-    yield Check("PSNR dB", quality, goal.psnr_db)
-    names = (("fewer_steps", OVER_FEWER_STEPS_DB), ("unipc", OVER_SOLVERS_DB), ("dpmpp", OVER_SOLVERS_DB))
-    for name, margin in names:
-        rival = figures[name]["psnr_db"]
-        yield Check(f"dB above {name}", None if rival is None else quality - rival, margin)
-    converged = figures["converged"]
-    yield Check("dB nearer to converged", converged["optimized_db"] - converged["dense_db"], 0.0)
-    score = figures["attribute_score"]
-    yield Check("attribute score kept", score and score["optimized"] - score["dense"], -ATTRIBUTE_POINTS)
-    yield Check("graph breaks", figures["graph_breaks"], 0, least=False)
-    yield Check("recompiles", figures["recompiles"], 0, least=False)
-    yield Check("variants", figures["variants"], 8, least=False)
+@dataclass(frozen=True)
+class Part:
+    """A goal with its files."""
+
+    goal: Goal
+    settings: Settings
+
+    @property
+    def folder(self) -> Path:
+        """Where they are."""
+        return self.settings.out / self.goal.name
+
+    @property
+    def plan(self) -> Path:
+        """What ``ditopt optimize`` writes."""
+        return self.folder / "plan.yaml"
+
+    @property
+    def figures(self) -> Path:
+        """What the benchmark writes."""
+        return self.folder / "bench.json"
+
+    def plan_facts(self) -> dict[str, Any]:
+        """What the plan was made from."""
+        weights = [path for kind in ("safetensors", "json") for path in self.settings.model.rglob(f"*.{kind}")]
+        return {"model": digest(weights), "prompts": digest([self.settings.calibration])}
+
+    def bench_facts(self) -> dict[str, Any]:
+        """What the figures were made from."""
+        limits = {"limit": self.settings.limit, "score_limit": self.settings.score_limit}
+        return {**self.plan_facts(), **limits, "held_out": digest([self.settings.prompts]), "plan": digest([self.plan])}
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether the plan is there, of this model and these prompts."""
+        return is_kept(self.plan, self.plan_facts)
+
+    @property
+    def has_figures(self) -> bool:
+        """Whether the figures are there, of this plan and these limits."""
+        return self.has_plan and is_kept(self.figures, self.bench_facts)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the search has ended without a plan, so that there is nothing to measure."""
+        return self.has_plan and self.stays_dense is not None
+
+    @property
+    def stays_dense(self) -> str | None:
+        """Why the search ended without a plan; None where there is one."""
+        plan = Plan.load(self.plan)
+        return None if plan.rules else str(plan.measured.get("dense", "the plan has no rules"))
 
 
-def measure(goal: Goal, model: Path, out: Path, limit: int | None) -> dict[str, Any]:
-    """Run the three commands for one goal, each only if its output is not there yet."""
-    folder = out / goal.name
-    folder.mkdir(parents=True, exist_ok=True)
-    plan, figures, page = folder / "plan.yaml", folder / "bench.json", folder / "report.html"
-    guided = ["--guidance", str(goal.guidance)]
-    if not plan.exists():
-        prompts = str(model / "calibration_prompts.txt")
-        ditopt("optimize", model, "--prompts", prompts, "-o", plan, "--min-psnr", goal.psnr_db, *guided)
-    if not figures.exists():
-        few = [] if limit is None else ["--limit", limit]
-        ditopt("bench", model, "--plan", plan, "--prompts", model / "prompts.txt", "--json", figures, *guided, *few)
-    ditopt("report", plan, "-o", page, "--bench", figures)
-    found: dict[str, Any] = json.loads(figures.read_text())
-    return found
+def digest(files: Iterable[Path]) -> str:
+    """A hash of the files' names and contents."""
+    found = hashlib.sha256()
+    for path in sorted(files):
+        found.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:20]
+
+
+def stamp_of(path: Path) -> Path:
+    """The file that says what ``path`` was made from."""
+    return path.with_suffix(".stamp.json")
+
+
+def is_kept(path: Path, facts: Callable[[], dict[str, Any]]) -> bool:
+    """Whether ``path`` is there, whole, and made from ``facts``."""
+    stamp = stamp_of(path)
+    return path.exists() and stamp.exists() and json.loads(stamp.read_text()) == facts()
+
+
+def keep(path: Path, facts: dict[str, Any]) -> None:
+    """Say that ``path`` is finished and what it was made from."""
+    write_text_atomically(stamp_of(path), json.dumps(facts, indent=2) + "\n")
+
+
+def optimize(part: Part) -> None:
+    """Make a part's plan."""
+    ditopt(
+        "optimize", part.settings.model, "--prompts", part.settings.calibration, "-o", part.plan,
+        "--min-psnr", part.goal.psnr_db, "--guidance", part.goal.guidance,
+    )  # fmt: skip
+
+
+def bench(parts: Sequence[Part]) -> None:
+    """Measure the plans of parts of one guidance scale in one interleaved run, in a process of its own."""
+    process = multiprocessing.get_context("spawn").Process(target=bench_here, args=(tuple(parts),))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the benchmark ended with {process.exitcode}")
+
+
+def bench_here(parts: Sequence[Part]) -> None:
+    """``bench`` in this process."""
+    from ditopt.bench import BenchPlan, run_benches
+    from ditopt.cli import Dtype, load_pipeline, read_prompts
+    from ditopt.console import Reporter
+
+    settings = parts[0].settings
+    prompts = read_prompts(settings.prompts)
+    results = run_benches(
+        load_pipeline(str(settings.model), None, Dtype.float32, None),
+        [BenchPlan(Plan.load(part.plan), str(part.plan)) for part in parts],
+        prompts[: settings.limit],
+        settings={"guidance_scale": parts[0].goal.guidance},
+        score_prompts=prompts[: settings.score_limit],
+        reporter=Reporter(),
+    )
+    for part, result in zip(parts, results, strict=True):
+        result.save(part.figures)
+
+
+def report(part: Part) -> None:
+    """Write a part's page."""
+    ditopt("report", part.plan, "-o", part.folder / "report.html", "--bench", part.figures)
 
 
 def ditopt(*words: object) -> None:
@@ -98,23 +177,186 @@ def ditopt(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "ditopt.cli", *map(str, words)], check=True)
 
 
-def main() -> None:
-    """Measure and judge as the command line says."""
+@dataclass(frozen=True)
+class Task:
+    """Something to do for parts; ``expected_s`` by experience, to weigh tasks against each other."""
+
+    title: str
+    parts: tuple[Part, ...]
+    expected_s: float
+    run: Callable[[], None]
+
+
+@dataclass
+class Flow:
+    """The tasks for the chosen parts, done in order; a part that fails is left, the others go on."""
+
+    parts: Sequence[Part]
+    say: Callable[[str], None]
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Do what is not done yet, with an ETA before each task."""
+        tasks = list(self.tasks())
+        left, done, spent = sum(task.expected_s for task in tasks), 0.0, 0.0
+        for number, task in enumerate(tasks, 1):
+            pace = spent / done if done else 1.0
+            eta = timedelta(seconds=round(pace * left))
+            self.say(
+                f"[{number}/{len(tasks)}] {task.title}, about {pace * task.expected_s / 60:.0f} min; all: ETA {eta}"
+            )
+            began = time.monotonic()
+            try:
+                task.run()
+            except (subprocess.CalledProcessError, RuntimeError, OSError) as error:
+                for part in task.parts:
+                    self.failures.setdefault(part.goal.name, f"{task.title}: {error}")
+                self.say(f"failed: {error}")
+            else:
+                spent, done = spent + time.monotonic() - began, done + task.expected_s
+            left -= task.expected_s
+
+    def tasks(self) -> Iterator[Task]:
+        """Plans first, then one benchmark for all parts of a guidance scale."""
+        for guidance in dict.fromkeys(part.goal.guidance for part in self.parts):
+            group = [part for part in self.parts if part.goal.guidance == guidance]
+            for part in group:
+                if not part.has_plan:
+                    title = f"optimize {part.goal.name}"
+                    yield Task(title, (part,), 55 * part.goal.generation_s, partial(self._optimize, part))
+            missing = tuple(part for part in group if not (part.has_figures or part.is_dense))
+            if missing:
+                title = f"bench {' and '.join(part.goal.name for part in missing)}"
+                yield Task(title, missing, bench_seconds(missing), partial(self._bench, missing))
+
+    def _optimize(self, part: Part) -> None:
+        part.folder.mkdir(parents=True, exist_ok=True)
+        optimize(part)
+        keep(part.plan, part.plan_facts())
+
+    def _bench(self, parts: Sequence[Part]) -> None:
+        measurable = [part for part in parts if part.has_plan and not part.is_dense]
+        if measurable:
+            bench(measurable)
+        for part in measurable:
+            keep(part.figures, part.bench_facts())
+            report(part)
+
+
+def bench_seconds(parts: Sequence[Part]) -> float:
+    """About what a benchmark takes: dense generations once, a plan's and its three rivals' at a third of them each."""
+    settings = parts[0].settings
+    scored = max(0, settings.score_limit - settings.limit)
+    generations = settings.limit + scored + 35 + len(parts) * (4 * settings.limit + scored + 20) / 3
+    return generations * parts[0].goal.generation_s
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a part: ``met``, ``missed``, ``failed`` or ``not run``, why, and its figures against bounds."""
+
+    part: Part
+    status: str
+    reason: str
+    checks: tuple[Check, ...]
+
+
+def outcome(part: Part, failures: Mapping[str, str]) -> Outcome:
+    """Judge a part by what lies in its folder."""
+    name = part.goal.name
+    if part.has_figures:
+        made = tuple(checks(part.goal, json.loads(part.figures.read_text())))
+        return Outcome(part, "met" if all(check.met for check in made) else "missed", "", made)
+    nothing = tuple(checks(part.goal, None))
+    if name in failures:
+        return Outcome(part, "failed", failures[name], nothing)
+    if part.is_dense:
+        return Outcome(part, "missed", f"stays dense: {part.stays_dense}", nothing)
+    return Outcome(part, "not run", "", ())
+
+
+def as_data(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The table as JSON-able data."""
+    settings = outcomes[0].part.settings
+    return {
+        "model": str(settings.model),
+        "met": all(found.status == "met" for found in outcomes),
+        "limit": settings.limit,
+        "score_limit": settings.score_limit,
+        "parts": [
+            {
+                **asdict(found.part.goal),
+                "name": found.part.goal.name,
+                "status": found.status,
+                "reason": found.reason,
+                "checks": [{**asdict(check), "met": check.met} for check in found.checks],
+                "figures": str(found.part.figures) if found.part.has_figures else None,
+                "versions": json.loads(found.part.figures.read_text())["versions"] if found.part.has_figures else None,
+            }
+            for found in outcomes
+        ],
+    }
+
+
+def rows(outcomes: Sequence[Outcome]) -> Iterator[tuple[str, ...]]:
+    """The table's rows: goal, figure, measured, bound, met."""
+    for found in outcomes:
+        name = found.part.goal.name
+        told = f"{found.status}: {found.reason}" if found.reason else found.status
+        yield name, f"**{told}**", "", "", ""
+        for check in found.checks:
+            yield name, *check.cells
+
+
+def as_markdown(outcomes: Sequence[Outcome]) -> str:
+    """The table as Markdown."""
+    settings = outcomes[0].part.settings
+    lines = [
+        f"`python -m benchmarks.flow --model {settings.model} --limit {settings.limit} "
+        f"--score-limit {settings.score_limit}`",
+        "",
+        "| goal | figure | measured | bound | met |",
+        "|---|---|---:|---:|---|",
+        *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows(outcomes)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure and judge as the command line says; 0 where every chosen part meets its goal and no other misses its."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("examples/tiny_video"))
     parser.add_argument("--out", type=Path, default=Path("build/flow"))
-    parser.add_argument("--limit", type=int, help="use the first N prompts only")
-    args = parser.parse_args()
-    table, missed = Table("goal", "figure", "measured", "bound", "met"), False
-    for goal in GOALS:
-        for check in checks(goal, measure(goal, args.model, args.out, args.limit)):
-            value = "not measured" if check.value is None else f"{check.value:.3g}"
-            bound = f"{'≥' if check.least else '≤'} {check.bound:g}"
-            table.add_row(goal.name, check.name, value, bound, "yes" if check.met else "NO")
-            missed = missed or not check.met
-    Console().print(table)
-    sys.exit(int(missed))
+    parser.add_argument("--only", action="append", choices=[goal.name for goal in GOALS], help="a part, repeatable")
+    parser.add_argument("--limit", type=int, default=16, help="time the first N held-out prompts")
+    parser.add_argument("--score-limit", type=int, default=64, help="score the first N held-out prompts, untimed")
+    parser.add_argument("--json", type=Path, default=Path("docs/results/flow.json"), help="the .md goes beside it")
+    given = parser.parse_args(words)
+    for name in ("limit", "score_limit"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(given, name)}: give at least 1")
+    settings = Settings(given.model, given.out, given.limit, given.score_limit)
+    parts = [Part(goal, settings) for goal in GOALS]
+    chosen = [part for part in parts if not given.only or part.goal.name in given.only]
+
+    console = Console()
+    flow = Flow(chosen, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
+    try:
+        flow.run()
+    except KeyboardInterrupt:
+        console.print("interrupted; run the same command again to go on from what was finished")
+        return 130
+    outcomes = [outcome(part, flow.failures) for part in parts]
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(given.json, json.dumps(as_data(outcomes), indent=2) + "\n")
+    write_text_atomically(given.json.with_suffix(".md"), as_markdown(outcomes))
+    table = Table("goal", "figure", "measured", "bound", "met")
+    for row in rows(outcomes):
+        table.add_row(*(cell.replace("**", "") for cell in row))
+    console.print(table)
+    fine = all(found.status == "met" or (found.status == "not run" and found.part not in chosen) for found in outcomes)
+    return 0 if fine else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

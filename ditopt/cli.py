@@ -113,7 +113,10 @@ def optimize(
     technique: Annotated[
         list[str] | None, typer.Option(help="kind of decision to consider, repeatable; default: all")
     ] = None,
-    budget: Annotated[int, typer.Option(min=1, help="the most plans to try by real rollouts")] = 16,
+    budget: Annotated[
+        int | None,
+        typer.Option(min=1, help="the most plans to try by rollouts; default: some minutes' worth"),
+    ] = None,
     max_variants: Annotated[int, typer.Option(min=1, help="the most distinct graphs to compile")] = 8,
     on_mismatch: Annotated[Mismatch, typer.Option(help="what unplanned calls do")] = Mismatch.error,
     resume: Annotated[bool, typer.Option(help="take up an interrupted run")] = True,
@@ -205,49 +208,55 @@ def report(
 @command
 def bench(
     model: Directory,
-    plan: Annotated[Path, typer.Option(metavar="PLAN", help="the plan to measure")],
+    plan: Annotated[list[Path], typer.Option(metavar="PLAN", help="the plan to measure; several share the dense runs")],
     prompts: Prompts,
-    json: Annotated[Path, typer.Option(metavar="OUT", help="where to write the figures")],
+    json: Annotated[list[Path], typer.Option(metavar="OUT", help="where to write the figures, one for each --plan")],
     limit: Annotated[int | None, typer.Option(min=1, help="use the first N prompts only")] = None,
     guidance: Guidance = None,
     steps: Steps = None,
     setting: Settings = None,
     repeats: Annotated[int, typer.Option(min=5, help="the least generations a median is over")] = 5,
     seed: Annotated[int, typer.Option(help="of the first prompt's noise")] = 1000,
-    sheet: Annotated[Path | None, typer.Option(metavar="PNG", help="write a contact sheet")] = None,
+    sheet: Annotated[Path | None, typer.Option(metavar="PNG", help="write a contact sheet (of the first plan)")] = None,
+    score_prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="prompts for the pipeline's own score, untimed")
+    ] = None,
+    score_limit: Annotated[int | None, typer.Option(min=1, help="use the first N of these only")] = None,
     trust_remote_code: Trust = None,
     dtype: Precision = Dtype.float32,
     device: Device = None,
 ) -> None:
-    """Measure a plan against dense, fewer steps, UniPC and DPM-Solver++ on whole generations."""
+    """Measure plans against dense, fewer steps, UniPC and DPM-Solver++ on whole generations."""
+    if len(plan) != len(json):
+        raise InputError(f"--plan is given {len(plan)} times and --json {len(json)} times; give one --json a plan")
     texts = read_prompts(prompts)[:limit]
+    scored = read_prompts(score_prompts, "--score-prompts")[:score_limit] if score_prompts else ()
     settings = pipe_settings(steps, guidance, setting)
-    from ditopt.bench import run_bench
+    from ditopt.bench import BenchPlan, run_benches
     from ditopt.console import Reporter
     from ditopt.outcome import check_writable
     from ditopt.plan import Plan
     from ditopt.terminal import bench_table
 
-    found = Plan.load(plan)
-    for path in (json, sheet):
-        if path is not None:
-            check_writable(path)
+    found = [BenchPlan(Plan.load(path), str(path), None if i else sheet) for i, path in enumerate(plan)]
+    for path in (*json, *([sheet] if sheet else [])):
+        check_writable(path)
     pipe = load_pipeline(model, trust_remote_code, dtype, device)
     reporter = Reporter()
-    result = run_bench(
+    results = run_benches(
         pipe,
         found,
         texts,
         settings=settings,
         repeats=repeats,
         seed=seed,
+        score_prompts=scored,
         reporter=reporter,
-        sheet=sheet,
-        source=str(plan),
     )
-    result.save(json)
-    reporter.table(bench_table(result.to_data()))
-    reporter.say(f"figures: {json}")
+    for result, path in zip(results, json, strict=True):
+        result.save(path)
+        reporter.table(bench_table(result.to_data()))
+        reporter.say(f"figures: {path}")
 
 
 @command
@@ -263,7 +272,7 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path, option: str = "--prompts") -> list[str]:
     """The lines of a prompt file, empty ones left out.
 
     Raises:
@@ -272,12 +281,12 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise InputError(f"--prompts {path}: no such file; give a text file with one prompt a line") from None
+        raise InputError(f"{option} {path}: no such file; give a text file with one prompt a line") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path}: cannot be read as UTF-8 text: {error}") from None
+        raise InputError(f"{option} {path}: cannot be read as UTF-8 text: {error}") from None
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
-        raise InputError(f"--prompts {path}: the file holds no prompts; write one a line")
+        raise InputError(f"{option} {path}: the file holds no prompts; write one a line")
     return texts
 
 

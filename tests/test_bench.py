@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,28 @@ from diffusers import (
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from ditopt import bench
 from ditopt.backend import Session
-from ditopt.bench import compiled_calls, flow_solver, installed, run_bench, settings_of
+from ditopt.bench import (
+    BenchPlan,
+    compiled_calls,
+    flow_solver,
+    installed,
+    run_bench,
+    run_benches,
+    settings_of,
+)
 from ditopt.cli import app
-from ditopt.decisions import Forecast
+from ditopt.contest import DENSE, Contest
+from ditopt.decisions import Forecast, Reuse
 from ditopt.errors import InputError, PlanMismatchError
+from ditopt.passes._infra import StepPlan
 from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.quality import ssim
+from ditopt.report.measured import BenchResult
 from examples.tiny_video.pipeline import TinyVideoPipeline
 from examples.tiny_video.text import build_text_encoder, build_tokenizer
+from tests.trace.models import interpreted
 
 # Diffusers' DPM-Solver++ hands a tensor to numpy in a way that numpy 2 frowns upon.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -34,6 +48,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 STEPS = 6
 SIZE = 32
 PREDICTED = (2, 4)
+MANY = (Rule(sites="step", steps=(1, 2, 4, 5), do=Reuse()),)
+SMALL = {"height": SIZE, "width": SIZE}
 PROMPTS = ["a red circle moving left over sand", "a blue square spinning over tiles"]
 
 
@@ -114,8 +130,8 @@ def test_the_json_has_what_the_issue_lists(figures: dict[str, Any]) -> None:
     for name in ("fewer_steps", "unipc", "dpmpp"):
         assert {"steps", "seconds", "psnr_db"} <= set(figures[name])
         assert figures[name]["reason"] is None
-    assert set(figures["attribute_score"]) == {"dense", "optimized"}
-    assert {"dense_db", "optimized_db"} <= set(figures["converged"])
+    assert set(figures["attribute_score"]) == {"dense", "optimized", "prompts"}
+    assert {"dense_db", "optimized_db", "gain_stderr_db"} <= set(figures["converged"])
     assert figures["converged"]["steps"] == 4 * STEPS
 
 
@@ -163,12 +179,75 @@ def test_a_plan_for_another_scheduler_or_model_is_refused(pipe: TinyVideoPipelin
     with pytest.raises(PlanMismatchError, match="EulerDiscreteScheduler, the pipeline samples with FlowMatchEuler"):
         run_bench(pipe, plan.model_copy(update={"sampler": sampler}), PROMPTS)
     model = plan.model.model_copy(update={"structure": "sha256:0"})
-    small = {"height": SIZE, "width": SIZE}
     with pytest.raises(PlanMismatchError, match="this model has structure"):
-        run_bench(pipe, plan.model_copy(update={"model": model}), PROMPTS, settings=small)
+        run_bench(pipe, plan.model_copy(update={"model": model}), PROMPTS, settings=SMALL)
     with pytest.raises(PlanMismatchError, match="the plan is for 6 steps"):
-        run_bench(pipe, plan, PROMPTS, settings={**small, "num_inference_steps": 7})
+        run_bench(pipe, plan, PROMPTS, settings={**SMALL, "num_inference_steps": 7})
     assert pipe.transformer._compiled_call_impl is None
+
+
+@pytest.fixture(scope="module")
+def shared(pipe: TinyVideoPipeline, plan: Plan) -> tuple[Contest, list[BenchResult]]:
+    """Two plans in one run, scored on a prompt more than is timed."""
+    kept: list[Contest] = []
+
+    class Watched(Contest):
+        def run(self, score_prompts: Sequence[str]) -> None:
+            kept.append(self)
+            super().run(score_prompts)
+
+    both = [BenchPlan(plan, "one"), BenchPlan(plan.model_copy(update={"rules": MANY}), "two")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "Contest", Watched)
+        found = run_benches(pipe, both, PROMPTS, settings=SMALL, score_prompts=[*PROMPTS, PROMPTS[0]])
+    return kept[0], found
+
+
+def test_plans_of_one_run_share_what_they_can(shared: tuple[Contest, list[BenchResult]]) -> None:
+    contest, (one, two) = shared
+    assert [one.plan["path"], two.plan["path"]] == ["one", "two"]
+    assert one.kept == STEPS - len(PREDICTED) and two.kept == 2
+    for name in ("dense_eager", "dense_inductor"):
+        assert one.seconds[name] == two.seconds[name]
+    assert one.seconds["optimized"] != two.seconds["optimized"]
+    assert one.psnr_db != two.psnr_db
+    assert one.converged["dense_db"] == two.converged["dense_db"]
+    assert one.converged["optimized_db"] != two.converged["optimized_db"]
+    rivals = {
+        (role, getattr(result, role).steps) for result in (one, two) for role in ("fewer_steps", "unipc", "dpmpp")
+    }
+    assert len(contest.seconds) == 4 + len(rivals), "a step count that both ask for is run once"
+    for result in (one, two):
+        assert result.speedup_vs_inductor == pytest.approx(result.dense_inductor_s / result.optimized_s)
+        assert result.graph_breaks == 0 and result.recompiles == 0
+
+
+def test_the_score_is_over_its_own_prompts(shared: tuple[Contest, list[BenchResult]], pipe: TinyVideoPipeline) -> None:
+    contest, (one, two) = shared
+    assert one.attribute_score is not None and two.attribute_score is not None
+    assert one.attribute_score["prompts"] == 3 and one.prompts == 2
+    assert one.attribute_score["dense"] == two.attribute_score["dense"]
+    clips = [part[DENSE] for part in contest.made] + [contest.contenders[DENSE].generate(PROMPTS[0], 1002)[0]]
+    expected = pipe.attribute_score(torch.cat(clips).numpy(), [*PROMPTS, PROMPTS[0]])
+    assert one.attribute_score["dense"] == pytest.approx(expected)
+
+
+def test_a_variant_that_is_compiled_late_counts_as_a_recompile(shared: tuple[Contest, list[BenchResult]]) -> None:
+    contest, _ = shared
+    entry, other = contest.entries
+    with interpreted():
+        entry.programs[0].variants.get(StepPlan((), ("blocks.1",)))
+    assert contest.recompiled(entry) == (0, 1)
+    assert contest.recompiled(other) == (0, 0)
+
+
+def test_plans_that_do_not_go_together_are_refused(pipe: TinyVideoPipeline, plan: Plan) -> None:
+    sampler = plan.sampler.model_copy(update={"guidance": 4.0})
+    guided = plan.model_copy(update={"sampler": sampler})
+    with pytest.raises(InputError, match=r"plans a\.yaml and b\.yaml call the pipeline differently"):
+        run_benches(pipe, [BenchPlan(plan, "a.yaml"), BenchPlan(guided, "b.yaml")], PROMPTS)
+    with pytest.raises(InputError, match="no plans"):
+        run_benches(pipe, [], PROMPTS)
 
 
 def test_too_little_to_measure_is_refused(pipe: TinyVideoPipeline, plan: Plan) -> None:

@@ -1,0 +1,346 @@
+"""The contest behind a benchmark: generations of every contender in turn, for one plan or for several at once.
+
+Plans for one pipeline and one setting share the dense runs, and every rival whose step count they have in common.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditopt._torch import CompileCounts, compile_counts
+from ditopt.adapters import DiffusersAdapter
+from ditopt.backend import Session
+from ditopt.console import Reporter, Stage
+from ditopt.contenders import SOLVERS, Contender, Sample, compiled_calls, flow_solver
+from ditopt.plan import Plan
+from ditopt.quality import psnr, relative_l2, ssim
+from ditopt.runtime.program import Program
+
+PILOT_ROUNDS = 3
+CONVERGED_FACTOR = 4
+CONVERGED_PROMPTS = 4
+SHEET_PROMPTS = 4
+EAGER, DENSE = "dense_eager", "dense_inductor"
+
+
+@dataclass
+class Entry:
+    """A plan in the contest and what was found out about it.
+
+    ``roles`` names the contender that plays each part for this plan: the two dense ones, ``optimized``, and the
+    rivals ``fewer_steps``, ``unipc`` and ``dpmpp``. ``steps`` are the own scheduler's at the plan's latency.
+    """
+
+    plan: Plan
+    sessions: dict[str, Session]
+    roles: dict[str, str]
+    steps: int = 0
+    first_s: float = 0.0
+    new_graphs: int = 0
+    warm_variants: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    converged: dict[str, float] = field(default_factory=dict)
+    attribute_score: dict[str, float] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def optimized(self) -> str:
+        """The contender that runs the plan."""
+        return self.roles["optimized"]
+
+    @property
+    def programs(self) -> list[Program]:
+        """Every graph that was captured under the plan."""
+        return [program for session in self.sessions.values() for program in session.programs]
+
+    @property
+    def variants(self) -> int:
+        """Graphs that Inductor has compiled for the plan so far."""
+        return sum(len(program.variants.compiled) for program in self.programs)
+
+
+@dataclass
+class Contest:
+    """One contest. ``order`` is that of the pipeline's scheduler; prompt i has the noise of ``seed + i``.
+
+    After ``run``: ``seconds`` holds every generation's by contender, ``made`` the samples that were kept by prompt and
+    contender, ``failed`` why a contender does not run; ``cold``, ``warm`` and ``ended`` what Dynamo had counted before
+    anything was compiled, when everything had run once, and at the end.
+    """
+
+    adapter: DiffusersAdapter
+    prompts: tuple[str, ...]
+    repeats: int
+    seed: int
+    order: int
+    reporter: Reporter
+    entries: list[Entry] = field(default_factory=list)
+    contenders: dict[str, Contender] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    made: list[dict[str, Tensor]] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    cold: CompileCounts = field(default_factory=compile_counts)
+    warm: CompileCounts = field(default_factory=compile_counts)
+    ended: CompileCounts = field(default_factory=compile_counts)
+
+    def enter(self, plan: Plan) -> Entry:
+        """Let a plan take part."""
+        networks = self.adapter.networks
+        if not self.contenders:
+            self.contenders[EAGER] = Contender(self.adapter, {})
+            self.contenders[DENSE] = Contender(self.adapter, compiled_calls(networks, {}))
+        sessions = {name: Session(plan=plan, network=name) for name in networks if name in plan.sampler.timesteps}
+        name = f"optimized {len(self.entries)}"
+        self.contenders[name] = Contender(self.adapter, compiled_calls(networks, sessions))
+        entry = Entry(plan, sessions, {EAGER: EAGER, DENSE: DENSE, "optimized": name})
+        self.entries.append(entry)
+        guidance = self.adapter.sampler().guidance
+        if guidance != plan.sampler.guidance:
+            self.note(f"the plan was made at guidance {plan.sampler.guidance:g}, this runs at {guidance:g}", entry)
+        return entry
+
+    def run(self, score_prompts: Sequence[str]) -> None:
+        """All phases: warm-up, choice of the rivals' steps, rounds, converged runs, attribute score."""
+        self.cold = compile_counts()
+        self._warm_up()
+        self._choose_steps()
+        self._add_rivals()
+        self.warm = compile_counts()
+        for entry in self.entries:
+            entry.warm_variants = entry.variants
+        self._rounds()
+        self._converged()
+        self._score(score_prompts)
+        self.ended = compile_counts()
+        for entry in self.entries:
+            self._say_what_was_unfair(entry)
+
+    def note(self, text: str, *entries: Entry) -> None:
+        """Keep a remark with ``entries`` (default: all), and print it."""
+        for entry in entries or self.entries:
+            entry.notes.append(text)
+        self.reporter.say(f"note: {text}")
+
+    def evaluations(self, steps: int) -> int:
+        """Network evaluations (per branch) of ``steps`` steps of the pipeline's own scheduler."""
+        return self.order * steps - (self.order - 1)
+
+    def recompiled(self, entry: Entry) -> tuple[int, int]:
+        """After the warm-up: frames that Dynamo compiled, variants of the plan that Inductor compiled."""
+        return self.ended.recompiles - self.warm.recompiles, entry.variants - entry.warm_variants
+
+    def _generate(self, name: str, prompt: str, seed: int, **settings: Any) -> Sample:
+        chosen = self.contenders[name]
+        return replace(chosen, settings={**chosen.settings, **settings}).generate(prompt, seed)
+
+    def _timed(self, name: str, index: int, **settings: Any) -> Sample:
+        return self._generate(name, self.prompts[index], self.seed + index, **settings)
+
+    def _warm_up(self) -> None:
+        with self.reporter.stage("bench: warm-up", len(self.entries) + 2) as stage:
+            for entry in self.entries:
+                files = _cached_graphs()
+                entry.first_s = self._timed(entry.optimized, 0)[1]
+                entry.new_graphs = _cached_graphs() - files
+                self._check_geometry(entry)
+                stage.advance()
+            for name in (DENSE, EAGER):
+                self._timed(name, 0, num_inference_steps=2)
+                stage.advance()
+
+    def _check_geometry(self, entry: Entry) -> None:
+        """The figures of a plan hold for the size it was made at; say so where this is another."""
+        plan = entry.plan
+        for name, session in entry.sessions.items():
+            for program in session.programs:
+                trace, wanted = program.variants.trace, plan.geometry.get(name)
+                position = trace.find_argument(plan.inputs.latents, plan.inputs.forward)
+                shape = tuple(trace.placeholders[position].meta["val"].shape) if position is not None else wanted
+                if wanted and shape and shape != wanted:
+                    found = f"this runs at {list(shape)}"
+                    self.note(f"the plan was made for latents {list(wanted)} of {name}, {found}", entry)
+
+    def _choose_steps(self) -> None:
+        """Per plan the fewest steps of the own scheduler that take as long: rounded in the rivals' favour."""
+        total = self.adapter.steps
+        short = max(1, total // 3)
+        if short == total:
+            for entry in self.entries:
+                entry.steps = total
+            return
+        pilots = [(DENSE, total), (DENSE, short), *((entry.optimized, total) for entry in self.entries)]
+        spent: dict[tuple[str, int], list[float]] = {pilot: [] for pilot in pilots}
+        with self.reporter.stage("bench: steps at equal latency", PILOT_ROUNDS * len(pilots)) as stage:
+            for _ in range(PILOT_ROUNDS):
+                for name, steps in pilots:
+                    spent[name, steps].append(self._timed(name, 0, num_inference_steps=steps)[1])
+                    stage.advance()
+        median = {pilot: statistics.median(values) for pilot, values in spent.items()}
+        dense = median[DENSE, total]
+        per_step = max((dense - median[DENSE, short]) / (total - short), 1e-9)
+        for entry in self.entries:
+            left = median[entry.optimized, total] - (dense - per_step * total)
+            entry.steps = min(total, max(1, math.ceil(left / per_step - 1e-6)))
+            for _ in range(PILOT_ROUNDS):
+                if entry.steps == total or self._as_slow(entry):
+                    break
+                entry.steps += 1
+
+    def _as_slow(self, entry: Entry) -> bool:
+        """Whether the own scheduler with the entry's steps takes as long as its plan, the two timed in turns."""
+        rival, optimised = [], []
+        for _ in range(PILOT_ROUNDS):
+            rival.append(self._timed(DENSE, 0, num_inference_steps=entry.steps)[1])
+            optimised.append(self._timed(entry.optimized, 0)[1])
+        return statistics.median(rival) >= statistics.median(optimised)
+
+    def _add_rivals(self) -> None:
+        for entry in self.entries:
+            solver_steps = self.evaluations(entry.steps)
+            for role, steps in (("fewer_steps", entry.steps), *((solver, solver_steps) for solver in SOLVERS)):
+                name = entry.roles[role] = f"{role} {steps}"
+                if name not in self.contenders and name not in self.failed:
+                    self._add_rival(name, role, steps)
+
+    def _add_rival(self, name: str, role: str, steps: int) -> None:
+        own, calls = self.adapter.pipe.scheduler, self.contenders[DENSE].calls
+        settings = {"num_inference_steps": steps}
+        try:
+            solver = flow_solver(role, own) if role in SOLVERS else None
+            self.contenders[name] = Contender(self.adapter, calls, solver, settings)
+            self._timed(name, 0)  # its warm-up
+        except Exception as error:
+            if role not in SOLVERS:
+                raise
+            # A solver that this pipeline cannot drive is a finding, not a failure.
+            self.contenders.pop(name, None)
+            self.failed[name] = f"{SOLVERS[role]} does not run in this pipeline: {type(error).__name__}: {error}"
+            self.note(self.failed[name])
+
+    def _rounds(self) -> None:
+        """Every contender on every prompt, another one first in each turn; eager only ``repeats`` times."""
+        count = max(self.repeats, len(self.prompts))
+        frequent = [name for name in self.contenders if name != EAGER]
+        with self.reporter.stage("bench: generations", count * len(frequent) + self.repeats) as stage:
+            for turn in range(count):
+                index = turn % len(self.prompts)
+                names = [*frequent[turn % len(frequent) :], *frequent[: turn % len(frequent)]]
+                if turn < self.repeats:
+                    names.append(EAGER)
+                samples = {name: self._record(name, index, stage) for name in names}
+                if turn < len(self.prompts):
+                    for entry in self.entries:
+                        entry.rows.append(self._judged(entry, index, samples))
+                    self.made.append(self._kept_samples(index, samples))
+
+    def _record(self, name: str, index: int, stage: Stage) -> Tensor:
+        sample, seconds = self._timed(name, index)
+        self.seconds.setdefault(name, []).append(seconds)
+        stage.advance()
+        return sample
+
+    def _judged(self, entry: Entry, index: int, samples: Mapping[str, Tensor]) -> dict[str, Any]:
+        reference, sample = samples[DENSE], samples[entry.optimized]
+        pictures = reference.ndim >= 3 and reference.shape[-1] in (1, 3, 4)
+        rivals = {role: entry.roles[role] for role in ("fewer_steps", *SOLVERS)}
+        return {
+            "prompt": self.prompts[index],
+            "seed": self.seed + index,
+            "psnr_db": psnr(sample, reference),
+            "rel_l2": relative_l2(sample, reference),
+            "ssim": ssim(sample, reference) if pictures else None,
+            **{f"{role}_db": psnr(samples[name], reference) for role, name in rivals.items() if name in samples},
+        }
+
+    def _kept_samples(self, index: int, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What later phases read: everything of the first prompts; of the others what is scored."""
+        if index < max(CONVERGED_PROMPTS, SHEET_PROMPTS):
+            return dict(samples)
+        return {name: samples[name] for name in self._scored()}
+
+    def _scored(self) -> list[str]:
+        scores = hasattr(self.adapter.pipe, "attribute_score")
+        return [DENSE, *(entry.optimized for entry in self.entries)] if scores else []
+
+    def _converged(self) -> None:
+        """How far dense and optimised are from a run with four times the steps."""
+        steps, count = CONVERGED_FACTOR * self.adapter.steps, min(CONVERGED_PROMPTS, len(self.made))
+        far = []
+        with self.reporter.stage(f"bench: converged runs, {steps} steps", count) as stage:
+            for index in range(count):
+                far.append(self._timed(DENSE, index, num_inference_steps=steps)[0])
+                stage.advance()
+        for entry in self.entries:
+            dense, optimised = (
+                [psnr(samples[name], reference) for samples, reference in zip(self.made, far, strict=False)]
+                for name in (DENSE, entry.optimized)
+            )
+            gains = [ours - theirs for ours, theirs in zip(optimised, dense, strict=True)]
+            entry.converged = {
+                "dense_db": statistics.mean(dense),
+                "optimized_db": statistics.mean(optimised),
+                "gain_stderr_db": statistics.stdev(gains) / math.sqrt(count) if count > 1 else 0.0,
+                "steps": steps,
+                "prompts": count,
+            }
+
+    def _score(self, prompts: Sequence[str]) -> None:
+        """The pipeline's own score of dense and optimised samples, paired; what the rounds made is not made again."""
+        names = self._scored()
+        if not names:
+            return
+        clips: dict[str, list[Tensor]] = {name: [] for name in names}
+        with self.reporter.stage("bench: attribute score", len(prompts)) as stage:
+            for index, prompt in enumerate(prompts):
+                known = self.made[index] if self.prompts[index : index + 1] == (prompt,) else {}
+                for name in names:
+                    found = known.get(name)
+                    clips[name].append(
+                        found if found is not None else self._generate(name, prompt, self.seed + index)[0]
+                    )
+                if not index and self._rated(clips[DENSE], prompts[:1]) is None:
+                    return  # before the others are made
+                stage.advance()
+        scores = {name: self._rated(clips[name], prompts) for name in names}
+        for entry in self.entries:
+            dense, optimised = scores[DENSE], scores[entry.optimized]
+            if dense is not None and optimised is not None:
+                entry.attribute_score = {"dense": dense, "optimized": optimised, "prompts": len(prompts)}
+
+    def _rated(self, clips: Sequence[Tensor], captions: Sequence[str]) -> float | None:
+        try:
+            return float(self.adapter.pipe.attribute_score(torch.cat(list(clips)).numpy(), list(captions)))
+        except ValueError as error:
+            self.note(f"no attribute score: {error}")
+            return None
+
+    def _say_what_was_unfair(self, entry: Entry) -> None:
+        rival, optimised = (statistics.median(self.seconds[entry.roles[r]]) for r in ("fewer_steps", "optimized"))
+        if rival < optimised:
+            self.note(
+                f"fewer steps took {rival:.3f} s, less than the optimised loop's {optimised:.3f} s: the comparison at "
+                "equal latency is not in its favour",
+                entry,
+            )
+        frames, variants = self.recompiled(entry)
+        if frames or variants:
+            self.note(f"after the warm-up Dynamo compiled {frames} frames and Inductor {variants} variants", entry)
+
+
+def _cached_graphs() -> int:
+    """The number of graphs in Inductor's cache on disk."""
+    import getpass
+
+    usual = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or usual
+    return sum(1 for path in Path(folder, "fxgraph").glob("*/*/*") if path.is_file())

@@ -1,0 +1,248 @@
+"""The flow's table: what is run, what is kept, and that no missed goal is hidden. No model is run here."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import flow
+from benchmarks.flow import Part
+from benchmarks.goals import CONVERGED_NOISE_DB, GOALS, Goal, checks
+from ditopt.plan import Plan
+
+NAMES = ["unguided-42", "unguided-36", "guided-42", "guided-36"]
+
+
+def figures_of(goal: Goal) -> dict[str, Any]:
+    """A benchmark's figures that meet every bound, each by a little."""
+    quality = goal.psnr_db + 0.1
+    return {
+        "psnr_db": quality,
+        "speedup_vs_inductor": goal.speedup + 0.01,
+        "fewer_steps": {"psnr_db": quality - 6.1},
+        "unipc": {"psnr_db": quality - 3.1},
+        "dpmpp": {"psnr_db": quality - 3.1},
+        "converged": {"optimized_db": 36.0, "dense_db": 36.0, "gain_stderr_db": 1.0},
+        "attribute_score": {"dense": 0.9, "optimized": 0.89, "prompts": 64},
+        "graph_breaks": 0,
+        "recompiles": 0,
+        "variants": 8,
+        "versions": {"torch": "2"},
+    }
+
+
+class Bench:
+    """Stands in for the search and the benchmark: writes files, remembers what it was asked for."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.folder, self.model = folder, folder / "model"
+        self.model.mkdir()
+        (self.model / "weights.safetensors").write_bytes(b"1")
+        (self.model / "calibration_prompts.txt").write_text("a\n")
+        (self.model / "prompts.txt").write_text("b\n")
+        self.found = Plan.load(root / "docs/results/unguided-36db.plan.yaml")
+        self.plans = dict.fromkeys(NAMES, self.found)
+        self.figures = {goal.name: figures_of(goal) for goal in GOALS}
+        self.asked: list[str] = []
+        self.broken: str | None = None
+        self.interrupted = False
+
+    def optimize(self, part: Part) -> None:
+        self.asked.append(f"optimize {part.goal.name}")
+        if part.goal.name == self.broken:
+            raise subprocess.CalledProcessError(2, "ditopt optimize")
+        self.plans[part.goal.name].save(part.plan)
+
+    def bench(self, parts: Sequence[Part]) -> None:
+        self.asked.append(f"bench {' '.join(part.goal.name for part in parts)}")
+        if self.interrupted:
+            raise KeyboardInterrupt
+        for part in parts:
+            part.figures.write_text(json.dumps(self.figures[part.goal.name]))
+
+    def run(self, *words: object) -> int:
+        """The exit status of the flow."""
+        self.asked.clear()
+        told = ["--model", self.model, "--out", self.folder / "out", "--json", self.folder / "results" / "flow.json"]
+        return flow.main([str(word) for word in (*told, *words)])
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """What was written, by part."""
+        return {part["name"]: part for part in json.loads((self.folder / "results" / "flow.json").read_text())["parts"]}
+
+    @property
+    def markdown(self) -> str:
+        return (self.folder / "results" / "flow.md").read_text()
+
+
+@pytest.fixture
+def desk(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    desk = Bench(root, tmp_path)
+    monkeypatch.setattr(flow, "optimize", desk.optimize)
+    monkeypatch.setattr(flow, "bench", desk.bench)
+    monkeypatch.setattr(flow, "report", lambda part: None)
+    return desk
+
+
+def test_the_goals_are_those_of_the_issue() -> None:
+    told = {goal.name: (goal.guidance, goal.psnr_db, goal.speedup) for goal in GOALS}
+    assert told == {
+        "unguided-42": (1.0, 42.0, 3.0),
+        "unguided-36": (1.0, 36.0, 4.5),
+        "guided-42": (4.0, 42.0, 2.0),
+        "guided-36": (4.0, 36.0, 2.6),
+    }
+
+
+def test_all_met_is_success_and_parts_of_one_guidance_share_a_benchmark(
+    desk: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert desk.run() == 0
+    assert desk.asked == [
+        "optimize unguided-42", "optimize unguided-36", "bench unguided-42 unguided-36",
+        "optimize guided-42", "optimize guided-36", "bench guided-42 guided-36",
+    ]  # fmt: skip
+    assert [part["status"] for part in desk.table.values()] == ["met"] * 4
+    assert desk.markdown.count("| yes |") == 4 * 10 and "NO" not in desk.markdown
+    assert "[1/6] optimize unguided-42" in capsys.readouterr().out
+
+
+def test_every_task_is_announced_with_an_eta(desk: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    desk.run()
+    told = [line for line in capsys.readouterr().out.splitlines() if "ETA" in line]
+    assert len(told) == 6
+
+
+SPOILS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "× Inductor": lambda f: f.update(speedup_vs_inductor=2.9),
+    "PSNR dB": lambda f: f.update(psnr_db=41.9),
+    "dB above fewer_steps": lambda f: f["fewer_steps"].update(psnr_db=37.0),
+    "dB above unipc": lambda f: f["unipc"].update(psnr_db=None),
+    "dB above dpmpp": lambda f: f["dpmpp"].update(psnr_db=40.0),
+    "dB nearer to converged": lambda f: f["converged"].update(optimized_db=36 - CONVERGED_NOISE_DB - 0.01),
+    "attribute score kept": lambda f: f["attribute_score"].update(optimized=0.889),
+    "graph breaks": lambda f: f.update(graph_breaks=1),
+    "recompiles": lambda f: f.update(recompiles=1),
+    "variants": lambda f: f.update(variants=9),
+}
+
+
+@pytest.mark.parametrize("name", SPOILS)
+def test_a_missed_bound_is_shown_and_fails(name: str, desk: Bench) -> None:
+    SPOILS[name](desk.figures["unguided-42"])
+    assert desk.run() == 1
+    part = desk.table["unguided-42"]
+    assert part["status"] == "missed"
+    assert name in [check["name"] for check in part["checks"] if not check["met"]]
+    assert "| unguided-42 | **missed** |" in desk.markdown and "| NO |" in desk.markdown
+    assert desk.table["unguided-36"]["status"] == "met"
+
+
+def test_what_was_not_measured_is_missed() -> None:
+    figures = copy.deepcopy(figures_of(GOALS[0]))
+    figures["attribute_score"] = None
+    assert [check.name for check in checks(GOALS[0], figures) if not check.met] == ["attribute score kept"]
+    assert not any(check.met for check in checks(GOALS[0], None))
+
+
+def test_noise_of_the_converged_distance_is_its_own_error_and_little() -> None:
+    figures = figures_of(GOALS[0])
+    for stderr, loss, met in ((0.1, 0.09, True), (0.1, 0.11, False), (9.0, 0.24, True), (9.0, 0.26, False)):
+        figures["converged"] = {"optimized_db": 36 - loss, "dense_db": 36.0, "gain_stderr_db": stderr}
+        found = next(check for check in checks(GOALS[0], figures) if check.name == "dB nearer to converged")
+        assert found.met == met
+
+
+def test_one_part_can_be_run_alone(desk: Bench) -> None:
+    assert desk.run("--only", "guided-36") == 0
+    assert desk.asked == ["optimize guided-36", "bench guided-36"]
+    assert {name: part["status"] for name, part in desk.table.items()} == {
+        **dict.fromkeys(NAMES, "not run"),
+        "guided-36": "met",
+    }
+
+
+def test_a_missed_part_is_not_hidden_by_running_another(desk: Bench) -> None:
+    desk.figures["unguided-36"]["recompiles"] = 3
+    assert desk.run("--only", "unguided-36") == 1
+    assert desk.run("--only", "guided-36") == 1
+    assert desk.asked == ["optimize guided-36", "bench guided-36"]
+    assert desk.table["unguided-36"]["status"] == "missed" and desk.table["guided-36"]["status"] == "met"
+
+
+def test_what_is_finished_is_kept_until_its_inputs_change(desk: Bench) -> None:
+    assert desk.run() == 0 and desk.asked
+    assert desk.run() == 0 and desk.asked == []
+    assert desk.run("--limit", "3") == 0
+    assert desk.asked == ["bench unguided-42 unguided-36", "bench guided-42 guided-36"]
+    (desk.model / "weights.safetensors").write_bytes(b"2")
+    assert desk.run("--limit", "3", "--only", "unguided-42") == 0
+    assert desk.asked == ["optimize unguided-42", "bench unguided-42"]
+    assert desk.table["guided-42"]["status"] == "not run", "figures of other weights are no figures"
+
+
+def test_an_interrupted_run_goes_on(desk: Bench) -> None:
+    desk.interrupted = True
+    assert desk.run("--only", "unguided-42") == 130
+    desk.interrupted = False
+    assert desk.run("--only", "unguided-42") == 0
+    assert desk.asked == ["bench unguided-42"]
+
+
+def test_a_search_without_a_plan_is_a_missed_goal_and_is_not_measured(desk: Bench) -> None:
+    desk.plans["guided-42"] = desk.found.model_copy(update={"rules": (), "measured": {"dense": "nothing was faster"}})
+    assert desk.run() == 1
+    assert desk.asked[-1] == "bench guided-36"
+    assert desk.table["guided-42"]["status"] == "missed"
+    assert "| guided-42 | **missed: stays dense: nothing was faster** |" in desk.markdown
+    assert "| guided-42 | × Inductor | not measured | ≥ 2 | NO |" in desk.markdown
+
+
+def test_a_part_that_fails_leaves_the_others(desk: Bench) -> None:
+    desk.broken = "unguided-42"
+    assert desk.run() == 1
+    assert desk.table["unguided-42"]["status"] == "failed"
+    assert "ditopt optimize" in desk.table["unguided-42"]["reason"]
+    assert [desk.table[name]["status"] for name in NAMES[1:]] == ["met"] * 3
+
+
+def test_the_benchmark_gets_what_the_command_line_says(desk: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ditopt.bench
+    import ditopt.cli
+
+    class Result:
+        def save(self, path: Path) -> None:
+            path.write_text("figures")
+
+    given: dict[str, Any] = {}
+
+    def run_benches(pipe: object, plans: Sequence[Any], prompts: Sequence[str], **settings: Any) -> list[Result]:
+        given.update(pipe=pipe, plans=[each.source for each in plans], prompts=prompts, **settings)
+        return [Result() for _ in plans]
+
+    monkeypatch.setattr(ditopt.bench, "run_benches", run_benches)
+    monkeypatch.setattr(ditopt.cli, "load_pipeline", lambda model, *rest: f"pipeline of {model}")
+    (desk.model / "prompts.txt").write_text("a\nb\nc\nd\n")
+    parts = [Part(goal, flow.Settings(desk.model, desk.folder, 2, 3)) for goal in GOALS[2:]]
+    for part in parts:
+        part.folder.mkdir()
+        desk.found.save(part.plan)
+    flow.bench_here(parts)
+    assert given["pipe"] == f"pipeline of {desk.model}"
+    assert given["plans"] == [str(part.plan) for part in parts]
+    assert (given["prompts"], given["score_prompts"]) == (["a", "b"], ["a", "b", "c"])
+    assert given["settings"] == {"guidance_scale": 4.0}
+    assert [part.figures.read_text() for part in parts] == ["figures"] * 2
+
+
+def test_a_benchmark_that_dies_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="the benchmark ended with 1"):
+        flow.bench([Part(GOALS[0], flow.Settings(tmp_path / "nowhere", tmp_path, 1, 1))])
+    assert "no such file" in capfd.readouterr().err
