@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,11 @@ from ditopt import store
 
 log = logging.getLogger("ditopt")
 
+MAX_BYTES = 2 * 2**30
+MAX_DAYS = 30
+KEY_DIGITS = 20
+SUFFIXES = (".safetensors", ".partial")
+
 
 def run_key(networks: Mapping[str, nn.Module], facts: Mapping[str, Any]) -> str:
     """A hash of the networks' weights (every tensor's shape and a sample of its values) and of ``facts``."""
@@ -27,16 +35,23 @@ def run_key(networks: Mapping[str, nn.Module], facts: Mapping[str, Any]) -> str:
             flat = value.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
             digest.update(f"{name}.{key}{tuple(value.shape)}{value.dtype}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:20]
+    return digest.hexdigest()[:KEY_DIGITS]
 
 
 class Checkpoints:
-    """Named bundles of tensors under one run's folder; each is written whole or not at all."""
+    """Named bundles of tensors under one run's folder; each is written whole or not at all.
+
+    Other runs' folders that are too old or too many go when a run begins (``prune_runs``).
+    """
 
     def __init__(self, key: str, resume: bool = True) -> None:
         self.folder = store.cache_dir() / "runs" / key
         self.resume = resume
         self.loaded = 0
+        if self.folder.is_dir():
+            with contextlib.suppress(OSError):  # a read-only folder is still good to resume from
+                os.utime(self.folder)
+        prune_runs(self.folder)
 
     def load(self, name: str, expected: Sequence[str]) -> dict[str, Tensor] | None:
         """The bundle called ``name`` if it is there with all ``expected`` tensors."""
@@ -67,3 +82,48 @@ class Checkpoints:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def prune_runs(current: Path, max_bytes: int = MAX_BYTES, max_days: float = MAX_DAYS) -> None:
+    """Delete the runs beside ``current`` last used over ``max_days`` ago, then the oldest until all fit ``max_bytes``.
+
+    The current run counts, but stays. Nothing is touched that is not named and filled like a run's folder; what
+    cannot be deleted is left.
+    """
+    try:
+        beside = [path for path in current.parent.iterdir() if path != current and _is_run(path)]
+        used = {path: _last_use(path) for path in beside}
+        size = {path: _bytes(_files(path)) for path in [*beside, current]}
+    except OSError:  # no folder yet, or another process prunes at the same time
+        return
+    total = sum(size.values())
+    for path in sorted(beside, key=used.__getitem__):
+        if total > max_bytes or time.time() - used[path] > 86400 * max_days:
+            total -= size[path]
+            _delete(path)
+
+
+def _is_run(path: Path) -> bool:
+    named = re.fullmatch(rf"[0-9a-f]{{{KEY_DIGITS}}}", path.name) is not None
+    return named and path.is_dir() and not path.is_symlink()
+
+
+def _files(run: Path) -> list[Path]:
+    return [path for path in run.glob("*") if path.suffix in SUFFIXES]
+
+
+def _bytes(files: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in files)
+
+
+def _last_use(run: Path) -> float:
+    return max(path.stat().st_mtime for path in [run, *_files(run)])
+
+
+def _delete(run: Path) -> None:
+    try:
+        for path in _files(run):
+            path.unlink(missing_ok=True)
+        run.rmdir()
+    except OSError as error:
+        log.info("%s: an old run's checkpoints cannot be deleted (%s)", run, error)
