@@ -10,7 +10,10 @@ from ditopt.sites import STEP
 
 @dataclass(frozen=True)
 class MeasuredCost:
-    """``seconds`` holds what a ``full`` and a ``predicted`` step take, and what predicting each range saves."""
+    """``seconds`` holds what a ``full`` and a ``predicted`` step take, and what predicting each range saves.
+
+    Where whole steps cannot be predicted there is no ``predicted``.
+    """
 
     seconds: Mapping[str, float]
 
@@ -22,4 +25,5 @@ class MeasuredCost:
         """
         if STEP in predicted:
             return self.seconds["predicted"]
-        return max(self.seconds["full"] - sum(self.seconds[site] for site in predicted), self.seconds["predicted"])
+        left = self.seconds["full"] - sum(self.seconds[site] for site in predicted)
+        return max(left, self.seconds.get("predicted", 0.0))

@@ -180,6 +180,16 @@ def break_reasons() -> tuple[str, ...]:
     return tuple(str(reason) for reason in counters["graph_break"])
 
 
+def graph_break_after(gm: fx.GraphModule) -> str | None:
+    """File, line and reason of the graph break that a Dynamo graph ends at; None where the function returns."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    place = f"{reason.user_stack[-1].filename}:{reason.user_stack[-1].lineno}: " if reason.user_stack else ""
+    told = [line.strip() for line in str(reason.reason).splitlines()]
+    return place + " ".join(line for line in told[:2] if line)
+
+
 def forget_compiled_code() -> None:
     """Drop all that Dynamo has compiled in this process."""
     torch._dynamo.reset()

@@ -26,7 +26,7 @@ def optimize(
     seed: int = 0,
     techniques: Sequence[str] | None = None,
     max_variants: int = 8,
-    budget: int = 16,
+    budget: int | None = None,
     on_mismatch: str = "error",
     resume: bool = True,
     quiet: bool = False,
@@ -40,14 +40,15 @@ def optimize(
         quality: ``high``, ``balanced`` or ``fast``: 42, 36 or 32 dB mean paired PSNR to the dense run.
         max_rel_error: instead, the largest mean relative L2 error of the sample.
         min_psnr: instead, the mean paired PSNR in dB to reach.
-        target_speedup: instead, the least ratio of dense to optimised seconds; the best quality at it is sought.
+        target_speedup: instead, the least ratio of dense to optimised seconds of whole generations; the best quality
+            at it is sought. Where it is missed within the rounds of search, the nearest plan is kept and that is said.
         plan_path: where to write the plan (YAML); it is kept in the user's cache as well.
         pipe_kwargs: what the pipeline is called with later: steps, guidance, size.
         seed: of the first prompt's noise; prompt i uses ``seed + i``.
         techniques: kinds of decision to consider; default all.
         max_variants: the most distinct graphs to compile.
-        budget: the most plans to try by real rollouts.
-        on_mismatch: what calls outside of the planned schedule do later: ``error``, ``dense`` or ``retarget``.
+        budget: the most plans to try by real rollouts; default: as many as take a few minutes, from 6 to 16.
+        on_mismatch: what calls of another schedule or geometry do later: ``error``, ``dense`` or ``retarget``.
         resume: take up an interrupted run's checkpoints.
         quiet: print nothing.
 
@@ -85,10 +86,13 @@ def optimize(
 def apply(model: ModelT, plan: str | Path | Plan, *, on_mismatch: str = "error") -> ModelT:
     """Let a model run by a plan that exists: what ``optimize`` ended with, in another process or machine.
 
+    A call of another geometry than the plan's (the batch apart) or another schedule is one that the plan is not for. A
+    pipeline that generates under another guidance than the plan was measured with is warned of in the log.
+
     Args:
         model: a diffusers pipeline, or a network as an ``nn.Module``; compiled in place.
         plan: a plan or the path of its file.
-        on_mismatch: what a call outside of the planned schedule does: ``error``, ``dense`` or ``retarget``.
+        on_mismatch: what a call that the plan is not for does: ``error``, ``dense`` or ``retarget``.
 
     Raises:
         PlanError: the plan cannot be read.
@@ -97,7 +101,8 @@ def apply(model: ModelT, plan: str | Path | Plan, *, on_mismatch: str = "error")
     from torch import nn
 
     from ditopt.adapters import is_pipeline
-    from ditopt.backend import ditopt_backend
+    from ditopt.backend import Session, ditopt_backend
+    from ditopt.guidance import watch_guidance
 
     found = plan if isinstance(plan, Plan) else Plan.load(plan)
     networks: dict[str, Any] = {name: getattr(model, name, None) for name in found.sampler.timesteps}
@@ -113,7 +118,9 @@ def apply(model: ModelT, plan: str | Path | Plan, *, on_mismatch: str = "error")
     for name, network in networks.items():
         if not isinstance(network, nn.Module):
             raise PlanMismatchError(f"plan is for network {name!r}, which {type(model).__name__} does not have")
-        network.compile(backend=ditopt_backend, options={"plan": found, "network": name, "on_mismatch": on_mismatch})
+        session = Session.from_options({"plan": found, "network": name, "on_mismatch": on_mismatch})
+        session.on_generation = watch_guidance(model, found) if is_pipeline(model) else None
+        network.compile(backend=ditopt_backend, options={"session": session})
     return model
 
 

@@ -18,9 +18,10 @@ import torch
 from torch import fx
 
 from ditopt import store
-from ditopt._torch import BoxedCallable, CompileContext, functionalise
+from ditopt._torch import BoxedCallable, CompileContext, functionalise, graph_break_after
 from ditopt.errors import DitoptError, InputError, PlanMismatchError
 from ditopt.plan import LATENT_NAMES, TIMESTEP_NAMES, Inputs, Plan
+from ditopt.runtime.graphs import Graphs
 from ditopt.runtime.program import MISMATCH, InputPositions, Program
 from ditopt.runtime.variants import VariantCache
 from ditopt.trace import Trace, analyse, mark_attention, name_inputs
@@ -42,6 +43,9 @@ class Session:
     lookup: bool = False
     error: DitoptError | None = None
     programs: list[Program] = field(default_factory=list)
+    breaks: list[str] = field(default_factory=list)
+    graphs: Graphs | None = None
+    on_generation: Callable[[], None] | None = None
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Session:
@@ -74,25 +78,41 @@ class Session:
             session.error = error
         return session
 
+    def settle(self, on_mismatch: str, on_generation: Callable[[], None] | None) -> None:
+        """Treat calls that the plan is not for as ``on_mismatch`` says, and call ``on_generation`` as each begins."""
+        self.on_mismatch, self.on_generation = on_mismatch, on_generation
+        for program in self.programs:
+            program.on_mismatch, program.on_generation = on_mismatch, on_generation
+
     def bind(self, plan: Plan | None) -> None:
         """Let every graph compiled so far run by ``plan``; later ones will too."""
         self.plan = plan
         for program in self.programs:
             program.bind(plan)
 
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """The block ranges that can be decided on, as (first, last) positions in the network."""
+        return self.graphs.ranges() if self.graphs is not None else self.programs[0].variants.trace.ranges()
+
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Turn one Dynamo graph into a program."""
         mark_attention(gm)
+        found = graph_break_after(gm)
+        if found is not None:
+            self.breaks.append(found)
         arguments, state = name_inputs(gm)
         index = len(self.programs)
 
         def on_graph(graph: fx.GraphModule, inputs: Sequence[Any], context: CompileContext) -> BoxedCallable:
-            plan = self._find_plan(Trace(index, graph, context, arguments, state).structure)
-            positions = self._positions(graph, arguments, plan)
-            trace = analyse(graph, context, index, arguments, state, positions.latents)
+            structure = Trace(index, graph, context, arguments, state).structure
+            plan = self._find_plan(structure)
+            follows = self._follows(structure, plan)
+            positions = InputPositions(None, None, None) if follows else self._positions(graph, arguments, plan)
+            trace = analyse(graph, context, index, arguments, state, positions.latents, follows=follows)
             program = Program(
                 VariantCache(trace, positions.latents, self.check_passes), positions, self.network, self.on_mismatch
             )
+            program.on_generation = self.on_generation
             self.programs.append(program)
             self._attach(program, trace, plan)
             return _boxed(program)
@@ -108,6 +128,16 @@ class Session:
         except DitoptError as error:
             self.error = error
             return None
+
+    def _follows(self, structure: str, plan: Plan | None) -> bool:
+        """Whether a graph stands behind a graph break, so that the names of its inputs are not those of the forward's.
+
+        While a plan is being made the graphs come in the order of their first calls.
+        """
+        if plan is not None:
+            breaks = plan.breaks.get(self.network)
+            return breaks is not None and structure != breaks.clock
+        return self.inputs is not None and any(each.positions.timestep is not None for each in self.programs)
 
     def _attach(self, program: Program, trace: Trace, plan: Plan | None) -> None:
         """Give a program its plan and compile what it needs; what does not fit is raised at the first call.
@@ -166,6 +196,8 @@ def check_model(plan: Plan, trace: Trace) -> None:
     Raises:
         PlanMismatchError: the hash of parameter names and shapes differs.
     """
+    if plan.breaks and not trace.blocks:  # what lies between graph breaks belongs to no decision
+        return
     if trace.structure not in plan.model.structure.split():
         raise PlanMismatchError(
             f"plan was made for {plan.model.class_name} with structure {plan.model.structure} and {plan.model.blocks} "

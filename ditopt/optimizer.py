@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ditopt._torch import break_reasons
+from ditopt._torch import break_reasons, compile_counts
 from ditopt.adapters import Adapter, DiffusersAdapter, adapt
 from ditopt.adapters.base import CallLog, watch_calls
 from ditopt.backend import Session, ditopt_backend
@@ -22,24 +21,23 @@ from ditopt.calls import NetworkCalls, call_pattern
 from ditopt.console import Reporter
 from ditopt.device import describe_device
 from ditopt.errors import InputError, RolloutError, TraceError
+from ditopt.guidance import watch_guidance
 from ditopt.measure import Evaluator
 from ditopt.outcome import Found, Result, Row, check_writable, closing_table, finished_plan, write_outcome
-from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint
+from ditopt.plan import Breaks, DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.profile import Profile
 from ditopt.profiler.checkpoint import Checkpoints, run_key
-from ditopt.profiler.run import ProfileRun, sigmas_of, whole_program
-from ditopt.quality import compare, relative_l2
-from ditopt.search import TECHNIQUES, Solution
+from ditopt.profiler.run import ProfileRun, sigmas_of
+from ditopt.profiler.split import SplitProfileRun
+from ditopt.quality import relative_l2
+from ditopt.runtime.graphs import Graphs, find_graphs
+from ditopt.search import TECHNIQUES
 from ditopt.search.space import candidates
 from ditopt.target import Target
-from ditopt.trace import Trace
-from ditopt.tune import Tuner
+from ditopt.verify import VerifiedSearch, affordable_trials
 
 RANGES = "ranges"
 ALL_TECHNIQUES = (*TECHNIQUES, RANGES)
-TUNING_PROMPTS = 4
-VERIFY_ROUNDS = 3
-TIMED_GENERATIONS = 3
 SAME_RUN = 1e-3  # relative L2 between two compiled runs of one prompt and seed, by differently fused kernels
 
 
@@ -59,7 +57,7 @@ class Optimizer:
     seed: int = 0
     techniques: Sequence[str] | None = None
     max_variants: int = 8
-    budget: int = 16
+    budget: int | None = None
     on_mismatch: str = "error"
     resume: bool = True
     quiet: bool = False
@@ -68,7 +66,6 @@ class Optimizer:
         self.reporter = Reporter(self.quiet)
         self.timings: dict[str, float] = {}
         self.reasons: list[str] = []
-        self.state_bytes = 0
         chosen = tuple(self.techniques) if self.techniques is not None else ALL_TECHNIQUES
         try:
             candidates(name for name in chosen if name != RANGES)
@@ -108,25 +105,29 @@ class Optimizer:
         )
         with self._timed("probe"):
             eager, eager_seconds, calls, log = self._probe(profiled[0])
-        inputs = Inputs(timestep=log.timestep, latents=log.latents, identity=log.identity, forward=log.forward)
+        inputs = Inputs(
+            timestep=log.timestep,
+            latents=log.latents,
+            identity=log.identity,
+            forward=log.forward,
+            contexts=log.contexts,
+        )
         sessions = {name: Session(network=name, inputs=inputs, on_mismatch="dense") for name in calls}
         for name, session in sessions.items():
             self.adapter.networks[name].compile(backend=ditopt_backend, options={"session": session})
+        breaks = compile_counts().breaks
         with self._timed("capture and compile"), self.reporter.stage("capture and compile", 1) as stage:
             compiled = self.adapter.checked_rollout(*profiled[0])
             stage.advance()
-        self._check_deterministic(profiled[0], eager, compiled)
         try:
-            traces = {name: whole_program(session).variants.trace for name, session in sessions.items()}
+            graphs = self._graphs(sessions, calls, compile_counts().breaks > breaks)
         except TraceError as error:
-            return self._stay_dense(f"{error}; breaks: {'; '.join(break_reasons()) or 'none reported'}")
-        for name, trace in traces.items():
-            if not trace.blocks:
-                raise TraceError(
-                    f"no attention inside numbered blocks was found in {name}; ditopt works on transformers made "
-                    "of a stack of blocks"
-                )
-        evaluator = Evaluator(self.adapter, sessions, self._template(calls, traces, inputs))
+            if compile_counts().breaks == breaks and all(len(session.programs) == 1 for session in sessions.values()):
+                raise
+            told = [place for session in sessions.values() for place in session.breaks] or break_reasons()
+            return self._stay_dense(f"{error}; breaks: {'; '.join(told) or 'none reported'}")
+        self._check_deterministic(profiled[0], eager, compiled)
+        evaluator = Evaluator(self.adapter, sessions, self._template(calls, graphs, inputs), calls=calls)
         facts = {
             "calls": {name: part.timesteps for name, part in calls.items()},
             "settings": dict(self.pipe_kwargs or {}),
@@ -142,7 +143,7 @@ class Optimizer:
                 template=evaluator.template,
             )
         with self._timed("profile"):
-            profile = self._profile(evaluator, calls, checkpoints, profiled, compiled)
+            profile = self._profile(evaluator, graphs, calls, checkpoints, profiled, compiled)
         with (
             self._timed("held-out references"),
             self.reporter.stage("dense runs of held-out prompts", len(held_out)) as stage,
@@ -150,23 +151,74 @@ class Optimizer:
             for index, pair in enumerate(held_out):
                 self._reference(evaluator, checkpoints, f"held_out{index}", pair)
                 stage.advance()
+        search = VerifiedSearch(
+            evaluator,
+            profile,
+            self.target,
+            profiled,
+            held_out,
+            self.reporter,
+            self.budget or affordable_trials(profile),
+            self.max_variants,
+            self.chosen,
+            self.reasons,
+        )
         with self._timed("search and verify"):
-            found = self._search(evaluator, profile, profiled, held_out)
+            found = search()
         if found is None:
             evaluator.bind(())
             return self._stay_dense("no plan met the target on the held-out prompts", template=evaluator.template)
-        return self._finish(evaluator, profile, found, profiled, held_out, eager_seconds)
+        if found.seconds is None:
+            with self._timed("final timing"):
+                found = replace(found, seconds=search.time_in_turn(found.rules))
+        return self._finish(search, found, graphs, eager_seconds)
+
+    def _graphs(
+        self, sessions: Mapping[str, Session], calls: Mapping[str, NetworkCalls], broken: bool
+    ) -> dict[str, Graphs]:
+        """The graphs of every network in which decisions can be made; what is left out is told.
+
+        Raises:
+            TraceError: a network has none.
+        """
+        found = {}
+        for name, session in sessions.items():
+            if not broken and len(session.programs) == 1 and not session.programs[0].variants.trace.blocks:
+                raise TraceError(
+                    f"no attention inside numbered blocks was found in {name}; ditopt works on transformers made "
+                    "of a stack of blocks"
+                )
+            identified = session.inputs is not None and session.inputs.identity is not None
+            graphs = find_graphs(name, session.programs, len(calls[name].calls), session.breaks, identified=identified)
+            session.graphs = found[name] = graphs
+            if not graphs.whole:
+                if not self.use_ranges:
+                    raise TraceError(
+                        f"graph breaks cut {name} into several graphs, within which only ranges of blocks can be "
+                        f"predicted, and techniques leave {RANGES!r} out"
+                    )
+                told = [f"graph break at {place}" for place in graphs.breaks] + [*graphs.notes]
+                told.append("ranges of blocks within each graph can be predicted, whole steps not")
+                self.reasons += [f"{name}: {line}" for line in told]
+                for line in told:
+                    self.reporter.say(f"  {name}: {line}")
+        return found
 
     def _profile(
         self,
         evaluator: Evaluator,
+        graphs: Mapping[str, Graphs],
         calls: Mapping[str, NetworkCalls],
         checkpoints: Checkpoints,
         profiled: Pairs,
         compiled: Tensor,
     ) -> Profile:
         """The profile; taken anew where checkpoints turn out to be of another loop than the one just seen."""
-        run = ProfileRun(evaluator, calls, self.adapter.sampler(), checkpoints, self.reporter, self.use_ranges)
+        run: ProfileRun | SplitProfileRun
+        if all(each.whole for each in graphs.values()):
+            run = ProfileRun(evaluator, calls, self.adapter.sampler(), checkpoints, self.reporter, self.use_ranges)
+        else:
+            run = SplitProfileRun(evaluator, graphs, calls, self.adapter.sampler(), checkpoints, self.reporter)
         profile = run(profiled)
         apart = relative_l2(evaluator.references[profiled[0]], compiled)
         if apart > SAME_RUN and checkpoints.loaded:
@@ -221,21 +273,22 @@ class Optimizer:
             "sampler); quality is judged against the compiled one"
         )
 
-    def _template(self, calls: Mapping[str, NetworkCalls], traces: Mapping[str, Trace], inputs: Inputs) -> Plan:
+    def _template(self, calls: Mapping[str, NetworkCalls], graphs: Mapping[str, Graphs], inputs: Inputs) -> Plan:
         """A plan without rules that says what it is for."""
         sampler = self.adapter.sampler()
         network = self.adapter.networks[next(iter(calls))]
         parameter = next(network.parameters())
         geometry = {}
-        for name, trace in traces.items():
+        for name, each in graphs.items():
+            trace = each.clock.variants.trace
             position = trace.find_argument(inputs.latents, inputs.forward)
             if position is not None:
                 geometry[name] = tuple(int(n) for n in trace.placeholders[position].meta["val"].shape)
         return Plan(
             model=ModelPrint(
                 class_name=type(network).__name__,
-                structure=" ".join(dict.fromkeys(trace.structure for trace in traces.values())),
-                blocks=sum(len(trace.blocks) for trace in traces.values()),
+                structure=" ".join(dict.fromkeys(name for each in graphs.values() for name in each.structures)),
+                blocks=sum(len(part.variants.trace.blocks) for each in graphs.values() for part in each.parts),
             ),
             sampler=SamplerPrint(
                 class_name=sampler.class_name,
@@ -256,71 +309,21 @@ class Optimizer:
                 dtype=str(parameter.dtype).removeprefix("torch."),
             ),
             inputs=inputs,
+            breaks={
+                name: Breaks(clock=each.clock.variants.trace.structure, at=each.breaks)
+                for name, each in graphs.items()
+                if not each.whole
+            },
             target=self.target.to_data(),
         )
 
-    def _search(self, evaluator: Evaluator, profile: Profile, profiled: Pairs, held_out: Pairs) -> Found | None:
-        """Search network after network; where the held-out prompts miss the target, aim higher and search again."""
-        tuning = profiled[:TUNING_PROMPTS]
-        tuners: dict[str, Tuner] = {}
-        margin = 0.0
-        names = list(evaluator.sessions)
-        for _ in range(VERIFY_ROUNDS):
-            solutions: dict[str, Solution] = {}
-            rules: tuple[Rule, ...] = ()
-            for position, name in enumerate(names):
-                tuner = tuners.get(name) or Tuner(
-                    name,
-                    profile,
-                    evaluator,
-                    self.target,
-                    tuning,
-                    self.reporter,
-                    self.budget,
-                    self.max_variants,
-                    self.chosen,
-                )
-                tuners[name] = tuner
-                tuner.fixed = rules
-                later = len(names) - 1 - position  # what is left to spend is shared with the networks still to come
-                solution = tuner.find(margin + 3.0 * later)
-                if solution is not None:
-                    solutions[name] = solution
-                    rules += solution.rules
-            if not rules:
-                return None
-            quality, _ = evaluator.quality(rules, held_out)
-            missing = self.target.missing_db(quality)
-            self.reporter.say(
-                f"  held-out prompts: {quality.psnr:.1f} dB (worst {quality.worst_psnr:.1f}), relative L2 "
-                f"{quality.rel_l2:.4f}"
-            )
-            if missing <= 0:
-                return Found(rules, quality, solutions, tuners)
-            gap = missing - tuners[names[-1]].missing_db(solutions.get(names[-1]))
-            margin = max(margin + 0.3, gap + 0.3)  # what the tuning prompts promised too much
-            self.reporter.say(
-                f"  short of the target by {missing:.1f} dB: searching again with {margin:.1f} dB in hand"
-            )
-            for tuner in tuners.values():
-                tuner.budget += max(3, self.budget // 3)
-        self.reasons.append(
-            f"after {VERIFY_ROUNDS} searches the held-out prompts still miss the target by {missing:.1f} dB"
-        )
-        return None
-
     def _finish(
-        self,
-        evaluator: Evaluator,
-        profile: Profile,
-        found: Found,
-        profiled: Pairs,
-        held_out: Pairs,
-        eager_seconds: float,
+        self, search: VerifiedSearch, found: Found, graphs: Mapping[str, Graphs], eager_seconds: float
     ) -> Result:
-        """Time the contenders in turn, refuse a plan that is no faster, write what was found."""
-        with self._timed("final timing"):
-            plan_seconds, dense_seconds = self._time_in_turn(evaluator, found.rules, held_out)
+        """Compare the contenders, refuse a plan that is no faster, write what was found."""
+        assert found.seconds is not None
+        evaluator, profiled, held_out = search.evaluator, search.profiled, search.held_out
+        plan_seconds, dense_seconds = found.seconds
         evaluations = self._evaluations(evaluator, ())
         rows = [
             Row("dense, eager (one run)", eager_seconds, dense_seconds / eager_seconds, None, None, evaluations),
@@ -334,12 +337,7 @@ class Optimizer:
                 self._evaluations(evaluator, found.rules),
             ),
         ]
-        rows += self._fewer_steps(evaluator, plan_seconds, dense_seconds, held_out)
-        if self.target.speedup is not None and dense_seconds / plan_seconds < self.target.speedup:
-            measured = f"{dense_seconds / plan_seconds:.2f}x"
-            short = f"asked for {self.target.speedup:g}x, measured {measured} over whole generations"
-            self.reasons.append(short)
-            self.reporter.say(f"  {short}")
+        rows += search.fewer_steps(found)
         if plan_seconds >= dense_seconds:
             evaluator.bind(())
             self.reporter.table(closing_table(rows))
@@ -348,63 +346,21 @@ class Optimizer:
                 rows,
                 evaluator.template,
             )
-        programs = {name: whole_program(session) for name, session in evaluator.sessions.items()}
-        plan = finished_plan(evaluator.template, found, rows, programs, len(held_out), self.state_bytes)
-        for program in programs.values():  # what did not apply is told, not dropped
-            self.reasons += [*program.variants.trace.notes, *program.variants.reasons]
+        plan = finished_plan(evaluator.template, found, rows, graphs, len(held_out), search.state_bytes)
+        for session in evaluator.sessions.values():  # what did not apply is told, not dropped
+            for program in session.programs:
+                self.reasons += [*program.variants.trace.notes, *program.variants.reasons]
         result = Result(plan, rows, self.reasons, found.quality, self.timings)
         prompts = {"profiled": [prompt for prompt, _ in profiled], "held_out": [prompt for prompt, _ in held_out]}
         path = Path(self.plan_path) if self.plan_path is not None else None
-        path = write_outcome(path, plan, profile, found, result, prompts)
+        path = write_outcome(path, plan, search.profile, found, result, prompts)
         self.reporter.say(f"plan: {path}  (explained by `ditopt explain {path}`)")
+        watch = watch_guidance(self.model, plan) if isinstance(self.adapter, DiffusersAdapter) else None
         for session in evaluator.sessions.values():
-            session.on_mismatch = self.on_mismatch
-            for program in session.programs:
-                program.on_mismatch = self.on_mismatch
+            session.settle(self.on_mismatch, watch)
             session.bind(plan)
         self.reporter.table(closing_table(rows))
         return result
-
-    def _time_in_turn(self, evaluator: Evaluator, rules: Sequence[Rule], held_out: Pairs) -> tuple[float, float]:
-        """Median seconds of a generation under ``rules`` and dense, measured alternately."""
-        spent: dict[bool, list[float]] = {True: [], False: []}
-        with self.reporter.stage("timing dense and plan in turn", 2 * TIMED_GENERATIONS) as stage:
-            for turn in range(TIMED_GENERATIONS):
-                pair = held_out[turn % len(held_out)]
-                for planned in (True, False):
-                    evaluator.bind(rules if planned else ())
-                    began = time.perf_counter()
-                    self.adapter.checked_rollout(*pair)
-                    spent[planned].append(time.perf_counter() - began)
-                    self._note_state(evaluator)
-                    stage.advance()
-        return statistics.median(spent[True]), statistics.median(spent[False])
-
-    def _note_state(self, evaluator: Evaluator) -> None:
-        """Keep the most memory that slots have taken under the plan that is bound."""
-        held = sum(whole_program(session).statistics.peak_slot_bytes for session in evaluator.sessions.values())
-        self.state_bytes = max(self.state_bytes, held)
-
-    def _fewer_steps(
-        self, evaluator: Evaluator, plan_seconds: float, dense_seconds: float, held_out: Pairs
-    ) -> list[Row]:
-        """The honest rival: the same sampler with as many steps as the plan's time pays for (rounded up)."""
-        if not isinstance(self.adapter, DiffusersAdapter) or "num_inference_steps" not in self.adapter.accepted:
-            self.reasons.append(
-                "fewer steps: not measured, a bare rollout does not say how to change its number of steps"
-            )
-            return []
-        steps = math.ceil(self.adapter.steps * plan_seconds / dense_seconds)
-        evaluator.bind(())
-        with self.reporter.stage(f"rival: {steps} steps", len(held_out)) as stage:
-            samples = []
-            began = time.perf_counter()
-            for prompt, seed in held_out:
-                samples.append(self.adapter.checked_rollout(prompt, seed, num_inference_steps=steps))
-                stage.advance()
-            seconds = (time.perf_counter() - began) / len(held_out)
-        quality = compare(samples, [evaluator.references[pair] for pair in held_out])
-        return [Row(f"dense, {steps} steps", seconds, dense_seconds / seconds, quality.psnr, quality.worst_psnr, steps)]
 
     def _evaluations(self, evaluator: Evaluator, rules: Sequence[Rule]) -> int:
         plan = evaluator.template.model_copy(update={"rules": tuple(rules)})

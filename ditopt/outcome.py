@@ -19,7 +19,7 @@ from ditopt.plan import Plan, Rule, write_text_atomically
 from ditopt.profile import NetworkProfile, Profile
 from ditopt.quality import Quality
 from ditopt.report.explained import side_path
-from ditopt.runtime.program import Program
+from ditopt.runtime.graphs import Graphs
 from ditopt.runtime.schedule import bind
 from ditopt.search import Solution
 from ditopt.sites import STEP
@@ -54,12 +54,21 @@ class Result:
 
 @dataclass(frozen=True)
 class Found:
-    """Rules that met the target on the held-out prompts, with what they measured there."""
+    """Rules that met the target on the held-out prompts, with what they measured there.
+
+    ``seconds`` are those of a generation under the rules and dense, once they are measured.
+    """
 
     rules: tuple[Rule, ...]
     quality: Quality
     solutions: dict[str, Solution]
     tuners: dict[str, Tuner]
+    seconds: tuple[float, float] | None = None
+
+    @property
+    def speedup(self) -> float:
+        """Dense seconds over those of the rules; 0 before they are measured."""
+        return self.seconds[1] / self.seconds[0] if self.seconds is not None else 0.0
 
 
 def closing_table(rows: Sequence[Row]) -> Table:
@@ -75,12 +84,16 @@ def closing_table(rows: Sequence[Row]) -> Table:
 
 
 def finished_plan(
-    template: Plan, found: Found, rows: Sequence[Row], programs: Mapping[str, Program], held_out: int, state_bytes: int
+    template: Plan, found: Found, rows: Sequence[Row], graphs: Mapping[str, Graphs], held_out: int, state_bytes: int
 ) -> Plan:
     """The plan with what was predicted for it and measured on ``held_out`` prompts and of its slots (bytes)."""
     ours, dense = rows[OURS], rows[DENSE]
     whole = template.model_copy(update={"rules": found.rules})
-    bound = [bind(whole, name, program.variants.trace.ranges()) for name, program in programs.items()]
+    bound = [
+        bind(whole, name, part.variants.trace.ranges(), partial=not of_network.whole)
+        for name, of_network in graphs.items()
+        for part in of_network.parts
+    ]
     measured: dict[str, Any] = {
         "prompts": held_out,
         "psnr": round(found.quality.psnr, 2),
@@ -117,8 +130,8 @@ def write_outcome(
     Raises:
         PlanError: a file cannot be written.
     """
-    structure = plan.model.structure.split()[0]
-    target = path or store.plan_path(structure)
+    structures = plan.model.structure.split()
+    target = path or store.plan_path(structures[0])
     if path is None:
         target.parent.mkdir(parents=True, exist_ok=True)
     plan.save(target)
@@ -134,9 +147,9 @@ def write_outcome(
         "profile": {name: _profile_data(part) for name, part in profile.networks.items()},
     }
     write_text_atomically(side_path(target), json.dumps(side, indent=1))
-    if path is not None:
+    for structure in structures if path is not None else structures[1:]:
         try:
-            store.keep_plan(path, structure)
+            store.keep_plan(target, structure)
         except PlanError as error:  # the plan itself is written: nothing is lost
             result.reasons.append(str(error))
     return target

@@ -23,7 +23,10 @@ PRODUCTS = {torch.ops.aten.addmm.default: (1, 2), torch.ops.aten.mm.default: (0,
 
 @dataclass
 class Trace:
-    """One captured graph. ``boundaries[i]`` is the edge before block i; the last one ends the last block."""
+    """One captured graph. ``boundaries[i]`` is the edge before block i; the last one ends the last block.
+
+    ``roots`` are the positions of the inputs that carry what changes with the latents.
+    """
 
     index: int
     gm: fx.GraphModule
@@ -33,6 +36,7 @@ class Trace:
     blocks: tuple[str, ...] = ()
     boundaries: tuple[Boundary, ...] = ()
     sites: tuple[Site, ...] = ()
+    roots: tuple[int, ...] = ()
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -62,6 +66,11 @@ class Trace:
         """All contiguous block ranges by site name, as (first, last) positions."""
         count = len(self.blocks) if self.boundaries else 0
         return {range_name(self.blocks[a], self.blocks[b]): (a, b) for a in range(count) for b in range(a, count)}
+
+    def changing(self) -> set[fx.Node]:
+        """The nodes whose value changes with the latents."""
+        placeholders = self.placeholders
+        return dependents(self.gm, *(placeholders[position] for position in self.roots))
 
     def graph_index(self, latents: int | None) -> GraphIndex:
         """What passes need to know of this graph; ``latents`` is the position of the input that changes."""
@@ -110,8 +119,14 @@ def analyse(
     arguments: dict[str, int],
     state: dict[str, int],
     latents: int | None,
+    *,
+    follows: bool = False,
 ) -> Trace:
-    """Find the sites of a functional ATen graph; ``latents`` is the position of the input that changes every step."""
+    """Find the sites of a functional ATen graph.
+
+    ``latents`` is the position of the input that changes every step; of a graph that ``follows`` a graph break it is
+    not known: there the residual stream is looked for among all arguments.
+    """
     trace = Trace(index, gm, context, arguments, state)
     placeholders = trace.placeholders
     if len(placeholders) != len(arguments) + len(state):
@@ -121,10 +136,18 @@ def analyse(
         )
         trace.arguments, trace.state_names = {}, {}
         latents = None
-    changing = dependents(gm, placeholders[latents]) if latents is not None else set(gm.graph.nodes)
+    if latents is not None:
+        trace.roots = (latents,)
+    elif follows:
+        trace.roots = tuple(sorted(trace.arguments.values()))
+    changing = trace.changing() if trace.roots else set(gm.graph.nodes)
     trace.blocks = _find_blocks(gm, changing)
-    if latents is not None and trace.blocks:
-        trace.boundaries = _find_boundaries(gm, trace.blocks, changing)
+    if follows and trace.blocks:
+        trace.roots = _entering_streams(trace, changing) or trace.roots
+        changing = trace.changing()
+    if trace.roots and trace.blocks:
+        entering = {placeholders[position] for position in trace.roots} if follows else set()
+        trace.boundaries = _find_boundaries(gm, trace.blocks, changing, entering)
     trace.sites = tuple(_find_sites(trace))
     return trace
 
@@ -150,31 +173,61 @@ def _find_blocks(gm: fx.GraphModule, changing: set[fx.Node]) -> tuple[str, ...]:
     return tuple(seen)
 
 
-def dependents(gm: fx.GraphModule, root: fx.Node) -> set[fx.Node]:
-    """All nodes whose value depends on ``root``'s."""
-    found = {root}
+def dependents(gm: fx.GraphModule, *roots: fx.Node) -> set[fx.Node]:
+    """All nodes whose value depends on one of ``roots``."""
+    found = set(roots)
     for node in gm.graph.nodes:
         if any(parent in found for parent in node.all_input_nodes):
             found.add(node)
     return found
 
 
-def _find_boundaries(gm: fx.GraphModule, blocks: tuple[str, ...], changing: set[fx.Node]) -> tuple[Boundary, ...]:
+def _entering_streams(trace: Trace, changing: set[fx.Node]) -> tuple[int, ...]:
+    """The arguments that are the residual stream before the first block.
+
+    That is: which no later block reads, and which have the shape and type of a value that the first block hands on.
+    """
+    order = list(trace.gm.graph.nodes)
+    position = {node: i for i, node in enumerate(order)}
+    last_use = {node: max((position[user] for user in node.users), default=-1) for node in order}
+    end = _edges(order, trace.blocks, changing)[1]
+    handed_on = {_kind(n) for n in order[: end + 1] if n in changing and n.op == "call_function" and last_use[n] > end}
+    found = {trace.placeholders[p]: p for p in trace.arguments.values()}
+    return tuple(sorted(p for node, p in found.items() if 0 <= last_use[node] <= end and _kind(node) in handed_on))
+
+
+def _kind(node: fx.Node) -> tuple[tuple[int, ...], torch.dtype] | None:
+    value = node.meta.get("val")
+    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else None
+
+
+def _edges(order: list[fx.Node], blocks: tuple[str, ...], changing: set[fx.Node]) -> list[int]:
+    """Where in ``order`` the last node before the first block is, and the last node of every block."""
+    spans = {
+        name: [i for i, n in enumerate(order) if n.op == "call_function" and n in changing and block_of(n) == name]
+        for name in blocks
+    }
+    return [min(spans[blocks[0]]) - 1] + [max(spans[name]) for name in blocks]
+
+
+def _find_boundaries(
+    gm: fx.GraphModule, blocks: tuple[str, ...], changing: set[fx.Node], entering: set[fx.Node]
+) -> tuple[Boundary, ...]:
     """The residual stream between blocks: latents-dependent (``changing``) values that cross the edge.
 
-    Views that only look into a crossing value (``getitem`` of a split) count as the values they are.
+    Views that only look into a crossing value (``getitem`` of a split) count as the values they are; of the graph's
+    inputs only those ``entering`` as the stream count.
     """
     order = list(gm.graph.nodes)
     position = {node: i for i, node in enumerate(order)}
     last_use = {node: max((position[user] for user in node.users), default=-1) for node in order}
-    spans = {
-        name: [position[n] for n in order if n.op == "call_function" and n in changing and block_of(n) == name]
-        for name in blocks
-    }
-    edges = [min(spans[blocks[0]]) - 1] + [max(spans[name]) for name in blocks]
     boundaries = []
-    for edge in edges:
-        crossing = [n for n in order[: edge + 1] if n in changing and n.op == "call_function" and last_use[n] > edge]
+    for edge in _edges(order, blocks, changing):
+        crossing = [
+            n
+            for n in order[: edge + 1]
+            if n in changing and (n.op == "call_function" or n in entering) and last_use[n] > edge
+        ]
         streams = [n for n in crossing if isinstance(n.meta.get("val"), torch.Tensor)]
         boundaries.append(Boundary(order[edge].name, tuple(n.name for n in streams)))
     return tuple(boundaries)

@@ -16,14 +16,20 @@ from ditopt.passes._infra import StepPlan
 from ditopt.passes.predict import factors_name, slot_name
 from ditopt.plan import Plan
 from ditopt.runtime.clock import ScheduleCache, StepClock, read_timestep
+from ditopt.runtime.moment import Moment, Place, announce, take
 from ditopt.runtime.schedule import BoundPlan, BoundPrediction, adapted_factors, bind
 from ditopt.runtime.slots import StreamState
-from ditopt.runtime.streams import StreamTable
+from ditopt.runtime.streams import StreamTable, current_context_name, watch_contexts
 from ditopt.runtime.variants import Variant, VariantCache
-from ditopt.sites import STEP
 
 Observer = Callable[["Observation"], None]
+Interceptor = Callable[[list[Any], Callable[[list[Any]], Sequence[Any]]], Sequence[Any]]
+"""Stands before a network while it is measured: given a call's arguments and the program, it answers the call."""
 MISMATCH = ("error", "dense", "retarget")
+WAYS_OUT = (
+    're-target the plan (options={"on_mismatch": "retarget"}) or run such calls dense '
+    '(options={"on_mismatch": "dense"})'
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,12 @@ class Program:
 
     Without a plan it runs the dense graph. State belongs to a stream (one guidance branch of one
     generation in one thread), so that concurrent, interleaved and aborted generations never meet.
+    A stream is told by the conditioning object and by the name of diffusers' ``cache_context`` that the
+    calling thread is in; calls in none are told by the object alone (``watch_contexts`` says when
+    names are seen). A plan whose branches only names tell apart (``Inputs.contexts``) refuses these.
+
+    Where graph breaks cut the network, the program that the plan names as the clock finds stream and step;
+    those of the other graphs follow it, and keep their features in its streams.
     """
 
     variants: VariantCache
@@ -72,14 +84,19 @@ class Program:
     plan: Plan | None = None
     error: DitoptError | None = None
     observer: Observer | None = None
+    interceptor: Interceptor | None = None
+    on_generation: Callable[[], None] | None = None
     statistics: Statistics = field(default_factory=Statistics)
 
     def __post_init__(self) -> None:
+        watch_contexts()
         self._streams: StreamTable[StreamState] = StreamTable(self._new_stream)
         self._states: weakref.WeakSet[StreamState] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._schedules = ScheduleCache()
         self._factors: dict[tuple[float, ...], Tensor] = {}
+        self._clock: str | None = None
+        self._leads = False
 
     def bind(self, plan: Plan | None) -> None:
         """Run by ``plan`` from now on (None: dense); all state is dropped.
@@ -92,8 +109,17 @@ class Program:
         self.statistics.peak_slot_bytes = 0
         self.error = None
         self.plan, self.bound = plan, None
+        self._clock, self._leads = None, False
         if plan is None or not plan.rules:
             return
+        ranges = self.variants.trace.ranges()
+        breaks = plan.breaks.get(self.network)
+        if breaks is not None:
+            self._clock = breaks.clock
+            self._leads = self.positions.timestep is not None and breaks.clock == self.variants.trace.structure
+            if not self._leads:
+                self.bound = bind(plan, self.network, ranges, partial=True)
+                return
         if self.positions.timestep is None:
             names = ", ".join(self.variants.trace.arguments)
             raise PlanMismatchError(
@@ -108,7 +134,7 @@ class Program:
                 "graph's tensor "
                 f"arguments are {names}; without it guidance branches would share their state"
             )
-        self.bound = bind(plan, self.network, self.variants.trace.ranges())
+        self.bound = bind(plan, self.network, ranges, partial=breaks is not None)
 
     def compile(self) -> None:
         """Compile every variant that the plan needs."""
@@ -119,15 +145,22 @@ class Program:
         """Run one call: ``arguments`` are the captured graph's inputs in order.
 
         Raises:
-            PlanMismatchError: the plan does not fit the model or the call's timestep.
+            PlanMismatchError: the plan does not fit the model, the call's timestep or its geometry.
         """
         if self.error is not None:
             raise self.error
         self.statistics.calls += 1
+        if self.interceptor is not None:
+            return self.interceptor(arguments, self._answer)
+        return self._answer(arguments)
+
+    def _answer(self, arguments: list[Any]) -> Sequence[Any]:
         if self.observer is not None:
             return self._observe(arguments, self.observer)
         if self.bound is None:
             return self._run(self.variants.get(StepPlan()), arguments, {})[0]
+        if self._clock is not None and not self._leads:
+            return self._follow(arguments, self.bound)
         return self._step(arguments, self.bound)
 
     def _new_stream(self) -> StreamState:
@@ -139,14 +172,71 @@ class Program:
         return state
 
     def _step(self, arguments: list[Any], bound: BoundPlan) -> Sequence[Any]:
-        assert self.positions.timestep is not None
-        identity = arguments[self.positions.identity] if self.positions.identity is not None else None
-        state = self._streams.get(threading.get_ident(), self.network, identity, None)
-        value = read_timestep(arguments[self.positions.timestep], self._schedules)
-        place = self._locate(state, bound, value)
+        state, place = self._place(arguments, bound)
+        if self._leads and self._clock is not None:
+            announce(Moment(self._clock, weakref.ref(self), weakref.ref(state), place))
         if isinstance(place, str):
             return self._unplanned(arguments, place)
-        number, time = place
+        return self._run_step(arguments, bound, state, *place, self)
+
+    def _follow(self, arguments: list[Any], bound: BoundPlan) -> Sequence[Any]:
+        """Run the graph in the step that the leading graph of the same forward found."""
+        if not bound.full.recorded:  # no rule is for a site of this graph
+            return self._run(self.variants.get(StepPlan()), arguments, {})[0]
+        assert self._clock is not None
+        moment = take(self._clock, id(self))
+        leader, state = (moment.leader(), moment.state()) if moment is not None else (None, None)
+        if moment is None or leader is None or state is None:
+            return self._unplanned(
+                arguments,
+                "a graph behind a graph break ran without the one before it that tells the step; call the whole model, "
+                'compiled under one plan, or run such calls dense (options={"on_mismatch": "dense"})',
+            )
+        if isinstance(moment.place, str):
+            return self._unplanned(arguments, moment.place)
+        return self._run_step(arguments, bound, state, *moment.place, leader)
+
+    def _place(self, arguments: list[Any], bound: BoundPlan) -> tuple[StreamState, Place]:
+        """The stream of a call with its planned step and sigma, or why it has none."""
+        assert self.positions.timestep is not None and self.plan is not None
+        identity = arguments[self.positions.identity] if self.positions.identity is not None else None
+        name = current_context_name()
+        state = self._streams.get(threading.get_ident(), self.network, identity, name)
+        value = read_timestep(arguments[self.positions.timestep], self._schedules)
+        if name is None and self.plan.inputs.contexts and state.last_value is not None:  # a lone call shares nothing
+            return state, (
+                f"plan tells guidance branches apart by the contexts {', '.join(self.plan.inputs.contexts)}, and this "
+                "call is in none: call each branch inside model.cache_context(name)"
+            )
+        other = self._other_geometry(arguments, self.plan)
+        if other is not None:
+            return state, f"{other}. Generate at this size, {WAYS_OUT}"
+        place = self._locate(state, bound, value)
+        if isinstance(place, str):
+            sampler = self.plan.sampler
+            return state, (
+                f"{place}; the plan is for {len(sampler.timesteps[self.network])} steps of {sampler.class_name}. "
+                f"Generate with these, {WAYS_OUT}"
+            )
+        return state, place
+
+    def _other_geometry(self, arguments: Sequence[Any], plan: Plan) -> str | None:
+        """How the call's latents differ in shape from the plan's, if they do; the batch (dimension 0) may."""
+        planned = plan.geometry.get(self.network)
+        if not planned or self.positions.latents is None or self.on_mismatch == "retarget":
+            return None
+        shape = tuple(map(int, arguments[self.positions.latents].shape))
+        if len(shape) == len(planned) and shape[1:] == planned[1:]:
+            return None
+        return (
+            f"latents have shape {list(shape)}, the plan was made for {list(planned)} (the first dimension, the batch, "
+            "may differ)"
+        )
+
+    def _run_step(
+        self, arguments: list[Any], bound: BoundPlan, state: StreamState, number: int, time: float, owner: Program
+    ) -> Sequence[Any]:
+        """Run step ``number`` of the plan at sigma ``time``; ``state``, which keeps its features, is ``owner``'s."""
         step = bound.steps[number]
         added = self._added_inputs(step.predictions, state, bound, number, time)
         if added is None:
@@ -157,11 +247,12 @@ class Program:
         outputs, features = self._run(variant, arguments, added or {})
         for site, tensors in features.items():
             state.store(site, number, time, tensors)
-        self._note_peak()
+        owner._note_peak()
         if self.on_mismatch == "retarget" or added is None:  # who will read what is not known any more
-            state.retain_newest(bound.depth)
+            state.retain_newest(bound.depth, bound.full.recorded)
         else:
-            state.retain(lambda site, source: (site, source) in step.live)
+            own = bound.full.recorded
+            state.retain(lambda site, source: site not in own or (site, source) in step.live)
         return outputs
 
     def _note_peak(self) -> None:
@@ -169,13 +260,15 @@ class Program:
             held = sum(state.held_bytes for state in self._states)
             self.statistics.peak_slot_bytes = max(self.statistics.peak_slot_bytes, held)
 
-    def _locate(self, state: StreamState, bound: BoundPlan, value: float) -> tuple[int, float] | str:
+    def _locate(self, state: StreamState, bound: BoundPlan, value: float) -> Place:
         """The planned step of a call and its sigma, or why it is none; at a new generation the state is dropped.
 
         Re-targeted, a value that is not planned is the nearest planned step, at its own sigma.
         """
         tick = state.clock.tick(value)
         last, state.last_value = state.last_value, value
+        if tick.fresh and self.on_generation is not None:
+            self.on_generation()
         if self.on_mismatch == "retarget":
             if bound.begins_anew(last, value):
                 state.reset()
@@ -225,10 +318,8 @@ class Program:
         for site, count in variant.recorded:
             features[site] = tuple(results[at : at + count])
             at += count
-        if STEP in features:  # the caller may write into what it was given
-            features[STEP] = tuple(
-                t.clone() if any(_shares_memory(t, out) for out in outputs) else t for t in features[STEP]
-            )
+        for site, tensors in features.items():  # the caller may write into what it was given
+            features[site] = tuple(t.clone() if any(_shares_memory(t, out) for out in outputs) else t for t in tensors)
         return outputs, features
 
     def _observe(self, arguments: list[Any], observer: Observer) -> Sequence[Any]:
@@ -239,15 +330,9 @@ class Program:
         observer(Observation(arguments, outputs, results[variant.user_outputs :]))
         return outputs
 
-    def _unplanned(self, arguments: list[Any], reason: str) -> Sequence[Any]:
+    def _unplanned(self, arguments: list[Any], complaint: str) -> Sequence[Any]:
         if self.on_mismatch == "error":
-            assert self.plan is not None
-            raise PlanMismatchError(
-                f"{reason}; the plan is for {len(self.plan.sampler.timesteps[self.network])} steps of "
-                f"{self.plan.sampler.class_name}. "
-                'Generate with these, re-target the plan (options={"on_mismatch": "retarget"}) or run such calls dense '
-                '(options={"on_mismatch": "dense"})'
-            )
+            raise PlanMismatchError(complaint)
         self.statistics.unplanned_calls += 1
         return self._run(self.variants.get(StepPlan()), arguments, {})[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from ditopt.decisions import Decision, Dense, Fit, Forecast, Predictor
 from ditopt.errors import PlanMismatchError
@@ -76,8 +77,10 @@ class BoundPlan:
         return max((p.decision.history for step in self.steps for p in step.predictions), default=0)
 
 
-def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]]) -> BoundPlan:
+def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, partial: bool = False) -> BoundPlan:
     """Resolve a plan's rules for ``network``, whose block ranges (first, last) are ``ranges``.
+
+    ``partial``: the ranges are those of one graph of several, so that rules may name sites of the others.
 
     Raises:
         PlanMismatchError: a rule names a site or step that is not there, or a step is predicted
@@ -87,14 +90,21 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]]) -> Bou
         raise PlanMismatchError(f"plan is for networks {sorted(plan.sampler.timesteps)}, not for {network!r}")
     total = len(plan.sampler.timesteps[network])
     times = plan.sampler.sigmas[network]
-    known = {STEP, *ranges}
-    missing = [name for name in plan.planned_sites() if name not in known and not _matches_any(name, known)]
-    if missing:
+    known = set(ranges) if partial else {STEP, *ranges}
+    if partial and STEP in (rule.sites for rule in plan.rules if fnmatchcase(network, rule.network)):
+        raise PlanMismatchError(
+            f"plan predicts whole steps of {network}, which graph breaks cut into several graphs; only ranges of "
+            "blocks within one of them can be predicted"
+        )
+    rules = [rule for rule in plan.rules if fnmatchcase(network, rule.network)]
+    named = dict.fromkeys(rule.sites for rule in rules)
+    missing = [name for name in named if name not in known and not _matches_any(name, known)]
+    if missing and not partial:
         raise PlanMismatchError(
             f"plan names sites that the model lacks: {', '.join(missing)}; "
             f"the model has {STEP} and blocks {_stacks(ranges)}"
         )
-    late = [t for rule in plan.rules for t in rule.steps if t >= total]
+    late = [t for rule in rules for t in rule.steps if t >= total]
     if late:
         raise PlanMismatchError(f"plan has rules for steps {format_steps(late)}, its schedule has steps 0-{total - 1}")
     sites = _sites_in_use(plan, network, total, known)
@@ -195,8 +205,6 @@ def overlap(one: tuple[int, int], two: tuple[int, int]) -> bool:
 
 
 def _matches_any(pattern: str, names: set[str]) -> bool:
-    from fnmatch import fnmatchcase
-
     return any(fnmatchcase(name, pattern) for name in names)
 
 

@@ -47,10 +47,10 @@ class StreamState:
             self.history[site] = [found for found in held if wanted(site, found.step)]
         self._count()
 
-    def retain_newest(self, depth: int) -> None:
-        """Drop all but the newest ``depth`` features of every site."""
-        for held in self.history.values():
-            del held[depth:]
+    def retain_newest(self, depth: int, sites: Iterable[str]) -> None:
+        """Drop all but the newest ``depth`` features of each of ``sites``."""
+        for site in sites:
+            del self.history.get(site, [])[depth:]
         self._count()
 
     def _count(self) -> None:

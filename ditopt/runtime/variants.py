@@ -18,7 +18,7 @@ from ditopt.passes.predict import predict
 from ditopt.passes.prune import prune
 from ditopt.passes.record import record
 from ditopt.passes.verify import verify
-from ditopt.trace import Trace, dependents
+from ditopt.trace import Trace
 
 Lower = Callable[[fx.GraphModule], BoxedCallable]
 
@@ -61,9 +61,7 @@ class VariantCache:
         manager = PassManager([record, predict, prune], verify if self.check_passes else None)
         gm = manager.run(self.trace.gm, plan, self.index)
         self.reasons += [reason for reason in manager.reasons if reason not in self.reasons]
-        changing = set()
-        if self.latents is not None:
-            changing = {node.name for node in dependents(self.trace.gm, self.trace.placeholders[self.latents])}
+        changing = {node.name for node in self.trace.changing()}
         dead = {p.site: only_needed_by(self.trace.gm, self.index, p.site, changing) for p in plan.predicted}
         verify(gm)
         audit(gm, plan, self.index, dead)

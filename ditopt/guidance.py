@@ -1,0 +1,46 @@
+"""Tells when a pipeline generates under another guidance than its plan was measured with."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from ditopt.plan import Plan
+
+log = logging.getLogger("ditopt")
+
+SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale")
+"""Arguments of diffusers pipelines that set guidance; a pipeline tells those of the call under way as attributes."""
+
+
+def watch_guidance(pipe: Any, plan: Plan) -> Callable[[], None]:
+    """A check, to be made when a generation begins, that warns once of every value that the plan was not made with.
+
+    The pipeline is held weakly. A scale that the plan's settings do not name had the pipeline's default.
+    """
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    planned = {
+        name: plan.settings.get(name, accepted[name].default)
+        for name in SCALES
+        if name in accepted and (name in plan.settings or accepted[name].default is not inspect.Parameter.empty)
+    }
+    reference = weakref.ref(pipe)
+    told: set[tuple[str, float]] = set()
+
+    def check() -> None:
+        for name, wanted in planned.items():
+            now = getattr(reference(), name, wanted)
+            if isinstance(now, int | float) and now != wanted and (name, now) not in told:
+                told.add((name, now))
+                log.warning(
+                    "the plan was made and measured with %s=%s, this generation has %s: its quality and speed are not "
+                    "known; make a plan for it with `ditopt optimize`",
+                    name,
+                    wanted,
+                    now,
+                )
+
+    return check

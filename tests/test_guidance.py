@@ -1,0 +1,67 @@
+"""A generation under another guidance than the plan's is warned of, once for every value."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+
+import pytest
+
+from ditopt.guidance import watch_guidance
+from ditopt.plan import DevicePrint, ModelPrint, Plan, SamplerPrint
+
+
+class Pipeline:
+    """As much of a pipeline as guidance needs: the call sets what the property tells."""
+
+    def __call__(self, prompt: str, guidance_scale: float = 5.0, check: Callable[[], None] = lambda: None) -> None:
+        self._guidance_scale = guidance_scale
+        check()
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+
+def plan(**settings: float) -> Plan:
+    return Plan(
+        model=ModelPrint(class_name="Any", structure="sha256:0", blocks=1),
+        sampler=SamplerPrint(class_name="Euler", steps=1, timesteps={"t": (1.0,)}, sigmas={"t": (1.0,)}),
+        settings=dict(settings),
+        device=DevicePrint(device="cpu", torch="2", dtype="float32"),
+    )
+
+
+@pytest.mark.parametrize(("settings", "own"), [({"guidance_scale": 4.0}, 4.0), ({}, 5.0)])
+def test_each_other_value_is_told_once(
+    settings: dict[str, float], own: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = Pipeline()
+    check = watch_guidance(pipe, plan(**settings))
+    with caplog.at_level(logging.WARNING, "ditopt"):
+        for scale in (own, 1.0, own, 1.0, 7.5):
+            pipe("a prompt", guidance_scale=scale, check=check)
+    told = [record.message.split(":")[0] for record in caplog.records]
+    assert told == [
+        f"the plan was made and measured with guidance_scale={own}, this generation has {scale}" for scale in (1.0, 7.5)
+    ]
+
+
+def test_a_pipeline_that_tells_nothing_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = Pipeline()
+    check = watch_guidance(pipe, plan(guidance_scale=4.0))
+    with caplog.at_level(logging.WARNING, "ditopt"):
+        check()
+    assert not caplog.records
+
+
+def test_the_pipeline_is_not_kept_alive() -> None:
+    pipe = Pipeline()
+    check = watch_guidance(pipe, plan())
+    gone = weakref.ref(pipe)
+    del pipe
+    gc.collect()
+    assert gone() is None
+    check()
