@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ditopt.adapters.base import Adapter
 from ditopt.backend import Session
+from ditopt.calls import NetworkCalls
 from ditopt.plan import Plan, Rule
 from ditopt.quality import Quality, compare
 
 
+@dataclass(frozen=True)
+class DensePath:
+    """One dense generation of a network: its combined outputs ``[T, D]`` and the latents that entered ``[T, D]``.
+
+    Float32, in drawn coordinates (``profiler.features.reduce_features``); latents are ``[T, 0]`` where the network
+    has no such input.
+    """
+
+    outputs: Tensor
+    latents: Tensor
+
+
 @dataclass
 class Evaluator:
-    """Runs prompts under plans. ``references`` holds the dense sample of every (prompt, seed) that is judged."""
+    """Runs prompts under plans. ``references`` holds the dense sample of every (prompt, seed) that is judged.
+
+    ``calls`` are the networks' call patterns, ``paths`` per network the dense paths that predictors are refitted on.
+    """
 
     adapter: Adapter
     sessions: dict[str, Session]
     template: Plan
     references: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    calls: Mapping[str, NetworkCalls] = field(default_factory=dict)
+    paths: dict[str, dict[tuple[str, int], DensePath]] = field(default_factory=dict)
 
     def bind(self, rules: Sequence[Rule]) -> Plan:
         """Let all networks run by ``rules`` from now on; returns the plan."""

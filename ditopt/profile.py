@@ -36,16 +36,26 @@ class FeatureGram:
         """The Gram matrix ``[P, T, T]`` (``[P, 2T, 2T]`` with latents) of the branches' weighted sum.
 
         Under classifier-free guidance of scale s the weights are (s, 1 - s) for (cond, uncond): a linear
-        predictor that uses the same coefficients in both branches predicts their guided sum.
+        predictor that uses the same coefficients in both branches predicts their guided sum. In steps that some
+        branch skips (a guidance interval) the weights of the others are scaled to sum to one.
         """
-        total = self.steps * (2 if self.has_latents else 1)
-        mix = np.zeros((total, self.values.shape[-1]))
-        eye = np.eye(self.steps)
-        for branch, weight in enumerate(weights):
-            mix[: self.steps, branch * self.steps : (branch + 1) * self.steps] = weight * eye
+        share = branch_shares(self.present, weights)
+        mix = np.zeros((self.steps * (1 + self.has_latents), self.values.shape[-1]))
+        rows = np.arange(self.steps)
+        for branch in range(len(self.branches)):
+            mix[rows, branch * self.steps + rows] = share[branch]
         if self.has_latents:
-            mix[self.steps :, len(self.branches) * self.steps :] = eye
+            mix[self.steps :, len(self.branches) * self.steps :] = np.eye(self.steps)
         return np.asarray(mix @ self.values @ mix.T)
+
+
+def branch_shares(present: npt.NDArray[np.bool_], weights: tuple[float, ...]) -> Array:
+    """``[branches, T]``: the weight of each branch in each step; those ``present`` in a step sum to one."""
+    share = present * np.asarray(weights)[:, None]
+    if not present.all():
+        sums = share.sum(axis=0)
+        share = share / np.where(np.abs(sums) > 1e-9, sums, 1.0)
+    return np.asarray(share, dtype=float)
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class NetworkProfile:
     ``timesteps`` and ``sigmas`` are the evaluation values in call order; ``step_widths`` how far a step
     moves the latents per unit of output (|d sigma| for flow matching); ``sensitivity[t]`` the measured
     factor by which a planted output error of step t (times its width) grows up to the final sample;
-    ``range_weights`` the measured factor from an error in a block range's residual to one in the output;
+    ``range_weights`` the measured factor, per step, from an error in a block range's residual to one in the output;
     ``seconds`` what a ``full`` and a ``predicted`` step take and what predicting a range saves.
     """
 
@@ -66,7 +76,7 @@ class NetworkProfile:
     branch_weights: tuple[float, ...]
     grams: dict[str, FeatureGram]
     seconds: dict[str, float] = field(default_factory=dict)
-    range_weights: dict[str, float] = field(default_factory=dict)
+    range_weights: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from ditopt.console import Reporter, Stage
 from ditopt.cost_models.measured import MeasuredCost
 from ditopt.measure import Evaluator
 from ditopt.plan import Plan, Rule
-from ditopt.profile import Profile
-from ditopt.quality import Quality
+from ditopt.profile import NetworkProfile, Profile, branch_shares
+from ditopt.quality import Quality, compare
 from ditopt.runtime.schedule import bind
 from ditopt.search import (
     Measurement,
@@ -26,6 +26,8 @@ from ditopt.search import (
     solve_kept,
 )
 from ditopt.search.rollouts import rules_key
+from ditopt.sites import STEP
+from ditopt.steer import Steering
 from ditopt.target import Target
 
 Pairs = Sequence[tuple[str, int]]
@@ -73,6 +75,18 @@ class Tuner:
             network=self.network if len(self.profile.networks) > 1 else "*",
         )
         self._bar: Stage | None = None
+        self._steering = self._make_steering(part)
+
+    def _make_steering(self, part: NetworkProfile) -> Steering | None:
+        """What refits plans in closed loop, where fits are allowed and there are dense paths to stay on."""
+        paths = self.evaluator.paths.get(self.network, {})
+        fits = [candidate for candidate in self.problem.candidates if candidate.order is None]
+        if not fits or not all(pair in paths for pair in self.pairs):
+            return None
+        shares = branch_shares(part.grams[STEP].present, part.branch_weights)
+        return Steering(
+            self.evaluator, self.network, self.evaluator.calls[self.network], self.problem, shares, self.pairs, paths
+        )
 
     def find(self, margin_db: float) -> Solution | None:
         """The fastest plan found that meets the target with a margin, on the tuning prompts; None if none does."""
@@ -91,12 +105,27 @@ class Tuner:
             return measurement.error <= limit
 
         self.stage_name = "bisect"
+        if self.problem.seconds_predicted is None:
+            found = bisect_lambda(self.problem, self._measure, meets, self._left, self.max_variants)
+            return None if found.best is None else found.best.solution
         by_count = bisect_kept(
-            self.problem, self._measure, meets, max(4, self.budget // 3), self.max_variants, start=self._guess(limit)
+            self.problem,
+            self._measure,
+            meets,
+            max(4, self.budget // 3),
+            self.max_variants,
+            start=self._guess(limit),
+            improve=self._improve,
         )
         best = by_count.best
         by_price = bisect_lambda(
-            self.problem, self._measure, meets, max(2, self.budget // 5), self.max_variants, start=self._price_of(best)
+            self.problem,
+            self._measure,
+            meets,
+            max(2, self.budget // 5),
+            self.max_variants,
+            start=self._price_of(best),
+            improve=self._improve,
         )
         best = _faster(best, by_price.best)
         self.stage_name = "refine"
@@ -115,12 +144,31 @@ class Tuner:
     def _for_speed(self, speedup: float) -> Solution | None:
         part = self.profile.networks[self.network].seconds
         allowed = self.problem.steps * part["full"] / speedup
+        if self.problem.seconds_predicted is None:
+            return self._ranges_for_speed(allowed)
         count = int((allowed - self.problem.steps * part["predicted"]) / max(part["full"] - part["predicted"], 1e-9))
         if count < 1:
             return None
         self.stage_name = "refine"
         best = self._refine(solve_kept(self.problem, min(count, self.problem.steps), self.max_variants), self.budget)
         return None if best is None else best.solution
+
+    def _ranges_for_speed(self, allowed: float) -> Solution | None:
+        """Where only ranges can be predicted: the plan of least error that is predicted to take ``allowed`` seconds."""
+        low, high = lambda_range(self.problem)
+        best = solve(self.problem, low, self.max_variants)
+        if best.predicted_seconds > allowed:
+            return None
+        for _ in range(12):
+            middle = math.sqrt(low * high)
+            found = solve(self.problem, middle, self.max_variants)
+            if found.predicted_seconds <= allowed:
+                best, low = found, middle
+            else:
+                high = middle
+        self.stage_name = "price"
+        self._measure(best.rules)
+        return best
 
     def _guess(self, limit: float) -> int | None:
         """A first number of kept steps: the least whose predicted error meets the limit."""
@@ -150,9 +198,19 @@ class Tuner:
         return math.sqrt(low * high)
 
     def _refine(self, solution: Solution, budget: int) -> Trial | None:
-        found = refine(self.problem, solution, self._measure, budget)
+        found = refine(self.problem, solution, self._measure, budget, improve=self._improve if self._steering else None)
         known = self.tried.get(self._key(found.rules))
         return None if known is None else Trial(found, Measurement(self.target.error(known.quality), known.seconds))
+
+    def _improve(self, solution: Solution) -> Solution:
+        """The plan refitted in closed loop, which measures it on the tuning prompts as well; plans with ranges stay."""
+        if self._steering is None or solution.draft.ranges or len(solution.kept) == self.problem.steps:
+            return solution
+        refit, samples = self._steering(solution, self.fixed)
+        if refit.variants > self.max_variants:
+            return solution
+        self._note(refit.rules, compare(samples, [self.evaluator.references[pair] for pair in self.pairs]))
+        return refit
 
     def _key(self, rules: Sequence[Rule]) -> tuple[str, ...]:
         """What was measured: these rules beside those of the other networks."""
@@ -163,22 +221,23 @@ class Tuner:
         return self.budget - len(self.tried)
 
     def _measure(self, rules: Sequence[Rule]) -> Measurement:
-        key = self._key(rules)
-        if key not in self.tried:
+        if self._key(rules) not in self.tried:
             quality, _ = self.evaluator.quality([*self.fixed, *rules], self.pairs)
-            seconds = self.estimate(self.evaluator.bind([*self.fixed, *rules]))
-            met = self.target.missing_db(quality) <= 0
-            self.tried[key] = Tried(self.stage_name, tuple(rules), quality, seconds, met)
-            if self._bar is not None:
-                self._bar.advance(f"{seconds:.2f} s, {quality.psnr:.1f} dB")
-        found = self.tried[key]
+            self._note(rules, quality)
+        found = self.tried[self._key(rules)]
         return Measurement(self.target.error(found.quality), found.seconds)
+
+    def _note(self, rules: Sequence[Rule], quality: Quality) -> None:
+        seconds = self.estimate(self.evaluator.bind([*self.fixed, *rules]))
+        met = self.target.missing_db(quality) <= 0
+        self.tried[self._key(rules)] = Tried(self.stage_name, tuple(rules), quality, seconds, met)
+        if self._bar is not None:
+            self._bar.advance(f"{seconds:.2f} s, {quality.psnr:.1f} dB")
 
     def estimate(self, plan: Plan) -> float:
         """Seconds of this network in one generation under a plan, by the measured times of its variants."""
         cost = MeasuredCost(self.profile.networks[self.network].seconds)
-        ranges = self.evaluator.sessions[self.network].programs[0].variants.trace.ranges()
-        steps = bind(plan, self.network, ranges).steps
+        steps = bind(plan, self.network, self.evaluator.sessions[self.network].ranges()).steps
         return sum(cost.step_seconds([found.site for found in step.predictions]) for step in steps)
 
 

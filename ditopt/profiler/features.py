@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ditopt.calls import NetworkCalls
+from ditopt.measure import DensePath
 from ditopt.profile import Array
 from ditopt.runtime.program import Observation
 
@@ -28,7 +30,6 @@ class FeatureCollector:
         self.calls, self.latents, self.streams = calls, latents, streams
         self.rows: dict[tuple[str, int, int], Tensor] = {}
         self.shapes: list[tuple[tuple[int, ...], ...]] = []
-        self._picks: dict[int, Tensor] = {}
         self._count = 0
 
     def __call__(self, seen: Observation) -> None:
@@ -57,19 +58,20 @@ class FeatureCollector:
             return
         if self.calls.batched:
             for half in range(2):
-                self.rows[kind, half, step] = self._reduce([t.chunk(2)[half] for t in tensors])
+                self.rows[kind, half, step] = reduce_features([t.chunk(2)[half] for t in tensors])
         else:
-            self.rows[kind, branch, step] = self._reduce(tensors)
+            self.rows[kind, branch, step] = reduce_features(tensors)
 
-    def _reduce(self, tensors: list[Tensor]) -> Tensor:
-        flat = torch.cat([t.detach().float().flatten() for t in tensors])
-        size = flat.numel()
-        if size <= MAX_COORDINATES:
-            return flat.cpu().clone()
-        if size not in self._picks:
-            generator = torch.Generator().manual_seed(size)
-            self._picks[size] = torch.randperm(size, generator=generator)[:MAX_COORDINATES].sort().values
-        return (flat[self._picks[size].to(flat.device)] * math.sqrt(size / MAX_COORDINATES)).cpu()
+    def path(self, shares: Array) -> DensePath:
+        """The generation's path; ``shares`` ``[branches, T]`` is how the branches' outputs are combined."""
+        outputs = []
+        for step in range(len(self.calls.timesteps)):
+            rows = [float(shares[b, step]) * self._row("step", b, step) for b in range(self.calls.branches)]
+            outputs.append(torch.stack(rows).sum(0))
+        found = torch.stack(outputs)
+        if self.latents is None:
+            return DensePath(found, found.new_zeros(len(outputs), 0))
+        return DensePath(found, torch.stack([self._row("latents", 0, step) for step in range(len(outputs))]))
 
     def step_gram(self) -> Array:
         """Inner products ``[N, N]`` of outputs over (branch, step), then of the latents over steps."""
@@ -117,6 +119,21 @@ class FeatureCollector:
             assert like is not None
             return torch.zeros_like(like)
         return found
+
+
+def reduce_features(tensors: list[Tensor]) -> Tensor:
+    """A feature's entries in one float32 vector on the CPU; of more than ``MAX_COORDINATES`` a drawn part, scaled."""
+    flat = torch.cat([t.detach().float().flatten() for t in tensors])
+    size = flat.numel()
+    if size <= MAX_COORDINATES:
+        return flat.cpu().clone()
+    return (flat[_drawn(size, MAX_COORDINATES).to(flat.device)] * math.sqrt(size / MAX_COORDINATES)).cpu()
+
+
+@functools.lru_cache(maxsize=16)
+def _drawn(size: int, count: int) -> Tensor:
+    """``count`` of ``size`` coordinates, the same ones every time."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(size))[:count].sort().values
 
 
 def range_gram(edges: Array, first: int, last: int) -> Array:

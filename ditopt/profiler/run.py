@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,19 @@ from ditopt.adapters.base import Sampler
 from ditopt.backend import Session
 from ditopt.calls import NetworkCalls
 from ditopt.console import Reporter
-from ditopt.decisions import Reuse
 from ditopt.errors import RolloutError, TraceError
-from ditopt.measure import Evaluator
-from ditopt.plan import Rule
-from ditopt.profile import FeatureGram, NetworkProfile, Profile
+from ditopt.measure import DensePath, Evaluator
+from ditopt.profile import FeatureGram, NetworkProfile, Profile, branch_shares
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.features import FeatureCollector, range_gram
-from ditopt.profiler.sensitivity import measure_sensitivity, plant_steps
+from ditopt.profiler.ranges import RangeProbe, candidate_spans
+from ditopt.profiler.sensitivity import PLANTED_PROMPTS, Tape, growth_factor, interpolate, plant_steps
 from ditopt.profiler.timing import measure_seconds
-from ditopt.runtime.program import Observation, Program
+from ditopt.runtime.program import Observation, Observer, Program
 from ditopt.sites import STEP
+
+TUNING_PROMPTS = 4
+"""Profiled prompts on which plans are tried and refitted: the first ones."""
 
 
 @dataclass
@@ -37,6 +40,9 @@ class ProfileRun:
     checkpoints: Checkpoints
     reporter: Reporter
     use_ranges: bool = True
+
+    def __post_init__(self) -> None:
+        self._tapes: dict[int, Tape] = {}
 
     def __call__(self, pairs: Sequence[tuple[str, int]]) -> Profile:
         """Profile over (prompt, seed) pairs; fills the evaluator's references for them.
@@ -52,30 +58,84 @@ class ProfileRun:
                 stage.advance()
         networks = {name: self._network(name, grams) for name in sessions}
         norm = float(np.mean([float(self.evaluator.references[pair].double().norm()) for pair in pairs]))
+        chosen = pairs[:PLANTED_PROMPTS]
         planted = {name: plant_steps(len(self.calls[name].timesteps)) for name in sessions}
-        extra = sum(len(networks[name].range_weights) for name in networks)
-        with self.reporter.stage(
-            "profile: planted errors, timing", sum(map(len, planted.values())) + len(sessions) + extra
-        ) as stage:
+        total = len(chosen) * sum(map(len, planted.values())) + 2 * len(sessions)
+        with self.reporter.stage("profile: planted errors, timing", total) as stage:
+            factors = [self._planted(index, pair, networks, planted, stage) for index, pair in enumerate(chosen)]
             for name in sessions:
-                networks[name] = self._sensitivity(name, networks[name], pairs[0], planted[name], stage)
+                found = interpolate(
+                    len(self.calls[name].timesteps), planted[name], [each[name].tolist() for each in factors]
+                )
+                networks[name] = self._weigh(name, replace(networks[name], sensitivity=found), pairs[0], stage)
+        self._tapes.clear()
         return Profile(networks, tuple(prompt for prompt, _ in pairs), norm)
+
+    def _planted(
+        self,
+        index: int,
+        pair: tuple[str, int],
+        networks: Mapping[str, NetworkProfile],
+        planted: Mapping[str, Sequence[int]],
+        stage: Any,
+    ) -> dict[str, Tensor]:
+        """Growth factors of one prompt, per network ``[planted steps]``, from its checkpoint if there is one."""
+        kept = self.checkpoints.load(f"planted{index}", list(planted))
+        if kept is not None and all(len(kept[name]) == len(planted[name]) for name in planted):
+            for _ in range(sum(map(len, planted.values()))):
+                stage.advance()
+            return kept
+        programs = {name: whole_program(session) for name, session in self.evaluator.sessions.items()}
+        tape = self._tapes.get(index) or self._record(pair, programs)
+        reference = self.evaluator.references[pair].double()
+        found: dict[str, Tensor] = {}
+        self.evaluator.bind(())
+        try:
+            for name, steps in planted.items():
+                gram = networks[name].grams[STEP].effective(networks[name].branch_weights)[index]
+                factors = []
+                for step in steps:
+                    tape.plant(programs, name, step)
+                    moved = float((self.evaluator.adapter.checked_rollout(*pair).double() - reference).norm())
+                    factors.append(growth_factor(gram, step, networks[name].step_widths[step], moved))
+                    stage.advance()
+                found[name] = torch.tensor(factors, dtype=torch.float64)
+        finally:
+            tape.eject(programs)
+        self.checkpoints.save(f"planted{index}", found)
+        return found
+
+    def _record(self, pair: tuple[str, int], programs: Mapping[str, Program]) -> Tape:
+        """The tape of a dense generation whose features came from a checkpoint."""
+        tape = Tape(self.calls)
+        self.evaluator.bind(())
+        for name, program in programs.items():
+            program.observer = partial(tape.record, name)
+        try:
+            self.evaluator.adapter.checked_rollout(*pair)
+        finally:
+            for program in programs.values():
+                program.observer = None
+        return tape
 
     def _features(self, index: int, pair: tuple[str, int]) -> dict[str, Tensor]:
         """Gram matrices of one rollout, from its checkpoint if there is one."""
         sessions = self.evaluator.sessions
+        tuned = index < TUNING_PROMPTS
         expected = ["sample", *(f"{name}.{STEP}" for name in sessions)]
+        expected += [f"{name}.path.{kind}" for name in sessions if tuned for kind in ("outputs", "latents")]
         kept = self.checkpoints.load(f"prompt{index}", expected)
         if kept is not None:
-            self.evaluator.references[pair] = kept["sample"]
+            self._keep(pair, kept, tuned)
             return kept
         self.evaluator.bind(())
         collectors = {}
+        tape = Tape(self.calls) if index < PLANTED_PROMPTS else None
         for name, session in sessions.items():
             program = whole_program(session)
             streams = tuple(len(boundary.streams) for boundary in program.variants.trace.boundaries)
             collectors[name] = FeatureCollector(self.calls[name], program.variants.latents, streams)
-            program.observer = collectors[name]
+            program.observer = _both(collectors[name], partial(tape.record, name)) if tape else collectors[name]
         try:
             sample = self.evaluator.adapter.checked_rollout(*pair)
         except IndexError as error:
@@ -86,6 +146,8 @@ class ProfileRun:
         finally:
             for session in sessions.values():
                 whole_program(session).observer = None
+        if tape is not None:
+            self._tapes[index] = tape
         bundle = {"sample": sample}
         for name, collector in collectors.items():
             if not collector.complete:
@@ -96,6 +158,10 @@ class ProfileRun:
             bundle[f"{name}.{STEP}"] = torch.from_numpy(collector.step_gram())
             bundle[f"{name}.present"] = torch.from_numpy(collector.present())
             bundle[f"{name}.latents"] = torch.tensor(collector.has_latents)
+            if tuned:
+                weights = self.calls[name].weights(self.sampler.guidance)
+                path = collector.path(branch_shares(collector.present(), weights))
+                bundle |= {f"{name}.path.outputs": path.outputs, f"{name}.path.latents": path.latents}
             if len(collector.streams) > 1:
                 edges = collector.edge_gram()
                 spans = whole_program(sessions[name]).variants.trace.ranges()
@@ -103,17 +169,24 @@ class ProfileRun:
                     first, last = spans[site]
                     if collector.comparable(first, last):
                         bundle[f"{name}.range.{site}"] = torch.from_numpy(range_gram(edges, first, last))
-        self.evaluator.references[pair] = sample
         self.checkpoints.save(f"prompt{index}", bundle)
+        self._keep(pair, bundle, tuned)
         return bundle
 
+    def _keep(self, pair: tuple[str, int], bundle: dict[str, Tensor], tuned: bool) -> None:
+        """Hand the dense sample, and of a tuning prompt the dense paths, to the evaluator."""
+        self.evaluator.references[pair] = bundle["sample"]
+        if tuned:
+            for name in self.evaluator.sessions:
+                path = DensePath(bundle.pop(f"{name}.path.outputs"), bundle.pop(f"{name}.path.latents"))
+                self.evaluator.paths.setdefault(name, {})[pair] = path
+
     def _candidate_ranges(self, name: str) -> tuple[str, ...]:
-        """Ranges worth a candidate: all blocks, all but the outermost two, the middle half."""
+        """Ranges worth a candidate, by site name."""
         trace = whole_program(self.evaluator.sessions[name]).variants.trace
-        count = len(trace.blocks)
-        if not self.use_ranges or count < 4 or not trace.boundaries:
+        if not self.use_ranges or not trace.boundaries:
             return ()
-        wanted = {(0, count - 1), (1, count - 2), (count // 4, count - 1 - count // 4)}
+        wanted = candidate_spans(len(trace.blocks))
         return tuple(site for site, span in trace.ranges().items() if span in wanted)
 
     def _network(self, name: str, grams: Sequence[Mapping[str, Tensor]]) -> NetworkProfile:
@@ -138,47 +211,37 @@ class ProfileRun:
         }
         sigmas = sigmas_of(calls.timesteps, self.sampler)
         widths = step_widths(self.calls, self.sampler)[name]
-        ranges = {site: 1.0 for site in features if site != STEP}
+        ranges = {site: (1.0,) * total for site in features if site != STEP}
         return NetworkProfile(
             calls.timesteps, sigmas, widths, (1.0,) * total, calls.weights(self.sampler.guidance), features, {}, ranges
         )
 
-    def _sensitivity(
-        self, name: str, network: NetworkProfile, pair: tuple[str, int], planted: Sequence[int], stage: Any
-    ) -> NetworkProfile:
-        """Measure what the Gram matrices do not hold: growth of errors, weight of ranges, seconds."""
-        kept = self.checkpoints.load(f"{name}.sensitivity", ["factors"])
-        if kept is not None and len(kept["factors"]) == len(network.timesteps):
-            factors = tuple(kept["factors"].tolist())
-        else:
-            factors = measure_sensitivity(self.evaluator, name, network, pair, 0, planted)
-            self.checkpoints.save(f"{name}.sensitivity", {"factors": torch.tensor(factors, dtype=torch.float64)})
-        for _ in planted:
-            stage.advance()
-        network = replace(network, sensitivity=factors)
-        weights = {}
-        for site in network.range_weights:
-            weights[site] = self._range_weight(name, network, site, pair)
-            stage.advance()
+    def _weigh(self, name: str, network: NetworkProfile, pair: tuple[str, int], stage: Any) -> NetworkProfile:
+        """Measure what the Gram matrices do not hold: weights of ranges, seconds."""
+        weights = self._range_weights(name, network, pair)
+        stage.advance()
         seconds = self._seconds(name, tuple(weights), pair)
         stage.advance()
         return replace(network, range_weights=weights, seconds=seconds)
 
-    def _range_weight(self, name: str, network: NetworkProfile, site: str, pair: tuple[str, int]) -> float:
-        """``||output error|| / ||residual error||`` when the range is reused in the middle of the schedule."""
-        kept = self.checkpoints.load(f"{name}.{site}", ["weight"])
-        if kept is not None:
-            return float(kept["weight"])
-        step = len(network.timesteps) // 2
-        gram = network.grams[site].effective(network.branch_weights)[0]
-        error = float(np.sqrt(max(gram[step, step] - 2 * gram[step, step - 1] + gram[step - 1, step - 1], 1e-30)))
-        self.evaluator.bind([Rule(sites=site, steps=(step,), do=Reuse(), network=name)])
-        moved = float(
-            (self.evaluator.adapter.checked_rollout(*pair).double() - self.evaluator.references[pair].double()).norm()
-        )
-        weight = max(moved, 1e-12) / max(network.step_widths[step] * network.sensitivity[step] * error, 1e-12)
-        self.checkpoints.save(f"{name}.{site}", {"weight": torch.tensor(weight, dtype=torch.float64)})
-        return weight
+    def _range_weights(self, name: str, network: NetworkProfile, pair: tuple[str, int]) -> dict[str, tuple[float, ...]]:
+        """What an error in each range's residual does to the output in every step, from one dense rollout."""
+        sites = tuple(network.range_weights)
+        if not sites:
+            return {}
+        kept = self.checkpoints.load(f"{name}.ranges", list(sites))
+        if kept is None:
+            program = whole_program(self.evaluator.sessions[name])
+            probe = RangeProbe(program, self.calls[name], network.branch_weights, sites)
+            self.evaluator.bind(())
+            program.observer = probe
+            try:
+                self.evaluator.adapter.checked_rollout(*pair)
+            finally:
+                program.observer = None
+            kept = {site: torch.tensor(weights, dtype=torch.float64) for site, weights in probe.weights().items()}
+            self.checkpoints.save(f"{name}.ranges", kept)
+        return {site: tuple(weights.tolist()) for site, weights in kept.items()}
 
     def _seconds(self, name: str, ranges: Sequence[str], pair: tuple[str, int]) -> dict[str, float]:
         """Timings on the inputs of a real call: a short observed rollout supplies them."""
@@ -204,6 +267,14 @@ class ProfileRun:
         calls = self.calls[name]
         per_step = len(calls.calls) / len(calls.timesteps)
         return {key: value * per_step for key, value in measure_seconds(program, seen[0].arguments, ranges).items()}
+
+
+def _both(one: Observer, two: Observer) -> Observer:
+    def observe(seen: Observation) -> None:
+        one(seen)
+        two(seen)
+
+    return observe
 
 
 def whole_program(session: Session) -> Program:

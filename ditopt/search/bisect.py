@@ -9,7 +9,7 @@ import numpy as np
 
 from ditopt.search.joint import solve, solve_kept
 from ditopt.search.problem import SearchProblem
-from ditopt.search.rollouts import Measure, Measurement, Progress, Rollouts, Trial
+from ditopt.search.rollouts import Improve, Measure, Measurement, Progress, Rollouts, Trial
 from ditopt.search.solution import Solution
 
 GRID = 4096
@@ -34,6 +34,7 @@ def bisect_lambda(
     max_variants: int = 8,
     progress: Progress | None = None,
     start: float | None = None,
+    improve: Improve | None = None,
 ) -> Found:
     """The fastest plan that ``meets`` accepts, by bisecting the price of error.
 
@@ -45,6 +46,7 @@ def bisect_lambda(
         max_variants: as ``solve``.
         progress: called after each rollout.
         start: a lambda to try first, with neighbours at doubling distances until the verdict changes.
+        improve: see ``Rollouts``.
     """
     low, high = lambda_range(problem)
     ratio = high / low
@@ -53,7 +55,7 @@ def bisect_lambda(
     def at(index: int) -> Solution:
         return solve(problem, low * ratio ** (index / (GRID - 1)), max_variants)
 
-    return _bisect(at, 0, GRID, Rollouts(measure, budget, progress), meets, first, GRID // 32)
+    return _bisect(at, 0, GRID, Rollouts(measure, budget, progress, improve), meets, first, GRID // 32)
 
 
 def bisect_kept(
@@ -64,12 +66,13 @@ def bisect_kept(
     max_variants: int = 8,
     progress: Progress | None = None,
     start: int | None = None,
+    improve: Improve | None = None,
 ) -> Found:
     """As ``bisect_lambda``, over plans of ``solve_kept``: the fewest network evaluations that meet the target."""
     least = 1 + len(set(problem.groups[1:]) - set(problem.groups[:1]))
     return _bisect(
         lambda count: solve_kept(problem, count, max_variants),
-        least, problem.steps, Rollouts(measure, budget, progress), meets, start, 1,
+        least, problem.steps, Rollouts(measure, budget, progress, improve), meets, start, 1,
     )  # fmt: skip
 
 
@@ -101,6 +104,8 @@ def _bisect(
 
 def lambda_range(problem: SearchProblem) -> tuple[float, float]:
     """A lambda so low that one step is computed, and one so high that all are (or 14 decades above the low one)."""
+    if problem.seconds_predicted is None:
+        return _lambda_range_of_ranges(problem)
     price = problem.price(problem.weights)
     single = problem.table.least[:, 0].reshape(problem.steps, -1)[:, 0]
     total = float(np.sum((price * np.where(np.isfinite(single), single, 0.0))[1:]))
@@ -111,3 +116,16 @@ def lambda_range(problem: SearchProblem) -> tuple[float, float]:
     low = 0.5 * saved / max(total, tiny**0.5)
     high = 2 * saved / max(float(smallest[smallest > 0].min(initial=np.inf)), tiny**0.5)
     return low, float(min(max(high, 2 * low), 1e14 * low))
+
+
+def _lambda_range_of_ranges(problem: SearchProblem) -> tuple[float, float]:
+    """As ``lambda_range`` for a problem without whole steps: from all ranges predicted to none."""
+    saved, errors = [1e-9], [float(np.finfo(float).tiny) ** 0.5]
+    for name, site in problem.ranges.items():
+        price = problem.price(site.weight * problem.weights)
+        for family in problem.range_tables[name].errors:
+            priced = family * price.reshape((-1,) + (1,) * (family.ndim - 1))
+            errors += [float(error) for error in priced[np.isfinite(priced) & (priced > 0)]]
+        saved.append(max(site.seconds_saved, 1e-9))
+    low = 0.5 * min(saved[1:] or saved) / (max(errors) * problem.steps)
+    return low, float(min(max(2 * max(saved) / min(errors[1:] or errors), 2 * low), 1e14 * low))

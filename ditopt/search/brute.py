@@ -55,7 +55,9 @@ def brute_schedule(problem: SearchProblem, lam: float = 1.0, count: int | None =
             error = min(prediction_error(problem, problem.gram, c, step, history) for c in problem.candidates)
             growth = abs(float(problem.weights[step]))
             counted = growth * growth if problem.additive == "squares" else growth
-            objective += counted * error if count is not None else problem.seconds_predicted + lam * counted * error
+            objective += (
+                counted * error if count is not None else (problem.seconds_predicted or 0.0) + lam * counted * error
+            )
         best = min(best, (objective, kept))
     return best
 

@@ -15,7 +15,7 @@ from ditopt.sites import STEP
 
 COMPUTE = "compute"
 
-_OTHERWISE = "the whole schedule's error, the limit of {} variants, a block range or a measured move decided"
+_OTHERWISE = "the whole schedule's error, the limit of {} variants, a block range, or what was measured decided"
 
 
 def explain(
@@ -57,7 +57,9 @@ class _Ledger:
         self.table: ErrorTable = problem.table if site == STEP else problem.range_tables[site]
         self.price = problem.price(growth) * (1.0 if lam is None else lam)
         self.root = 0.5 if problem.additive == "squares" else 1.0
-        saved = problem.seconds_full - problem.seconds_predicted if site == STEP else problem.ranges[site].seconds_saved
+        self.whole_steps = problem.seconds_predicted is not None
+        step_saved = problem.seconds_full - (problem.seconds_predicted or 0.0)
+        saved = step_saved if site == STEP else problem.ranges[site].seconds_saved
         self.saved = (0.0 if lam is None else saved) - relief
 
     def cost(self, family: int, step: int, history: Sequence[int]) -> float:
@@ -92,7 +94,7 @@ def _rivals(
         if candidate == choice.candidate:
             continue
         if candidate not in table.candidates:
-            yield Rival(candidate.name, np.inf, np.inf, _outside(ledger.site, candidate))
+            yield Rival(candidate.name, np.inf, np.inf, _outside(ledger, candidate))
             continue
         family = table.candidates.index(candidate)
         error = ledger.norm(family, step, history)
@@ -104,10 +106,12 @@ def _rivals(
         yield Rival(candidate.name, error, objective + change, reason)
 
 
-def _outside(site: str, candidate: Candidate) -> str:
-    if site != STEP and candidate.latents:
+def _outside(ledger: _Ledger, candidate: Candidate) -> str:
+    if ledger.site == STEP and not ledger.whole_steps:
+        return "graph breaks cut the network, so a whole step cannot be predicted"
+    if ledger.site != STEP and candidate.latents:
         return "a range of blocks does not read the latents"
-    if site != STEP and candidate.history > 2:
+    if ledger.site != STEP and candidate.history > 2:
         return "ranges of blocks read at most two steps"
     return "not among the techniques chosen, or its history is too long for this many steps"
 

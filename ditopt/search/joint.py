@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,10 +44,17 @@ def solve(problem: SearchProblem, lam: float, max_variants: int = 8) -> Solution
         raise InputError(f"lam is {lam}; it must be finite and not negative")
     if max_variants < 1:
         raise InputError(f"max_variants is {max_variants}; it must be at least 1")
-    costs = prediction_costs(
-        problem.table.least, np.full(problem.steps, problem.seconds_predicted), lam * problem.price(problem.weights)
-    )
     best = with_ranges(problem, dense(problem), lam)
+    if problem.seconds_predicted is not None:
+        best = _with_steps(problem, best, lam, problem.seconds_predicted)
+    return finish(problem, reduce_variants(problem, best, max_variants, lam, with_ranges, account), lam, max_variants)
+
+
+def _with_steps(problem: SearchProblem, best: Draft, lam: float, seconds_predicted: float) -> Draft:
+    """The best draft with predicted steps, or ``best`` (without any) where none is better."""
+    costs = prediction_costs(
+        problem.table.least, np.full(problem.steps, seconds_predicted), lam * problem.price(problem.weights)
+    )
     least = _objective(problem, best, lam)
     seen: set[tuple[int, ...]] = set()
     for saved in [np.zeros(problem.steps), _savings(problem, best, lam)]:
@@ -61,15 +68,18 @@ def solve(problem: SearchProblem, lam: float, max_variants: int = 8) -> Solution
             if objective < least:
                 best, least = draft, objective
             saved = _savings(problem, draft, lam)
-    return finish(problem, reduce_variants(problem, best, max_variants, lam, with_ranges, account), lam, max_variants)
+    return best
 
 
 def solve_kept(problem: SearchProblem, count: int, max_variants: int = 8) -> Solution:
     """The plan with exactly ``count`` network evaluations: dynamic programme, then search on the quadratic error.
 
     Raises:
-        InputError: ``count`` is not in 1 .. T, or too small for steps that ran different branches.
+        InputError: ``count`` is not in 1 .. T, or too small for steps that ran different branches, or whole steps
+            cannot be predicted.
     """
+    if problem.seconds_predicted is None and count < problem.steps:
+        raise InputError(f"{count} kept steps are asked for, but graph breaks forbid predicting whole steps")
     if not 1 <= count <= problem.steps:
         raise InputError(f"{count} kept steps are asked for; choose 1 to {problem.steps}")
     costs = prediction_costs(problem.table.least, np.zeros(problem.steps), problem.price(problem.weights))
@@ -93,6 +103,22 @@ def from_kept(
         draft = with_ranges(problem, draft, lam)
     draft = reduce_variants(problem, draft, max_variants, lam, with_ranges, account)
     return finish(problem, draft, lam, max_variants)
+
+
+def refitted(
+    problem: SearchProblem,
+    solution: Solution,
+    families: Mapping[int, Candidate],
+    factors: Mapping[int, Sequence[float]],
+) -> Solution:
+    """``solution`` with other candidates for its predicted steps, and ``factors`` in place of the profile's."""
+    found = finish(problem, replace(solution.draft, families=families), solution.lam, solution.max_variants)
+    made = tuple(
+        choice if choice.candidate is None else replace(choice, coefficients=tuple(factors[choice.step]))
+        for choice in found.choices[STEP]
+    )
+    choices = {**found.choices, STEP: made}
+    return replace(found, choices=choices, rules=to_rules(choices, problem.network))
 
 
 def dense(problem: SearchProblem) -> Draft:
@@ -187,7 +213,7 @@ def account(problem: SearchProblem, draft: Draft) -> tuple[float, float]:
     error = float(inner.error.sum())
     for step, past in histories.items():
         error += float(price[step]) * problem.table.error(problem.candidates.index(draft.families[step]), step, past)
-    seconds = len(draft.kept) * problem.seconds_full + len(histories) * problem.seconds_predicted
+    seconds = len(draft.kept) * problem.seconds_full + len(histories) * (problem.seconds_predicted or 0.0)
     return seconds - float(inner.saved.sum()), error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from ditopt.errors import InputError
-from ditopt.profile import Array, FeatureGram, NetworkProfile
+from ditopt.profile import Array, NetworkProfile
 from ditopt.search.space import TECHNIQUES, Candidate, candidates
 from ditopt.search.table import ErrorTable
 from ditopt.sites import STEP
@@ -24,14 +24,14 @@ Position = tuple[int, int]
 class RangeProblem:
     """A contiguous range of blocks that a computed step may skip.
 
-    ``gram`` is ``[P, T, T]`` of the range's residual (what it adds to the stream); ``weight`` the factor from
-    an error in that residual to one in the network's output; ``seconds_saved`` what skipping it saves in a
+    ``gram`` is ``[P, T, T]`` of the range's residual (what it adds to the stream); ``weight`` ``[T]`` the factor
+    from an error in that residual to one in the network's output; ``seconds_saved`` what skipping it saves in a
     step; ``first`` and ``last`` its ends in execution order, (stack, index in it).
     """
 
     name: str
     gram: Array
-    weight: float
+    weight: Array
     seconds_saved: float
     first: Position
     last: Position
@@ -47,7 +47,8 @@ class SearchProblem:
         sensitivity: ``[T]``, growth of an error of that step up to the final sample.
         gram: ``[P, T, T]``, or ``[P, 2T, 2T]`` with the latents, of the effective (guided) output.
         seconds_full: of one computed step.
-        seconds_predicted: of one predicted step.
+        seconds_predicted: of one predicted step; None where graph breaks cut the network, so that ranges of blocks
+            can be predicted and whole steps cannot.
         ranges: what a computed step may skip.
         techniques: see ``space.candidates``.
         additive: whether a schedule is priced by the sum of its steps' errors' norms, or of their squares. Errors of
@@ -63,7 +64,7 @@ class SearchProblem:
     sensitivity: Array
     gram: Array
     seconds_full: float
-    seconds_predicted: float
+    seconds_predicted: float | None
     ranges: Mapping[str, RangeProblem] = field(default_factory=dict)
     techniques: tuple[str, ...] = TECHNIQUES
     additive: Additive = "norms"
@@ -94,7 +95,7 @@ class SearchProblem:
         profile: NetworkProfile,
         techniques: Iterable[str] = TECHNIQUES,
         *,
-        range_weights: Mapping[str, float] | None = None,
+        range_weights: Mapping[str, Sequence[float]] | None = None,
         additive: Additive = "norms",
         ridge: float = 1e-6,
         sample_norm: float = 1.0,
@@ -106,15 +107,14 @@ class SearchProblem:
         entry in ``range_weights`` is taken to pass its *relative* error on to the output.
 
         Raises:
-            InputError: the profile lacks the step site or the seconds of a full or predicted step.
+            InputError: the profile lacks the step site or the seconds of a full step.
         """
-        for key, found in (("grams", profile.grams), ("seconds", profile.seconds)):
-            for name in (STEP,) if key == "grams" else ("full", "predicted"):
-                if name not in found:
-                    raise InputError(f"the profile's {key} have no entry {name!r}; they have {sorted(found)}")
+        for key, name, found in (("grams", STEP, profile.grams), ("seconds", "full", profile.seconds)):
+            if name not in found:
+                raise InputError(f"the profile's {key} have no entry {name!r}; they have {sorted(found)}")
         step = profile.grams[STEP]
-        gram = effective(step, profile.branch_weights)
-        energy = float(np.einsum("ptt->", gram[:, : step.steps, : step.steps]))
+        gram = step.effective(profile.branch_weights)
+        energy = np.einsum("ptt->t", gram[:, : step.steps, : step.steps])
         patterns = [tuple(column) for column in step.present.T]
         numbers = {pattern: number for number, pattern in enumerate(dict.fromkeys(patterns))}
         stacks: dict[str, int] = {}
@@ -122,9 +122,9 @@ class SearchProblem:
         for name, site in profile.grams.items():
             if name == STEP or name not in profile.seconds:
                 continue
-            values = effective(site, profile.branch_weights)
-            own = float(np.einsum("ptt->", values)) or 1.0
-            weight = (range_weights or {}).get(name, (energy / own) ** 0.5)
+            values = site.effective(profile.branch_weights)
+            relative = np.sqrt(energy / np.maximum(np.einsum("ptt->t", values), 1e-30))
+            weight = np.asarray((range_weights or {}).get(name, relative))
             ranges[name] = RangeProblem(name, values, weight, profile.seconds[name], *_ends(name, stacks))
         return cls(
             times=tuple(profile.sigmas[: step.steps]),
@@ -132,7 +132,7 @@ class SearchProblem:
             sensitivity=np.asarray(profile.sensitivity, dtype=float),
             gram=gram,
             seconds_full=profile.seconds["full"],
-            seconds_predicted=profile.seconds["predicted"],
+            seconds_predicted=profile.seconds.get("predicted"),
             ranges=ranges,
             techniques=tuple(techniques),
             additive=additive,
@@ -159,6 +159,8 @@ class SearchProblem:
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
         """The predictors allowed for whole steps; fewer features of history where T makes them costly."""
+        if self.seconds_predicted is None:
+            return ()
         depth = 3 if self.steps <= 50 else 2 if self.steps <= 200 else 1
         return candidates(self.techniques, depth, latents=self.gram.shape[1] == 2 * self.steps)
 
@@ -179,22 +181,6 @@ class SearchProblem:
             name: ErrorTable.build(self.times, site.gram, self.range_candidates, self.additive, self.ridge, self.groups)
             for name, site in self.ranges.items()
         }
-
-
-def effective(gram: FeatureGram, weights: tuple[float, ...]) -> Array:
-    """``FeatureGram.effective``, with the weights scaled to sum to one in steps that some branch skips."""
-    if gram.present.all():
-        return gram.effective(weights)
-    mix = np.zeros((gram.steps * (1 + gram.has_latents), gram.values.shape[-1]))
-    share = gram.present * np.asarray(weights)[:, None]
-    total = share.sum(axis=0)
-    share = share / np.where(np.abs(total) > 1e-9, total, 1.0)
-    for branch in range(len(gram.branches)):
-        rows = np.arange(gram.steps)
-        mix[rows, branch * gram.steps + rows] = share[branch]
-    if gram.has_latents:
-        mix[gram.steps :, len(gram.branches) * gram.steps :] = np.eye(gram.steps)
-    return np.asarray(mix @ gram.values @ mix.T)
 
 
 def _ends(name: str, stacks: dict[str, int]) -> tuple[Position, Position]:

@@ -13,7 +13,7 @@ import numpy as np
 from ditopt.search.joint import draft_for, from_kept, name_families
 from ditopt.search.problem import SearchProblem
 from ditopt.search.quadratic import Quadratic
-from ditopt.search.rollouts import Measure, Progress, Rollouts
+from ditopt.search.rollouts import Improve, Measure, Progress, Rollouts
 from ditopt.search.solution import Solution
 from ditopt.search.table import with_histories
 
@@ -22,14 +22,20 @@ FAMILIES_FIRST = 3
 
 
 def refine(
-    problem: SearchProblem, solution: Solution, measure: Measure, budget: int, progress: Progress | None = None
+    problem: SearchProblem,
+    solution: Solution,
+    measure: Measure,
+    budget: int,
+    progress: Progress | None = None,
+    improve: Improve | None = None,
 ) -> Solution:
     """The best measured plan with as many kept steps as ``solution``; deterministic where ``measure`` is.
 
     ``measure`` is called at most ``budget`` times, first on ``solution`` itself. Block ranges are solved anew for
-    every proposal, at the solution's lambda.
+    every proposal, at the solution's lambda. Where ``improve`` (see ``Rollouts``) chooses the predictors, only moved
+    steps are proposed.
     """
-    rollouts = Rollouts(measure, budget, progress)
+    rollouts = Rollouts(measure, budget, progress, improve)
     first = rollouts.trial(solution)
     if first is None:
         return solution
@@ -37,7 +43,7 @@ def refine(
     improved = True
     while improved and rollouts.left > 0:
         improved = False
-        for proposal in proposals(problem, best.solution):
+        for proposal in proposals(problem, best.solution, families=improve is None):
             if rollouts.knows(proposal) or proposal.variants > solution.max_variants:
                 continue
             trial = rollouts.trial(proposal)
@@ -49,15 +55,17 @@ def refine(
     return best.solution
 
 
-def proposals(problem: SearchProblem, solution: Solution) -> Iterator[Solution]:
-    """Neighbours of a plan: one family throughout, then moved steps and changed families, most promising first."""
+def proposals(problem: SearchProblem, solution: Solution, families: bool = True) -> Iterator[Solution]:
+    """Neighbours of a plan, most promising first: moved steps, and with ``families`` other families of predictors."""
     quadratic = Quadratic(problem, problem.table)
     lam, limit, kept = solution.lam, solution.max_variants, solution.kept
-    for families in islice(_uniform(problem, quadratic, solution), FAMILIES_FIRST):
-        yield from_kept(problem, kept, name_families(problem, families), lam, limit)
-    ranked = [*quadratic.moves(kept), *_swaps(problem, quadratic, solution)]
-    for _, moved, families in sorted(ranked, key=lambda proposal: proposal[0]):
-        yield from_kept(problem, moved, name_families(problem, families), lam, limit)
+    ranked = quadratic.moves(kept)
+    if families:
+        for uniform in islice(_uniform(problem, quadratic, solution), FAMILIES_FIRST):
+            yield from_kept(problem, kept, name_families(problem, uniform), lam, limit)
+        ranked += _swaps(problem, quadratic, solution)
+    for _, moved, chosen in sorted(ranked, key=lambda proposal: proposal[0]):
+        yield from_kept(problem, moved, name_families(problem, chosen), lam, limit)
 
 
 def _uniform(problem: SearchProblem, quadratic: Quadratic, solution: Solution) -> Iterator[dict[int, int]]:

@@ -26,26 +26,33 @@ class Trial:
 
 
 Measure = Callable[[Sequence[Rule]], Measurement]
+Improve = Callable[[Solution], Solution]
 Progress = Callable[[Trial, int, int], None]
 """Called after each rollout with the trial, the number of rollouts so far and the budget."""
 
 
 class Rollouts:
-    """Measures plans through ``measure`` until ``budget`` calls are spent; remembers what it measured."""
+    """Measures plans through ``measure`` until ``budget`` calls are spent; remembers what it measured.
 
-    def __init__(self, measure: Measure, budget: int, progress: Progress | None = None) -> None:
-        self._measure, self.budget, self._progress = measure, budget, progress
+    ``improve`` may put a better plan of the same schedule in the place of each before it is measured.
+    """
+
+    def __init__(
+        self, measure: Measure, budget: int, progress: Progress | None = None, improve: Improve | None = None
+    ) -> None:
+        self._measure, self.budget, self._progress, self._improve = measure, budget, progress, improve
         self._known: dict[tuple[str, ...], Trial] = {}
+        self._spent = 0
 
     @property
     def trials(self) -> tuple[Trial, ...]:
         """Everything measured, in order."""
-        return tuple(self._known.values())
+        return tuple({id(trial): trial for trial in self._known.values()}.values())
 
     @property
     def left(self) -> int:
         """Rollouts that may still be made."""
-        return self.budget - len(self._known)
+        return self.budget - self._spent
 
     def knows(self, solution: Solution) -> bool:
         """Whether a plan with the same rules was measured."""
@@ -57,9 +64,11 @@ class Rollouts:
         if key not in self._known:
             if self.left <= 0:
                 return None
-            self._known[key] = Trial(solution, self._measure(solution.rules))
+            better = self._improve(solution) if self._improve else solution
+            self._known[key] = self._known[rules_key(better.rules)] = Trial(better, self._measure(better.rules))
+            self._spent += 1
             if self._progress:
-                self._progress(self._known[key], len(self._known), self.budget)
+                self._progress(self._known[key], self._spent, self.budget)
         return self._known[key]
 
 

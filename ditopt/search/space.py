@@ -68,6 +68,7 @@ CANDIDATES = (
     Candidate("fit2", 2),
     Candidate("fit2+latents", 2, latents=True),
     Candidate("fit3", 3),
+    Candidate("fit3+latents", 3, latents=True),
 )
 """Simplest first: of equal errors the earlier wins."""
 

@@ -50,7 +50,7 @@ class Stage:
     radii: tuple[float, float] = RADII
 
 
-STAGES = (Stage(32, 16, 1800, (0.18, 0.24)), Stage(48, 8, 400, (0.17, 0.23)), Stage(64, 6, 900))
+STAGES = (Stage(32, 16, 1800, (0.18, 0.24)), Stage(48, 8, 400, (0.17, 0.23)), Stage(64, 6, 700))
 MUON_LR = 3e-3
 ADAM_LR = 1.5e-3
 WARMUP = 100

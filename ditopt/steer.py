@@ -1,0 +1,244 @@
+"""Refit a schedule's predictors in closed loop, so that generations under the plan stay on the dense path.
+
+A fit on features of dense generations does not know the latents that its own errors lead to. Here the
+tuning prompts go through the schedule in lockstep: at every predicted step the factors are the least
+squares solution, over prompts and from what a generation under the plan has in its slots, for the output
+that leads back to the dense latents. With a sampler that moves by ``x' = a x + b F`` that is
+``F + a / b * (x_dense - x)``; a and b are measured from the dense paths. (Training a solver's coefficients
+against a teacher's path: S4S, Frankel et al., ICML 2025. Here the sampler stays the caller's, and the
+coefficients are those of the predicted outputs.)
+
+Prompts wait for each other although the loop is the caller's: a generation is stopped at the step that has
+no factors yet, and started again with the outputs so far played back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditopt.calls import NetworkCalls
+from ditopt.measure import DensePath, Evaluator
+from ditopt.plan import Rule
+from ditopt.profile import Array
+from ditopt.profiler.features import reduce_features
+from ditopt.profiler.run import whole_program
+from ditopt.search.joint import refitted
+from ditopt.search.predictors import lagrange
+from ditopt.search.problem import SearchProblem
+from ditopt.search.solution import Solution
+from ditopt.search.space import Candidate
+from ditopt.search.table import with_histories
+
+RIDGE = 1e-6
+"""Of the fits, relative, about the straight line through the last two computed steps."""
+
+Compute = Callable[[list[Any]], Sequence[Any]]
+
+
+class _Pause(Exception):
+    """Raised out of a rollout at a step whose factors are not known yet."""
+
+
+@dataclass
+class Steering:
+    """Refits plans of whole steps for one network; ``pairs`` are the prompts and ``paths`` their dense paths.
+
+    ``shares`` ``[branches, T]`` is how branches' outputs are combined in every step.
+    """
+
+    evaluator: Evaluator
+    network: str
+    calls: NetworkCalls
+    problem: SearchProblem
+    shares: Array
+    pairs: Sequence[tuple[str, int]]
+    paths: Mapping[tuple[str, int], DensePath]
+
+    def __post_init__(self) -> None:
+        self._back = way_back([self.paths[pair] for pair in self.pairs], self.problem.widths)
+
+    def __call__(self, solution: Solution, fixed: Sequence[Rule] = ()) -> tuple[Solution, list[Tensor]]:
+        """The plan with refitted factors, and the samples of the tuning prompts under it.
+
+        ``fixed`` are the rules of the other networks. Costs one generation under the plan a prompt, and the
+        caller's loop without the network as often as there are predicted steps.
+        """
+        runs = [_Run(self, pair) for pair in self.pairs]
+        self.evaluator.bind(fixed)
+        factors: dict[int, Array] = {}
+        histories = with_histories(solution.kept, self.problem.steps)
+        families = {step: self._candidate(solution, step, past) for step, past in histories.items()}
+        sources = {step: past[: families[step].history] for step, past in histories.items()}
+        for step, candidate in sorted(families.items()):
+            for run in runs:
+                run.until(step, sources, factors)
+            factors[step] = self._fit(runs, step, candidate, sources[step])
+        samples = [run.until(None, sources, factors) for run in runs]
+        refit = refitted(self.problem, solution, families, {step: tuple(row) for step, row in factors.items()})
+        return refit, [sample for sample in samples if sample is not None]
+
+    def _candidate(self, solution: Solution, step: int, past: Sequence[int]) -> Candidate:
+        """The fit that reads all the history there is (of the same branches), and the latents if they fit."""
+        groups = self.problem.groups or (0,) * self.problem.steps
+        usable = 0
+        while usable < len(past) and groups[past[usable]] == groups[step]:
+            usable += 1
+        fits = (c for c in reversed(self.problem.candidates) if c.order is None and c.history <= usable)
+        return next(fits, solution.draft.families[step])
+
+    def _fit(self, runs: Sequence[_Run], step: int, candidate: Candidate, sources: Sequence[int]) -> Array:
+        """Factors ``[history (+ 1)]`` towards the outputs that lead back to the dense paths."""
+        if candidate.order is not None:
+            index = self.problem.candidates.index(candidate)
+            return np.asarray(self.problem.table.coefficients(index, step, sources))
+        terms = candidate.history + candidate.latents
+        inner, cross = np.zeros((terms, terms)), np.zeros(terms)
+        for run in runs:
+            path = self.paths[run.pair]
+            rows = [run.rows[source] for source in sources]
+            wanted = path.outputs[step]
+            if run.latents is not None:
+                wanted = wanted + self._back[step] * (path.latents[step] - run.latents)
+                rows = [*rows, run.latents] if candidate.latents else rows
+            read = torch.stack(rows).double()
+            inner += (read @ read.T).numpy()
+            cross += (read @ wanted.double()).numpy()
+        times = np.asarray(self.problem.times)
+        prior = np.zeros(terms)
+        near = np.asarray(sources[:2], dtype=np.intp)
+        prior[: len(near)] = lagrange(times[near][None], times[[step]])[0]
+        strength = RIDGE * np.trace(inner) / terms
+        step_away = np.linalg.solve(inner + strength * np.eye(terms), cross - inner @ prior)
+        return np.asarray(prior + step_away)
+
+
+@dataclass
+class _Run:
+    """One prompt on its way through the schedule: the outputs so far, to be played back."""
+
+    steering: Steering
+    pair: tuple[str, int]
+    played: list[tuple[Any, ...]] = field(default_factory=list)
+    full: dict[tuple[int, int], tuple[Any, ...]] = field(default_factory=dict)
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    latents: Tensor | None = None
+
+    def until(
+        self, stop: int | None, sources: Mapping[int, Sequence[int]], factors: Mapping[int, Array]
+    ) -> Tensor | None:
+        """Go on to step ``stop`` and note its latents there; None: to the end, whose sample is returned."""
+        steering = self.steering
+        at = own = 0
+
+        def intercept(name: str, arguments: list[Any], compute: Compute) -> Sequence[Any]:
+            nonlocal at, own
+            here, number = at, own
+            at, own = at + 1, own + (name == steering.network)
+            if here < len(self.played):
+                return _copies(self.played[here])
+            if name != steering.network:
+                outputs = tuple(compute(arguments))
+            else:
+                step, branch = steering.calls.calls[number]
+                if step == stop:
+                    self.latents = self._reduced_latents(arguments)
+                    raise _Pause
+                if step in sources:
+                    outputs = self._predict(branch, sources[step], factors[step], arguments)
+                else:
+                    outputs = self.full[step, branch] = tuple(compute(arguments))
+                    self._note(step)
+            self.played.append(outputs)
+            return _copies(outputs)
+
+        programs = {name: whole_program(session) for name, session in steering.evaluator.sessions.items()}
+        for name, program in programs.items():
+            program.interceptor = partial(intercept, name)
+        try:
+            return steering.evaluator.adapter.checked_rollout(*self.pair)
+        except _Pause:
+            return None
+        finally:
+            for program in programs.values():
+                program.interceptor = None
+
+    def _predict(
+        self, branch: int, sources: Sequence[int], factors: Array, arguments: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        """The outputs of a call as the compiled plan will form them."""
+        held = [self.full[source, branch] for source in sources]
+        found: list[Any] = []
+        for parts in zip(*held, strict=True):
+            if not isinstance(parts[0], Tensor):
+                found.append(parts[0])
+                continue
+            total = sum(float(factor) * part.float() for factor, part in zip(factors, parts, strict=False))
+            if len(factors) > len(parts):
+                total = total + float(factors[-1]) * arguments[self._latents_position()].float()
+            assert isinstance(total, Tensor)
+            found.append(total.to(parts[0].dtype))
+        return tuple(found)
+
+    def _note(self, step: int) -> None:
+        """Combine a computed step's branches once all of them are there."""
+        steering = self.steering
+        calls = steering.calls
+        branches = [0] if calls.batched else [b for t, b in calls.calls if t == step]
+        if any((step, branch) not in self.full for branch in branches):
+            return
+        total: Tensor | None = None
+        for branch in branches:
+            tensors = [out for out in self.full[step, branch] if isinstance(out, Tensor)]
+            halves = [[t.chunk(2)[half] for t in tensors] for half in range(2)] if calls.batched else [tensors]
+            for offset, part in enumerate(halves):
+                share = float(steering.shares[branch + offset, step]) * reduce_features(part)
+                total = share if total is None else total + share
+        assert total is not None
+        self.rows[step] = total
+
+    def _reduced_latents(self, arguments: Sequence[Any]) -> Tensor | None:
+        position = self._latents_position(check=False)
+        if position is None:
+            return None
+        latents = arguments[position]
+        return reduce_features([latents.chunk(2)[0] if self.steering.calls.batched else latents])
+
+    def _latents_position(self, check: bool = True) -> Any:
+        position = whole_program(self.steering.evaluator.sessions[self.steering.network]).variants.latents
+        assert position is not None or not check
+        return position
+
+
+def way_back(paths: Sequence[DensePath], widths: Array) -> Array:
+    """``[T]``: the change of a step's output, per unit of it that the latents are off, that brings them back.
+
+    ``a / b`` of the sampler's move ``x[t+1] = a x[t] + b F[t]``, by least squares over the dense paths; the last
+    step's, whose outcome no call shows, follows from the one before by the ratio of their ``widths``.
+    """
+    steps = len(widths)
+    found = np.zeros(steps)
+    for step in range(steps - 1):
+        inner, cross = np.zeros((2, 2)), np.zeros(2)
+        for path in paths:
+            if path.latents.shape != path.outputs.shape:
+                return found
+            read = torch.stack([path.latents[step], path.outputs[step]]).double()
+            inner += (read @ read.T).numpy()
+            cross += (read @ path.latents[step + 1].double()).numpy()
+        a, b = np.linalg.lstsq(inner, cross, rcond=None)[0]
+        found[step] = a / b if abs(b) > 1e-9 * abs(a) else 0.0
+    if steps > 1:
+        found[-1] = found[-2] * widths[-2] / widths[-1]
+    return found
+
+
+def _copies(outputs: Sequence[Any]) -> tuple[Any, ...]:
+    """The caller may write into what it was given."""
+    return tuple(out.clone() if isinstance(out, Tensor) else out for out in outputs)
