@@ -54,7 +54,7 @@ class Split(TinyDiT):
         found: Tensor = self.time(torch.cat([angles.sin(), angles.cos()], -1)) + encoder_hidden_states
         return found
 
-    @torch._dynamo.disable
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def pause(self) -> None:
         type(self).between()
 
@@ -145,10 +145,10 @@ def test_both_graphs_get_rules_that_a_fresh_model_repeats(tmp_path: Path) -> Non
     assert torch.equal(planned, again)
     assert 20 < psnr(again, dense) < 100
     torch._dynamo.reset()
-    named = torch.compile(make(Split), backend="ditopt", options={"plan": str(path)})
+    named: Any = torch.compile(make(Split), backend="ditopt", options={"plan": str(path)})
     assert torch.equal(rollout(named, "five", 70), again), "each graph reads the plan by itself here"
     torch._dynamo.reset()
-    stored = torch.compile(make(Split), backend="ditopt")
+    stored: Any = torch.compile(make(Split), backend="ditopt")
     assert torch.equal(rollout(stored, "five", 70), again), "each graph finds the plan in the user's folder"
 
 

@@ -24,7 +24,7 @@ def random_problem(
         name = f"blocks.{first}..{last}"
         values = np.array([_gram(rng, steps, size)[:steps, :steps] for _ in range(prompts)])
         saved = float(rng.uniform(0.1, 0.4))
-        sites[name] = RangeProblem(name, values, float(rng.uniform(0.05, 0.5)), saved, (0, first), (0, last))
+        sites[name] = RangeProblem(name, values, rng.uniform(0.05, 0.5, steps), saved, (0, first), (0, last))
     return SearchProblem(
         times, rng.uniform(0.5, 1.5, steps), rng.uniform(0.5, 2.0, steps), gram, 1.0, 0.1, sites, techniques,
         "norms" if additive == "norms" else "squares", ridge,
