@@ -29,3 +29,7 @@ class AuditError(DitoptError):
 
 class RolloutError(DitoptError):
     """A sampling loop did not behave: never called the model, is not deterministic, or gave NaN."""
+
+
+class NonFiniteError(RolloutError):
+    """A generation has NaN or infinite values."""

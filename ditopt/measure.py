@@ -11,8 +11,11 @@ from torch import Tensor
 from ditopt.adapters.base import Adapter
 from ditopt.backend import Session
 from ditopt.calls import NetworkCalls
+from ditopt.errors import NonFiniteError
 from ditopt.plan import Plan, Rule
-from ditopt.quality import Quality, compare
+from ditopt.quality import CAP_DB, Quality, compare
+
+FAILED = Quality(psnr=-CAP_DB, worst_psnr=-CAP_DB, rel_l2=1e6, per_prompt=())
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,17 @@ class Evaluator:
         return sum(spent) / len(spent) if spent else 0.0
 
     def quality(self, rules: Sequence[Rule], pairs: Sequence[tuple[str, int]]) -> tuple[Quality, float]:
-        """Quality of ``rules`` on ``pairs`` against their references, and the mean seconds of a generation."""
+        """Quality of ``rules`` on ``pairs`` against their references, and the mean seconds of a generation.
+
+        A plan under which a generation has NaN or infinite values has ``FAILED`` quality.
+        """
         self.bind(rules)
         samples = []
         began = time.perf_counter()
         for prompt, seed in pairs:
-            samples.append(self.adapter.checked_rollout(prompt, seed))
+            try:
+                samples.append(self.adapter.checked_rollout(prompt, seed))
+            except NonFiniteError:
+                return FAILED, time.perf_counter() - began
         seconds = (time.perf_counter() - began) / len(pairs)
         return compare(samples, [self.references[pair] for pair in pairs]), seconds

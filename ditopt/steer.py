@@ -15,7 +15,7 @@ no factors yet, and started again with the outputs so far played back.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,12 +27,12 @@ from ditopt.calls import NetworkCalls
 from ditopt.measure import DensePath, Evaluator
 from ditopt.plan import Rule
 from ditopt.profile import Array
-from ditopt.profiler.features import reduce_features
+from ditopt.profiler.features import matching_latents, reduce_features
 from ditopt.profiler.run import whole_program
 from ditopt.search.joint import refitted
 from ditopt.search.predictors import lagrange
 from ditopt.search.problem import SearchProblem
-from ditopt.search.solution import Solution
+from ditopt.search.solution import Solution, count_variants
 from ditopt.search.space import Candidate
 from ditopt.search.table import with_histories
 
@@ -42,15 +42,16 @@ RIDGE = 1e-6
 Compute = Callable[[list[Any]], Sequence[Any]]
 
 
-class _Pause(Exception):
-    """Raised out of a rollout at a step whose factors are not known yet."""
+class _Pause(BaseException):
+    """Raised out of a rollout at a step whose factors are not known yet; no error, so loops do not catch it."""
 
 
 @dataclass
 class Steering:
     """Refits plans of whole steps for one network; ``pairs`` are the prompts and ``paths`` their dense paths.
 
-    ``shares`` ``[branches, T]`` is how branches' outputs are combined in every step.
+    ``shares`` ``[branches, T]`` is how branches' outputs are combined in every step. All outputs of all prompts are
+    held at once. Networks that are called in turn with this one are played back too, so their own plans start cold.
     """
 
     evaluator: Evaluator
@@ -83,6 +84,12 @@ class Steering:
         samples = [run.until(None, sources, factors) for run in runs]
         refit = refitted(self.problem, solution, families, {step: tuple(row) for step, row in factors.items()})
         return refit, [sample for sample in samples if sample is not None]
+
+    def variants(self, solution: Solution) -> int:
+        """How many graphs the refitted plan would need."""
+        histories = with_histories(solution.kept, self.problem.steps)
+        families = {step: self._candidate(solution, step, past) for step, past in histories.items()}
+        return count_variants(self.problem.steps, replace(solution.draft, families=families))
 
     def _candidate(self, solution: Solution, step: int, past: Sequence[int]) -> Candidate:
         """The fit that reads all the history there is (of the same branches), and the latents if they fit."""
@@ -181,7 +188,9 @@ class _Run:
                 continue
             total = sum(float(factor) * part.float() for factor, part in zip(factors, parts, strict=False))
             if len(factors) > len(parts):
-                total = total + float(factors[-1]) * arguments[self._latents_position()].float()
+                total = (
+                    total + float(factors[-1]) * matching_latents(arguments[self._latents_position()], parts).float()
+                )
             assert isinstance(total, Tensor)
             found.append(total.to(parts[0].dtype))
         return tuple(found)
@@ -205,9 +214,9 @@ class _Run:
 
     def _reduced_latents(self, arguments: Sequence[Any]) -> Tensor | None:
         position = self._latents_position(check=False)
-        if position is None:
+        if position is None or not self.steering.paths[self.pair].latents.numel():
             return None
-        latents = arguments[position]
+        latents = matching_latents(arguments[position], next(iter(self.full.values())))
         return reduce_features([latents.chunk(2)[0] if self.steering.calls.batched else latents])
 
     def _latents_position(self, check: bool = True) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ditopt.console import Reporter, Stage
 from ditopt.cost_models.measured import MeasuredCost
+from ditopt.errors import NonFiniteError
 from ditopt.measure import Evaluator
 from ditopt.plan import Plan, Rule
 from ditopt.profile import NetworkProfile, Profile, branch_shares
@@ -25,6 +26,7 @@ from ditopt.search import (
     solve,
     solve_kept,
 )
+from ditopt.search.joint import from_kept
 from ditopt.search.rollouts import rules_key
 from ditopt.sites import STEP
 from ditopt.steer import Steering
@@ -75,6 +77,7 @@ class Tuner:
             network=self.network if len(self.profile.networks) > 1 else "*",
         )
         self._bar: Stage | None = None
+        self._refits: dict[tuple[str, ...], Solution] = {}
         self._steering = self._make_steering(part)
 
     def _make_steering(self, part: NetworkProfile) -> Steering | None:
@@ -134,12 +137,24 @@ class Tuner:
             improved = self._refine(smaller, max(2, self._left // 2))
             if improved is None or not meets(improved.measurement):
                 break
-            best = _faster(best, improved)
+            faster = _faster(best, improved)
+            if faster is best:  # fewer whole steps, but no ranges: slower than what is there
+                break
+            best = faster
         if best is not None and self._left > 0:
             polished = self._refine(best.solution, self._left)
             if polished is not None and polished.measurement.seconds <= best.measurement.seconds * 1.001:
                 best = polished
-        return None if best is None else best.solution
+        return None if best is None else self._or_plain(best)
+
+    def _or_plain(self, best: Trial) -> Solution:
+        """The plan, or the same schedule with the profile's own predictors where these measure better."""
+        if best.solution.draft.ranges or self._steering is None:
+            return best.solution
+        plain = from_kept(self.problem, best.solution.kept, max_variants=self.max_variants)
+        measured = self._measure(plain.rules)
+        better = measured.error < best.measurement.error and measured.seconds <= best.measurement.seconds * 1.001
+        return plain if better else best.solution
 
     def _for_speed(self, speedup: float) -> Solution | None:
         part = self.profile.networks[self.network].seconds
@@ -206,8 +221,18 @@ class Tuner:
         """The plan refitted in closed loop, which measures it on the tuning prompts as well; plans with ranges stay."""
         if self._steering is None or solution.draft.ranges or len(solution.kept) == self.problem.steps:
             return solution
-        refit, samples = self._steering(solution, self.fixed)
-        if refit.variants > self.max_variants:
+        key = self._key(solution.rules)
+        if key not in self._refits:
+            self._refits[key] = refit = self._refit(self._steering, solution)
+            self._refits[self._key(refit.rules)] = refit
+        return self._refits[key]
+
+    def _refit(self, steering: Steering, solution: Solution) -> Solution:
+        if steering.variants(solution) > self.max_variants:
+            return solution
+        try:
+            refit, samples = steering(solution, self.fixed)
+        except NonFiniteError:
             return solution
         self._note(refit.rules, compare(samples, [self.evaluator.references[pair] for pair in self.pairs]))
         return refit

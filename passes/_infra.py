@@ -130,6 +130,19 @@ def call(gm: fx.GraphModule, target: Callable[..., object], *args: object, **set
     return node
 
 
+def latents_part(latents: Tensor, output: Tensor) -> int | None:
+    """How many leading channels (dimension 1) of ``latents`` have the shape of ``output``; None if no number has.
+
+    Image-to-video models take their condition as further channels behind the noisy latents.
+    """
+    here, there = list(latents.shape), list(output.shape)
+    if len(here) != len(there) or here[:1] + here[2:] != there[:1] + there[2:]:
+        return None
+    if len(here) < 3:
+        return there[-1] if here == there else None
+    return there[1] if there[1] <= here[1] else None
+
+
 def contiguous(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     """A contiguous copy of a value: the layout in which features live across steps."""
     return call(gm, torch.ops.aten.clone.default, node, memory_format=torch.contiguous_format)

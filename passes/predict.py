@@ -19,6 +19,7 @@ from ditopt.passes._infra import (
     call,
     find,
     in_layout_of,
+    latents_part,
     outputs,
     set_outputs,
     tensor_value,
@@ -49,9 +50,9 @@ def predict(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult
             slots = [add_input(gm, slot_name(wanted.site, age, stream), _like(end)) for age in range(wanted.history)]
             factors = _factors_input(gm, wanted, end)
             terms = list(slots)
-            if wanted.latents and index.latents is not None:
-                terms.append(gm.graph.find_nodes(op="placeholder")[index.latents])
             with gm.graph.inserting_before(edge):
+                if wanted.latents and index.latents is not None:
+                    terms.append(_latents_term(gm, index.latents, end))
                 value = _combine(gm, factors, terms, end, start)
             if wanted.site == STEP:
                 kept = [value if node is end else node for node in outputs(gm)]
@@ -114,8 +115,16 @@ def _latents_fit(gm: fx.GraphModule, index: GraphIndex, found: Feature) -> bool:
     """Whether the latents are a regressor for a feature: that of the step, in the same shape."""
     if found.site != STEP or index.latents is None:
         return False
-    shape = tensor_value(gm.graph.find_nodes(op="placeholder")[index.latents]).shape
-    return all(tensor_value(end).shape == shape for end in found.ends)
+    latents = tensor_value(gm.graph.find_nodes(op="placeholder")[index.latents])
+    return all(latents_part(latents, tensor_value(end)) is not None for end in found.ends)
+
+
+def _latents_term(gm: fx.GraphModule, position: int, end: fx.Node) -> fx.Node:
+    """The latents, or those of their channels that have the shape of ``end``."""
+    latents: fx.Node = gm.graph.find_nodes(op="placeholder")[position]
+    if tensor_value(latents).shape == tensor_value(end).shape:
+        return latents
+    return call(gm, aten.slice.Tensor, latents, 1, 0, latents_part(tensor_value(latents), tensor_value(end)))
 
 
 def _after_edge(gm: fx.GraphModule, index: GraphIndex, site: str) -> fx.Node:

@@ -15,7 +15,7 @@ from ditopt.search import solve_kept
 from ditopt.steer import way_back
 from ditopt.tune import Tuner
 from ditopt.verify import VerifiedSearch
-from tests.tiny import euler, make_model, prompt_features
+from tests.tiny import TinyDiT, euler, make_model, prompt_features
 
 PROMPTS = [f"prompt {i}" for i in range(6)]
 
@@ -33,7 +33,31 @@ def guided(model: nn.Module, prompt: str, seed: int) -> Tensor:
     return x
 
 
-@pytest.fixture(params=[euler, guided])
+class Conditioned(nn.Module):
+    """Takes the condition as two channels behind the four noisy ones, as image-to-video models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = TinyDiT(channels=6)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        tokens = hidden_states.flatten(2).transpose(1, 2)
+        out: Tensor = self.net(tokens, timestep, encoder_hidden_states).transpose(1, 2).unflatten(2, (8, 8))
+        return out[:, :4]
+
+
+def conditioned(model: nn.Module, prompt: str, seed: int) -> Tensor:
+    """Euler from noise beside a condition that stays."""
+    noise = torch.randn(1, 6, 8, 8, generator=torch.Generator().manual_seed(seed))
+    x, condition = noise[:, :4], noise[:, 4:]
+    text = prompt_features(prompt)
+    for i in range(12):
+        x = x - model(torch.cat([x, condition], 1), torch.tensor([1000.0 * (1 - i / 12)]), text) / 12
+    return x
+
+
+@pytest.fixture(params=[euler, guided, conditioned])
 def tuner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tuner:
     """The tuner of a profiled model, before it has tried anything."""
     seen: list[VerifiedSearch] = []
@@ -44,7 +68,8 @@ def tuner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("DITOPT_CACHE", str(tmp_path))
     monkeypatch.setattr(VerifiedSearch, "__call__", keep)
     torch._dynamo.reset()
-    ditopt.optimize(make_model(), PROMPTS, rollout=request.param, quality="fast")
+    model = Conditioned().eval() if request.param is conditioned else make_model()
+    ditopt.optimize(model, PROMPTS, rollout=request.param, quality="fast")
     (found,) = seen[0]._tuners.values()
     return found
 
@@ -61,7 +86,7 @@ def test_the_compiled_plan_does_what_the_refit_promised(tuner: Tuner) -> None:
             torch.testing.assert_close(tuner.evaluator.adapter.checked_rollout(*pair), promised, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("tuner", [euler], indirect=True)
+@pytest.mark.parametrize("tuner", [euler, guided], indirect=True)
 def test_a_refit_plan_is_nearer_to_dense(tuner: Tuner) -> None:
     assert tuner._steering is not None
     plain = solve_kept(tuner.problem, 5)
@@ -69,6 +94,21 @@ def test_a_refit_plan_is_nearer_to_dense(tuner: Tuner) -> None:
     before, after = (tuner.evaluator.quality(found.rules, tuner.pairs)[0] for found in (plain, refit))
     assert after.rel_l2 < 0.8 * before.rel_l2
     assert after.psnr > before.psnr + 1
+
+
+@pytest.mark.parametrize("tuner", [guided], indirect=True)
+def test_branch_weights_are_those_of_the_loop(tuner: Tuner) -> None:
+    weights = tuner.profile.networks[tuner.network].branch_weights
+    assert weights == pytest.approx((3.0, -2.0), abs=1e-3)
+
+
+@pytest.mark.parametrize("tuner", [conditioned], indirect=True)
+def test_leading_channels_of_the_input_are_the_latents(tuner: Tuner) -> None:
+    assert tuner._steering is not None
+    paths = tuner.evaluator.paths[tuner.network]
+    assert all(path.latents.shape == path.outputs.shape == (12, 4 * 64) for path in paths.values())
+    refit, _ = tuner._steering(solve_kept(tuner.problem, 5))
+    assert any(choice.candidate and choice.candidate.latents for choice in refit.choices["step"])
 
 
 def test_the_way_back_of_euler_is_one_over_the_step() -> None:

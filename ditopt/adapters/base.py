@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditopt.errors import RolloutError
+from ditopt.errors import NonFiniteError, RolloutError
 from ditopt.plan import LATENT_NAMES, TIMESTEP_NAMES
 from ditopt.runtime.clock import read_timestep
 from ditopt.runtime.streams import current_context_name
@@ -88,7 +88,8 @@ class Adapter(ABC):
         """A rollout whose result is a finite tensor.
 
         Raises:
-            RolloutError: it is not.
+            RolloutError: it is no tensor.
+            NonFiniteError: it has NaN or infinite values.
         """
         with torch.no_grad():
             sample = self.rollout(prompt, seed, **settings)
@@ -99,8 +100,8 @@ class Adapter(ABC):
             )
         if not bool(torch.isfinite(sample).all()):
             bad = int((~torch.isfinite(sample)).sum())
-            raise RolloutError(
-                f"the dense model gave {bad} NaN or infinite values of {sample.numel()} for prompt {prompt!r}, "
+            raise NonFiniteError(
+                f"the model gave {bad} NaN or infinite values of {sample.numel()} for prompt {prompt!r}, "
                 f"seed {seed}; mend the model, dtype or sampler first"
             )
         return sample.detach().float().cpu()

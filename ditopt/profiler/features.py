@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from ditopt.calls import NetworkCalls
 from ditopt.measure import DensePath
+from ditopt.passes._infra import latents_part
 from ditopt.profile import Array
 from ditopt.runtime.program import Observation
 
@@ -30,6 +33,7 @@ class FeatureCollector:
         self.calls, self.latents, self.streams = calls, latents, streams
         self.rows: dict[tuple[str, int, int], Tensor] = {}
         self.shapes: list[tuple[tuple[int, ...], ...]] = []
+        self._sizes: dict[str, int] = {}
         self._count = 0
 
     def __call__(self, seen: Observation) -> None:
@@ -38,7 +42,7 @@ class FeatureCollector:
         self._count += 1
         self._take("step", step, branch, [out for out in seen.outputs if isinstance(out, Tensor)])
         if self.latents is not None:
-            self._take("latents", step, branch, [seen.arguments[self.latents]])
+            self._take("latents", step, branch, [matching_latents(seen.arguments[self.latents], seen.outputs)])
         at = 0
         shapes = []
         for edge, count in enumerate(self.streams):
@@ -56,6 +60,7 @@ class FeatureCollector:
     def _take(self, kind: str, step: int, branch: int, tensors: list[Tensor]) -> None:
         if not tensors:
             return
+        self._sizes[kind] = sum(t.numel() for t in tensors)
         if self.calls.batched:
             for half in range(2):
                 self.rows[kind, half, step] = reduce_features([t.chunk(2)[half] for t in tensors])
@@ -69,7 +74,7 @@ class FeatureCollector:
             rows = [float(shares[b, step]) * self._row("step", b, step) for b in range(self.calls.branches)]
             outputs.append(torch.stack(rows).sum(0))
         found = torch.stack(outputs)
-        if self.latents is None:
+        if not self.has_latents:
             return DensePath(found, found.new_zeros(len(outputs), 0))
         return DensePath(found, torch.stack([self._row("latents", 0, step) for step in range(len(outputs))]))
 
@@ -83,8 +88,29 @@ class FeatureCollector:
     @property
     def has_latents(self) -> bool:
         """Whether the latents can serve as a regressor: they have the size of the output."""
-        one, two = self._any("step"), self._any("latents")
-        return one is not None and two is not None and one.numel() == two.numel()
+        return "latents" in self._sizes and self._sizes["latents"] == self._sizes["step"]
+
+    def branch_weights(self) -> tuple[float, ...] | None:
+        """How the loop combines its branches, by least squares on ``x[t+1] = a x[t] + sum_b w_b F_b[t]``; sum 1.
+
+        The median over steps; None where the latents do not tell (no such input, another size, one branch).
+        """
+        calls, found = self.calls, []
+        if calls.branches < 2 or not self.has_latents:
+            return None
+        present = np.asarray(self.present().all(axis=0))
+        for step in range(len(calls.timesteps) - 1):
+            if not present[step]:
+                continue
+            rows = [self._row("latents", 0, step), *(self._row("step", b, step) for b in range(calls.branches))]
+            read = torch.stack(rows).double().numpy()
+            after = self._row("latents", 0, step + 1).double().numpy()
+            weights = np.linalg.lstsq(read @ read.T, read @ after, rcond=1e-12)[0]
+            missed = float(np.linalg.norm(after - weights @ read))
+            moved = float(np.linalg.norm(after - weights[0] * read[0]))
+            if missed < 0.3 * moved and abs(weights[1:].sum()) > 0:
+                found.append(weights[1:] / weights[1:].sum())
+        return tuple(float(w) for w in np.median(found, axis=0)) if found else None
 
     def edge_gram(self) -> Array:
         """Inner products ``[E, N, E, N]`` of the streams at all edges over (branch, step)."""
@@ -128,6 +154,13 @@ def reduce_features(tensors: list[Tensor]) -> Tensor:
     if size <= MAX_COORDINATES:
         return flat.cpu().clone()
     return (flat[_drawn(size, MAX_COORDINATES).to(flat.device)] * math.sqrt(size / MAX_COORDINATES)).cpu()
+
+
+def matching_latents(latents: Tensor, outputs: Sequence[Any]) -> Tensor:
+    """The leading channels of ``latents`` that have the shape of the first output; all of them where none have."""
+    output = next(out for out in outputs if isinstance(out, Tensor))
+    part = latents_part(latents, output)
+    return latents if part is None or latents.ndim < 3 else latents.narrow(1, 0, part)
 
 
 @functools.lru_cache(maxsize=16)

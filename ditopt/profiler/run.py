@@ -43,6 +43,7 @@ class ProfileRun:
 
     def __post_init__(self) -> None:
         self._tapes: dict[int, Tape] = {}
+        self._weights: dict[str, tuple[float, ...]] = {}
 
     def __call__(self, pairs: Sequence[tuple[str, int]]) -> Profile:
         """Profile over (prompt, seed) pairs; fills the evaluator's references for them.
@@ -123,6 +124,7 @@ class ProfileRun:
         sessions = self.evaluator.sessions
         tuned = index < TUNING_PROMPTS
         expected = ["sample", *(f"{name}.{STEP}" for name in sessions)]
+        expected += [f"{name}.weights" for name in sessions if not index]
         expected += [f"{name}.path.{kind}" for name in sessions if tuned for kind in ("outputs", "latents")]
         kept = self.checkpoints.load(f"prompt{index}", expected)
         if kept is not None:
@@ -158,8 +160,12 @@ class ProfileRun:
             bundle[f"{name}.{STEP}"] = torch.from_numpy(collector.step_gram())
             bundle[f"{name}.present"] = torch.from_numpy(collector.present())
             bundle[f"{name}.latents"] = torch.tensor(collector.has_latents)
+            if not index:
+                weights = collector.branch_weights() or self.calls[name].weights(self.sampler.guidance)
+                bundle[f"{name}.weights"] = torch.tensor(weights, dtype=torch.float64)
+                self._weights[name] = weights
             if tuned:
-                weights = self.calls[name].weights(self.sampler.guidance)
+                weights = self._weights[name]
                 path = collector.path(branch_shares(collector.present(), weights))
                 bundle |= {f"{name}.path.outputs": path.outputs, f"{name}.path.latents": path.latents}
             if len(collector.streams) > 1:
@@ -176,6 +182,9 @@ class ProfileRun:
     def _keep(self, pair: tuple[str, int], bundle: dict[str, Tensor], tuned: bool) -> None:
         """Hand the dense sample, and of a tuning prompt the dense paths, to the evaluator."""
         self.evaluator.references[pair] = bundle["sample"]
+        for name in self.evaluator.sessions:
+            if f"{name}.weights" in bundle:
+                self._weights[name] = tuple(bundle[f"{name}.weights"].tolist())
         if tuned:
             for name in self.evaluator.sessions:
                 path = DensePath(bundle.pop(f"{name}.path.outputs"), bundle.pop(f"{name}.path.latents"))
@@ -213,7 +222,7 @@ class ProfileRun:
         widths = step_widths(self.calls, self.sampler)[name]
         ranges = {site: (1.0,) * total for site in features if site != STEP}
         return NetworkProfile(
-            calls.timesteps, sigmas, widths, (1.0,) * total, calls.weights(self.sampler.guidance), features, {}, ranges
+            calls.timesteps, sigmas, widths, (1.0,) * total, self._weights[name], features, {}, ranges
         )
 
     def _weigh(self, name: str, network: NetworkProfile, pair: tuple[str, int], stage: Any) -> NetworkProfile:
