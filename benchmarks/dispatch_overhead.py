@@ -4,8 +4,10 @@
     python -m benchmarks.dispatch_overhead --tiny --calls 2000
 
 The first measures the shipped model at its real size (1,536 tokens, batch 1), where the bound is 1% of a step; the
-second a model so small that the microseconds a call show. A third contender records the output at every step, which
-a plan that predicts from it pays for beside the dispatch. Exits with 1 where the bound is missed.
+second a model so small that the microseconds a call show. The dense plan has a rule, so that every call goes through
+clock, streams and slots, and predicts nothing. A third contender also records the output at every step, which a plan
+that predicts from it pays for beside the dispatch; whether it is within the bound is told, not held. Exits with 1
+where the dense plan misses the bound.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from torch import Tensor, nn
 from ditopt._torch import forget_compiled_code
 from ditopt.backend import Session, ditopt_backend
 from ditopt.bench import versions
-from ditopt.decisions import Reuse
+from ditopt.decisions import Dense, Reuse
 from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint, write_text_atomically
+from ditopt.runtime.program import Program
 
 BOUND = 0.01
 LATENTS = (1, 12, 6, 32, 32)  # 1,536 tokens in patches of 1 x 2 x 2
@@ -36,6 +39,10 @@ WARM_UP = 3
 RESAMPLES = 2000
 TIMES = tuple(1000.0 - i for i in range(1000))
 INPUTS = Inputs(identity="encoder_hidden_states")
+RULES = {
+    "dense plan": (Rule(sites="step", steps=(0,), do=Dense()),),  # without any rule nothing would be dispatched
+    "dense plan, recording": (Rule(sites="step", steps=(len(TIMES) - 1,), do=Reuse()),),
+}
 
 Forward = Callable[..., Any]
 
@@ -74,17 +81,19 @@ def make_plan(structure: str, rules: tuple[Rule, ...]) -> Plan:
 def contenders(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Forward]:
     """Plain Inductor, the program under a plan without a prediction, and under one that records every output."""
     made: dict[str, Forward] = {"inductor": torch.compile(model, backend="inductor", fullgraph=True)}
-    rules: dict[str, tuple[Rule, ...]] = {
-        "dense plan": (),
-        "dense plan, recording": (Rule(sites="step", steps=(len(TIMES) - 1,), do=Reuse()),),
-    }
-    for name, decided in rules.items():
-        session = Session(inputs=INPUTS)
-        options: Any = {"session": session}
-        made[name] = torch.compile(model, backend=ditopt_backend, fullgraph=True, options=options)
-        measure({name: made[name]}, 1, inputs)
-        session.bind(make_plan(session.programs[0].variants.trace.structure, decided))
-    return made
+    return made | {name: planned(model, rules, inputs)[0] for name, rules in RULES.items()}
+
+
+def planned(model: nn.Module, rules: tuple[Rule, ...], inputs: dict[str, Tensor]) -> tuple[Forward, Program]:
+    """The model compiled under a plan with ``rules``, and the program that it runs."""
+    session = Session(inputs=INPUTS)
+    options: Any = {"session": session}
+    forward: Forward = torch.compile(model, backend=ditopt_backend, fullgraph=True, options=options)
+    measure({"capture": forward}, 1, inputs)
+    (program,) = session.programs
+    session.bind(make_plan(program.variants.trace.structure, rules))
+    assert session.programs[0].bound is not None, "a plan that binds nothing dispatches nothing"
+    return forward, program
 
 
 def measure(made: dict[str, Forward], calls: int, inputs: dict[str, Tensor]) -> dict[str, list[float]]:
@@ -141,7 +150,8 @@ def main(words: Sequence[str] | None = None) -> int:
     plain = seconds["inductor"]
     added = {name: overhead(plain, taken) for name, taken in seconds.items() if name != "inductor"}
     bound = None if given.tiny else BOUND
-    met = bound is None or added["dense plan"]["share"] <= bound
+    within = {name: bound is None or found["share"] <= bound for name, found in added.items()}
+    met = within["dense plan"]
     print(f"{given.calls} calls of each contender in turn, latents {list(shape)}")
     print(f"{'inductor':22} {1e3 * statistics.median(plain):10.3f} ms a call")
     for name, found in added.items():
@@ -151,6 +161,8 @@ def main(words: Sequence[str] | None = None) -> int:
         )
     if bound is not None:
         print(f"bound {bound:.0%} for the dense plan: {'met' if met else 'MISSED'}")
+        also = "is within it too" if within["dense plan, recording"] else "is over it (told, not held)"
+        print(f"recording every output {also}")
     if given.json is not None:
         figures = {
             "model": "tiny" if given.tiny else str(given.model),
@@ -160,6 +172,7 @@ def main(words: Sequence[str] | None = None) -> int:
             "overhead": added,
             "bound": bound,
             "met": met,
+            "within_bound": within,
             "seconds": seconds,
             "versions": versions(),
         }

@@ -4,15 +4,16 @@
     python -m benchmarks.flow --only unguided-42
 
 Both targets of one guidance scale share a benchmark, and so its dense runs. Every target's plan, figures and report
-stay in the output folder; a run that was interrupted goes on from them, and what belongs to other weights, prompts or
-limits is made again. Writes one table as JSON and Markdown. Exits with 1 where a figure misses its bound or a part
-could not be measured.
+stay in the output folder; a run that was interrupted goes on from them, and what belongs to other weights, prompts,
+limits, sources, library versions or another processor is made again. Writes one table as JSON and Markdown. Exits
+with 1 where a figure misses its bound or a part could not be measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import multiprocessing
 import subprocess
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from rich.table import Table
 
 from benchmarks.goals import GOALS, Check, Goal, checks
 from ditopt.plan import Plan, write_text_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("ditopt", "passes", "kernels", "cost_models")
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class Part:
     def plan_facts(self) -> dict[str, Any]:
         """What the plan was made from."""
         weights = [path for kind in ("safetensors", "json") for path in self.settings.model.rglob(f"*.{kind}")]
-        return {"model": digest(weights), "prompts": digest([self.settings.calibration])}
+        prompts = digest([self.settings.calibration])
+        return {"model": digest(weights), "prompts": prompts, "sources": source_digest(), **surroundings()}
 
     def bench_facts(self) -> dict[str, Any]:
         """What the figures were made from."""
@@ -86,12 +91,12 @@ class Part:
 
     @property
     def has_plan(self) -> bool:
-        """Whether the plan is there, of this model and these prompts."""
+        """Whether the plan is there, made from what is here now."""
         return is_kept(self.plan, self.plan_facts)
 
     @property
     def has_figures(self) -> bool:
-        """Whether the figures are there, of this plan and these limits."""
+        """Whether the figures are there, of this plan and of what is here now."""
         return self.has_plan and is_kept(self.figures, self.bench_facts)
 
     @property
@@ -112,6 +117,26 @@ def digest(files: Iterable[Path]) -> str:
     for path in sorted(files):
         found.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return found.hexdigest()[:20]
+
+
+def source_digest() -> str:
+    """A hash of the code that makes plans and measures them."""
+    files = {path.relative_to(ROOT): path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")}
+    found = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        found.update(name.as_posix().encode() + hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:20]
+
+
+@cache
+def surroundings() -> dict[str, str]:
+    """The libraries and the processor that figures hold for."""
+    import torch
+
+    from ditopt.device import describe_device
+
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
+    return {**versions, "cpu": describe_device(torch.device("cpu"))}
 
 
 def stamp_of(path: Path) -> Path:
@@ -231,15 +256,17 @@ class Flow:
 
     def _optimize(self, part: Part) -> None:
         part.folder.mkdir(parents=True, exist_ok=True)
+        facts = part.plan_facts()  # of what the search begins with: sources edited meanwhile are others
         optimize(part)
-        keep(part.plan, part.plan_facts())
+        keep(part.plan, facts)
 
     def _bench(self, parts: Sequence[Part]) -> None:
         measurable = [part for part in parts if part.has_plan and not part.is_dense]
+        facts = [part.bench_facts() for part in measurable]
         if measurable:
             bench(measurable)
-        for part in measurable:
-            keep(part.figures, part.bench_facts())
+        for part, made_from in zip(measurable, facts, strict=True):
+            keep(part.figures, made_from)
             report(part)
 
 
@@ -247,7 +274,7 @@ def bench_seconds(parts: Sequence[Part]) -> float:
     """About what a benchmark takes: dense generations once, a plan's and its three rivals' at a third of them each."""
     settings = parts[0].settings
     scored = max(0, settings.score_limit - settings.limit)
-    generations = settings.limit + scored + 35 + len(parts) * (4 * settings.limit + scored + 20) / 3
+    generations = settings.limit + scored + 39 + len(parts) * (4 * settings.limit + scored + 20) / 3
     return generations * parts[0].goal.generation_s
 
 

@@ -30,10 +30,6 @@ GOALS = (Goal(1.0, 42.0, 3.0), Goal(1.0, 36.0, 4.5), Goal(4.0, 42.0, 2.0), Goal(
 OVER_FEWER_STEPS_DB = 6.0
 OVER_SOLVERS_DB = 3.0
 ATTRIBUTE_POINTS = 0.01
-# The gain over dense against converged runs is a mean over four prompts, whose own gains lie decibels apart: one
-# standard error of that mean is no property of the plan. At most 0.25 dB (3% of the distance) is allowed for it, so
-# that scatter excuses no real loss.
-CONVERGED_NOISE_DB = 0.25
 ROUNDING = 1e-9  # so that a score exactly one point lower is within one point
 
 
@@ -72,8 +68,7 @@ def checks(goal: Goal, figures: Mapping[str, Any] | None) -> Iterator[Check]:
         yield Check(f"dB above {name}", None if rival is None or quality is None else quality - rival, margin)
     converged = found.get("converged")
     gain = converged["optimized_db"] - converged["dense_db"] if converged else None
-    noise = min(converged["gain_stderr_db"], CONVERGED_NOISE_DB) if converged else 0.0
-    yield Check("dB nearer to converged", gain, -noise)
+    yield Check("dB nearer to converged", gain, 0.0)  # its standard error is in the figures, and excuses nothing
     score = found.get("attribute_score")
     yield Check("attribute score kept", score["optimized"] - score["dense"] if score else None, -ATTRIBUTE_POINTS)
     yield Check("graph breaks", found.get("graph_breaks"), 0, least=False)

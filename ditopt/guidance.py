@@ -12,14 +12,20 @@ from ditopt.plan import Plan
 
 log = logging.getLogger("ditopt")
 
-SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale")
-"""Arguments of diffusers pipelines that set guidance; a pipeline tells those of the call under way as attributes."""
+SCALES = {"guidance_scale": "guidance_scale", "guidance_scale_2": "_guidance_scale_2"}
+"""Arguments of diffusers pipelines that set guidance, and the attributes that tell them of the call under way.
+
+Wan's pipelines with two transformers keep the second scale, and have no property for it. Other scales
+(``true_cfg_scale``, ``image_guidance_scale``, ...) are seldom kept anywhere: a change of these is not seen.
+"""
 
 
 def watch_guidance(pipe: Any, plan: Plan) -> Callable[[], None]:
     """A check, to be made when a generation begins, that warns once of every value that the plan was not made with.
 
-    The pipeline is held weakly. A scale that the plan's settings do not name had the pipeline's default.
+    The pipeline is held weakly. A scale that the plan's settings do not name had the pipeline's default; a second
+    scale whose default is None was the first. Seen are the scales in ``SCALES`` and no others, and these only where
+    the pipeline sets their attribute before it calls a network.
     """
     accepted = inspect.signature(type(pipe).__call__).parameters
     planned = {
@@ -27,12 +33,14 @@ def watch_guidance(pipe: Any, plan: Plan) -> Callable[[], None]:
         for name in SCALES
         if name in accepted and (name in plan.settings or accepted[name].default is not inspect.Parameter.empty)
     }
+    if "guidance_scale_2" in planned and planned["guidance_scale_2"] is None:
+        planned["guidance_scale_2"] = planned.get("guidance_scale")
     reference = weakref.ref(pipe)
     told: set[tuple[str, float]] = set()
 
     def check() -> None:
         for name, wanted in planned.items():
-            now = getattr(reference(), name, wanted)
+            now = getattr(reference(), SCALES[name], wanted)
             if isinstance(now, int | float) and now != wanted and (name, now) not in told:
                 told.add((name, now))
                 log.warning(

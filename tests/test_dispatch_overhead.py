@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import dispatch_overhead
-from benchmarks.dispatch_overhead import main, overhead
+from benchmarks.dispatch_overhead import RULES, main, measure, overhead, planned, tiny
+from ditopt._torch import forget_compiled_code
+from tests.trace.models import interpreted
 
 
 def test_overhead_is_a_share_and_microseconds() -> None:
@@ -32,23 +35,40 @@ def test_the_interval_holds_the_truth_and_narrows_with_calls() -> None:
     assert high - low < (few_high - few_low) / 3
 
 
+@pytest.mark.parametrize(("name", "recorded"), [("dense plan", ()), ("dense plan, recording", ("step",))])
+def test_every_call_of_a_plan_is_dispatched_and_none_is_predicted(name: str, recorded: tuple[str, ...]) -> None:
+    torch.manual_seed(1)
+    inputs = {"hidden_states": torch.randn(1, 4, 1, 4, 4), "encoder_hidden_states": torch.randn(1, 3, 16)}
+    with interpreted():
+        forward, program = planned(tiny().eval().requires_grad_(False), RULES[name], inputs)
+        measure({name: forward}, 3, inputs)
+    forget_compiled_code()
+    assert program.bound is not None and program.bound.full.recorded == recorded
+    (state,) = program._states
+    assert state.last_value == dispatch_overhead.TIMES[2], "the calls went through streams and clock"
+    assert len(state.history.get("step", [])) == 0 or recorded, "nothing is kept that is not recorded"
+    counted = program.statistics
+    assert (counted.calls, counted.generations) == (4, 1)
+    assert (counted.predicted_calls, counted.cold_calls, counted.unplanned_calls) == (0, 0, 0)
+
+
 @pytest.mark.parametrize(
-    ("words", "added", "status"),
-    [([], 0.005, 0), ([], 0.015, 1), (["--tiny"], 0.5, 0)],
-    ids=["within 1%", "over 1%", "tiny has no bound"],
+    ("words", "added", "recording", "status"),
+    [([], 0.005, 0.005, 0), ([], 0.005, 0.015, 0), ([], 0.015, 0.005, 1), (["--tiny"], 0.5, 0.5, 0)],
+    ids=["within 1%", "recording is over 1%", "over 1%", "tiny has no bound"],
 )
 def test_the_verdict_is_printed_written_and_returned(
     words: list[str],
     added: float,
+    recording: float,
     status: int,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def measured(made: dict[str, Any], calls: int, inputs: object) -> dict[str, list[float]]:
-        plain = [0.1] * calls
-        ours = [0.1 * (1 + added)] * calls
-        return {"inductor": plain, "dense plan": ours, "dense plan, recording": ours}
+        shares = {"inductor": 0.0, "dense plan": added, "dense plan, recording": recording}
+        return {name: [0.1 * (1 + share)] * calls for name, share in shares.items()}
 
     monkeypatch.setattr(dispatch_overhead, "contenders", lambda model, inputs: {})
     monkeypatch.setattr(dispatch_overhead, "measure", measured)
@@ -61,4 +81,7 @@ def test_the_verdict_is_printed_written_and_returned(
     assert len(figures["seconds"]["inductor"]) == 5
     printed = capsys.readouterr().out
     assert ("MISSED" in printed) == (status == 1)
+    assert ("is within it too" in printed) == (not words and recording <= 0.01)
+    assert ("is over it" in printed) == (not words and recording > 0.01)
+    assert figures["within_bound"]["dense plan, recording"] == (bool(words) or recording <= 0.01)
     assert f"{1e5 * added:+.0f} µs a call" in " ".join(printed.split())

@@ -25,6 +25,21 @@ class Pipeline:
         return self._guidance_scale
 
 
+class TwoScales(Pipeline):
+    """As Wan with two transformers: the second scale is kept without a property, and is the first by default."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str,
+        guidance_scale: float = 5.0,
+        guidance_scale_2: float | None = None,
+        true_cfg_scale: float = 4.0,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._guidance_scale_2 = guidance_scale if guidance_scale_2 is None else guidance_scale_2
+        super().__call__(prompt, guidance_scale, check)
+
+
 def plan(**settings: float) -> Plan:
     return Plan(
         model=ModelPrint(class_name="Any", structure="sha256:0", blocks=1),
@@ -47,6 +62,28 @@ def test_each_other_value_is_told_once(
     assert told == [
         f"the plan was made and measured with guidance_scale={own}, this generation has {scale}" for scale in (1.0, 7.5)
     ]
+
+
+@pytest.mark.parametrize(("settings", "own"), [({"guidance_scale_2": 3.0}, 3.0), ({}, 5.0)])
+def test_the_second_scale_is_seen_where_it_is_kept(
+    settings: dict[str, float], own: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = TwoScales()
+    check = watch_guidance(pipe, plan(**settings))
+    with caplog.at_level(logging.WARNING, "ditopt"):
+        pipe("a prompt", guidance_scale_2=own, check=check)
+        assert not caplog.records
+        pipe("a prompt", guidance_scale_2=2.0, check=check)
+    (record,) = caplog.records
+    assert f"made and measured with guidance_scale_2={own}, this generation has 2.0" in record.message
+
+
+def test_a_scale_that_no_pipeline_keeps_is_not_seen(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = TwoScales()
+    check = watch_guidance(pipe, plan(true_cfg_scale=4.0))
+    with caplog.at_level(logging.WARNING, "ditopt"):
+        pipe("a prompt", true_cfg_scale=1.0, check=check)
+    assert not caplog.records, "the docstring and the README say so"
 
 
 def test_a_pipeline_that_tells_nothing_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:

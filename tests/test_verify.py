@@ -31,11 +31,19 @@ class FakeTuner:
         kept = int(10 / self.target.speedup)
         if kept < 1:
             return None
-        return SimpleNamespace(rules=(Rule(sites=STEP, steps=tuple(range(kept, 10)), do=Reuse()),))
+        rules = (Rule(sites=STEP, steps=tuple(range(kept, 10)), do=Reuse()),)
+        return SimpleNamespace(rules=rules, kept=tuple(range(kept)))
+
+
+WHOLE_STEPS = {"full": 1.0, "predicted": 0.0}
 
 
 def search(
-    monkeypatch: pytest.MonkeyPatch, speedup: float, overhead: float, psnr: Mapping[int, float]
+    monkeypatch: pytest.MonkeyPatch,
+    speedup: float,
+    overhead: float,
+    psnr: Mapping[int, float],
+    seconds: Mapping[str, float] = WHOLE_STEPS,
 ) -> VerifiedSearch:
     """Ten steps of a second each and ``overhead`` seconds; ``psnr`` by the number of computed steps (else 40 dB)."""
 
@@ -49,15 +57,23 @@ def search(
     monkeypatch.setattr(verify, "Tuner", FakeTuner)
     monkeypatch.setattr(VerifiedSearch, "time_in_turn", time_in_turn)
     evaluator: Any = SimpleNamespace(sessions={"transformer": None}, quality=quality)
-    nothing: Any = None
+    part = SimpleNamespace(timesteps=tuple(range(10)), seconds=seconds)
+    profile: Any = SimpleNamespace(networks={"transformer": part})
     return VerifiedSearch(
-        evaluator, nothing, Target(speedup=speedup), [("a", 0)], [("b", 1)], Reporter(quiet=True), 4, 8, ("reuse",)
+        evaluator, profile, Target(speedup=speedup), [("a", 0)], [("b", 1)], Reporter(quiet=True), 4, 8, ("reuse",)
     )
 
 
 def kept(search: VerifiedSearch) -> int | None:
     found = search()
     return None if found is None else 10 - len(found.rules[0].steps)
+
+
+def asked(search: VerifiedSearch) -> list[float]:
+    """The speeds that were searched for."""
+    (tuner,) = search._tuners.values()
+    found: list[float] = tuner.asked  # type: ignore[attr-defined]
+    return found
 
 
 def test_a_shortfall_is_searched_again_with_a_tighter_target(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,14 +95,67 @@ def test_the_floor_of_quality_ends_the_search_and_that_is_said(monkeypatch: pyte
     one = search(monkeypatch, 2.0, 1.0, {5: 33.0, 4: 31.0})
     assert kept(one) == 5
     assert one.reasons == [
-        "asked for 2x, measured 1.83x over whole generations: it cannot be met at 32 dB or better within 3 searches"
+        "asked for 2x, measured 1.83x over whole generations; after 2 searches: the next plan had 31.0 dB, below the "
+        "floor of 32 dB"
     ]
+
+
+def test_a_shortfall_less_than_a_step_still_takes_a_step_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = search(monkeypatch, 2.3, 1.0, {})
+    assert kept(one) == 3, "4 computed steps are 2.2x; 3 are 2.75x, though 2.3 * 1.02 * 2.3 / 2.2 still allows 4"
+    assert len(asked(one)) == 2 and not one.reasons
+
+
+def test_each_search_takes_no_more_steps_away_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    one = search(monkeypatch, 3.0, 2.0, {})
+    measure = one.time_in_turn
+
+    def time_in_turn(rules: Sequence[Rule]) -> tuple[float, float]:
+        tried.append(10 - len(rules[0].steps))
+        return measure(rules)
+
+    monkeypatch.setattr(one, "time_in_turn", time_in_turn)
+    assert kept(one) == 2 and tried == [3, 2], "12 s dense: 3 computed steps are 2.4x, 2 are 3x"
+
+
+def test_no_search_follows_on_a_plan_below_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = search(monkeypatch, 2.0, 1.0, {5: 20.0, 4: 19.0})
+    assert kept(one) == 5 and asked(one) == [2.0]
+    assert one.reasons == [
+        "asked for 2x, measured 1.83x over whole generations; after 1 search: the search ends below the floor of 32 dB",
+        "at this speed the held-out prompts have 20.0 dB, below 32 dB",
+    ]
+
+
+def test_a_search_that_finds_nothing_faster_is_counted_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = search(monkeypatch, 9.0, 1.0, {})
+    assert kept(one) == 1
+    assert one.reasons == [
+        "asked for 9x, measured 5.50x over whole generations; after 2 searches: no faster plan was found"
+    ]
+
+
+def test_ranges_that_stay_the_same_are_searched_on_and_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+    one = search(monkeypatch, 2.3, 1.0, {}, {"full": 1.0, "blocks.0": 0.5})
+    measure = one.time_in_turn
+
+    def time_in_turn(rules: Sequence[Rule]) -> tuple[float, float]:
+        timed.append(10 - len(rules[0].steps))
+        return measure(rules)
+
+    monkeypatch.setattr(one, "time_in_turn", time_in_turn)
+    assert kept(one) == 3
+    assert timed == [4, 3] and len(asked(one)) == 3
 
 
 def test_the_rounds_end_the_search_with_the_fastest_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     one = search(monkeypatch, 3.0, 5.0, {})
     assert kept(one) == 1
-    assert one.reasons[0].startswith("asked for 3x, measured 2.50x over whole generations")
+    assert one.reasons == [
+        "asked for 3x, measured 2.50x over whole generations; after 3 searches: more searches are not made"
+    ]
 
 
 def test_a_fast_plan_below_the_floor_is_kept_and_said_if_there_is_no_better(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,4 +167,10 @@ def test_a_fast_plan_below_the_floor_is_kept_and_said_if_there_is_no_better(monk
 def test_a_speed_that_no_plan_has_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     one = search(monkeypatch, 20.0, 0.0, {})
     assert kept(one) is None
-    assert one.reasons == ["no plan for 20x was found: predicted steps alone take too long"]
+    assert one.reasons == ["no plan for 20x was found: even one computed step takes too long"]
+
+
+def test_graph_breaks_are_not_blamed_on_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = search(monkeypatch, 20.0, 0.0, {}, {"full": 1.0, "blocks.0": 0.5})
+    assert kept(one) is None
+    assert one.reasons == ["no plan for 20x was found: too little can be predicted between graph breaks"]
