@@ -27,6 +27,7 @@ from ditopt.search import (
     solve_kept,
 )
 from ditopt.search.joint import from_kept
+from ditopt.search.refine import with_further_step
 from ditopt.search.rollouts import rules_key
 from ditopt.sites import STEP
 from ditopt.steer import Steering
@@ -51,7 +52,8 @@ class Tuner:
     """Searches the plan of one network while the others run by ``fixed`` rules.
 
     ``seconds`` of a plan are the cost model's (measured per variant, summed over the schedule), so that the
-    choice between plans does not hang on the noise of one wall clock.
+    choice between plans does not hang on the noise of one wall clock. ``refused`` is the least tuning error of a plan
+    that held-out prompts refused: only better plans are good enough.
     """
 
     network: str
@@ -64,6 +66,7 @@ class Tuner:
     max_variants: int = 8
     techniques: tuple[str, ...] = ("reuse", "forecast", "fit")
     fixed: tuple[Rule, ...] = ()
+    refused: float = math.inf
     tried: dict[tuple[str, ...], Tried] = field(default_factory=dict)
     stage_name: str = "search"
 
@@ -78,6 +81,7 @@ class Tuner:
         )
         self._bar: Stage | None = None
         self._refits: dict[tuple[str, ...], Solution] = {}
+        self._known: list[Trial] = []
         self._steering = self._make_steering(part)
 
     def _make_steering(self, part: NetworkProfile) -> Steering | None:
@@ -103,9 +107,15 @@ class Tuner:
         known = None if solution is None else self.tried.get(self._key(solution.rules))
         return 0.0 if known is None else self.target.missing_db(known.quality)
 
+    def refuse(self, solution: Solution | None) -> None:
+        """Held-out prompts missed the target under this plan."""
+        known = None if solution is None else self.tried.get(self._key(solution.rules))
+        if known is not None:
+            self.refused = min(self.refused, self.target.error(known.quality))
+
     def _for_quality(self, limit: float) -> Solution | None:
         def meets(measurement: Measurement) -> bool:
-            return measurement.error <= limit
+            return measurement.error <= limit and measurement.error < self.refused
 
         self.stage_name = "bisect"
         if self.problem.seconds_predicted is None:
@@ -133,7 +143,7 @@ class Tuner:
         best = _faster(best, by_price.best)
         self.stage_name = "refine"
         while best is not None and self._left > 1 and len(best.solution.kept) > 2:
-            smaller = solve_kept(self.problem, len(best.solution.kept) - 1, self.max_variants)
+            smaller = self._start(len(best.solution.kept) - 1)
             improved = self._refine(smaller, max(2, self._left // 2))
             if improved is None or not meets(improved.measurement):
                 break
@@ -146,6 +156,20 @@ class Tuner:
             if polished is not None and polished.measurement.seconds <= best.measurement.seconds * 1.001:
                 best = polished
         return None if best is None else self._or_plain(best)
+
+    def _start(self, count: int) -> Solution:
+        """Where to refine plans with ``count`` kept steps from.
+
+        The closed-form plan, or the best known one of a step fewer with its most useful further step: what measures
+        better.
+        """
+        plain = solve_kept(self.problem, count, self.max_variants)
+        known = [trial for trial in self._known if len(trial.solution.kept) == count - 1]
+        if not known:
+            return plain
+        fewer = min(known, key=lambda trial: trial.measurement.error).solution
+        starts = [self._improve(plain), self._improve(with_further_step(self.problem, fewer))]
+        return min(starts, key=lambda solution: self._measure(solution.rules).error)
 
     def _or_plain(self, best: Trial) -> Solution:
         """The plan, or the same schedule with the profile's own predictors where these measure better."""
@@ -235,6 +259,7 @@ class Tuner:
         except NonFiniteError:
             return solution
         self._note(refit.rules, compare(samples, [self.evaluator.references[pair] for pair in self.pairs]))
+        self._known.append(Trial(refit, self._measure(refit.rules)))
         return refit
 
     def _key(self, rules: Sequence[Rule]) -> tuple[str, ...]:

@@ -83,9 +83,11 @@ class VerifiedSearch:
             if found is None:
                 return best
             missing = self.target.missing_db(found.quality)
+            last = list(self._tuners)[-1]
+            if missing > 0:
+                self._tuners[last].refuse(found.solutions.get(last))
             if best is not None and (missing > 0 or _network_seconds(found) >= _network_seconds(best)):
                 return best
-            last = list(self._tuners)[-1]
             gap = missing - self._tuners[last].missing_db(found.solutions.get(last))
             if missing <= 0:
                 best = found
@@ -94,7 +96,7 @@ class VerifiedSearch:
                 margin = gap + 0.3  # what the tuning prompts promised too little
                 self.reporter.say(f"  {-missing:.1f} dB to spare: searching for a faster plan")
             else:
-                margin = max(margin + 0.3, gap + 0.3)  # what they promised too much
+                margin = max(margin, gap) + 0.1  # what they promised too much
                 self.reporter.say(
                     f"  short of the target by {missing:.1f} dB: searching again with {margin:.1f} dB in hand"
                 )

@@ -68,6 +68,18 @@ def proposals(problem: SearchProblem, solution: Solution, families: bool = True)
         yield from_kept(problem, moved, name_families(problem, chosen), lam, limit)
 
 
+def with_further_step(problem: SearchProblem, solution: Solution) -> Solution:
+    """``solution`` with one more computed step, the one that lowers the predicted error most."""
+    quadratic = Quadratic(problem, problem.table)
+    found = []
+    for step in set(range(problem.steps)) - set(solution.kept):
+        kept = tuple(sorted((*solution.kept, step)))
+        families, error = quadratic.settle(kept)
+        found.append((error, kept, families))
+    _, kept, families = min(found, key=lambda entry: entry[:2])
+    return from_kept(problem, kept, name_families(problem, families), solution.lam, solution.max_variants)
+
+
 def _uniform(problem: SearchProblem, quadratic: Quadratic, solution: Solution) -> Iterator[dict[int, int]]:
     """One candidate in all predicted steps that have the history for it, ordered by predicted error."""
     found = []
