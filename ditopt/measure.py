@@ -30,11 +30,20 @@ class DensePath:
     latents: Tensor
 
 
+@dataclass(frozen=True)
+class SecondOrder:
+    """A dense generation whose outputs were altered to the moves of a second-order solver, on the same steps."""
+
+    path: DensePath
+    sample: Tensor
+
+
 @dataclass
 class Evaluator:
     """Runs prompts under plans. ``references`` holds the dense sample of every (prompt, seed) that is judged.
 
-    ``calls`` are the networks' call patterns, ``paths`` per network the dense paths that predictors are refitted on.
+    ``calls`` are the networks' call patterns; ``paths`` per network the dense paths that predictors are refitted to
+    stay on, and ``finer`` what a second-order solver does in place of the caller's, if that is of first order.
     """
 
     adapter: Adapter
@@ -43,6 +52,7 @@ class Evaluator:
     references: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     calls: Mapping[str, NetworkCalls] = field(default_factory=dict)
     paths: dict[str, dict[tuple[str, int], DensePath]] = field(default_factory=dict)
+    finer: dict[tuple[str, int], SecondOrder] = field(default_factory=dict)
 
     def bind(self, rules: Sequence[Rule]) -> Plan:
         """Let all networks run by ``rules`` from now on; returns the plan."""

@@ -216,7 +216,8 @@ class Optimizer:
         """The profile; taken anew where checkpoints turn out to be of another loop than the one just seen."""
         run: ProfileRun | SplitProfileRun
         if all(each.whole for each in graphs.values()):
-            run = ProfileRun(evaluator, calls, self.adapter.sampler(), checkpoints, self.reporter, self.use_ranges)
+            sampler, fits = self.adapter.sampler(), "fit" in self.chosen
+            run = ProfileRun(evaluator, calls, sampler, checkpoints, self.reporter, self.use_ranges, fits)
         else:
             run = SplitProfileRun(evaluator, graphs, calls, self.adapter.sampler(), checkpoints, self.reporter)
         profile = run(profiled)

@@ -182,10 +182,6 @@ class Plan(_Part):
                         chosen[site] = rule.do
         return chosen
 
-    def planned_sites(self) -> tuple[str, ...]:
-        """The site texts of the rules, in order of first mention."""
-        return tuple(dict.fromkeys(rule.sites for rule in self.rules))
-
     def kept_steps(self, network: str = "transformer") -> tuple[int, ...]:
         """The steps in which the network runs (the site ``step`` is dense)."""
         total = len(self.sampler.timesteps[network])

@@ -4,8 +4,9 @@ A fit on features of dense generations does not know the latents that its own er
 tuning prompts go through the schedule in lockstep: at every predicted step the factors are the least
 squares solution, over prompts and from what a generation under the plan has in its slots, for the output
 that leads back to the dense latents. With a sampler that moves by ``x' = a x + b F`` that is
-``F + a / b * (x_dense - x)``; a and b are measured from the dense paths. (Training a solver's coefficients
-against a teacher's path: S4S, Frankel et al., ICML 2025. Here the sampler stays the caller's, and the
+``F + a / b * (x_dense - x)``; a and b are measured from the dense paths. The paths are the dense ones, where the
+sampler is of first order pulled towards those of a second-order one (``profiler.moves``). (Training a solver's
+coefficients against a teacher's path: S4S, Frankel et al., ICML 2025. Here the sampler stays the caller's, and the
 coefficients are those of the predicted outputs.)
 
 Prompts wait for each other although the loop is the caller's: a generation is stopped at the step that has
@@ -14,7 +15,7 @@ no factors yet, and started again with the outputs so far played back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,8 +28,10 @@ from ditopt.calls import NetworkCalls
 from ditopt.measure import DensePath, Evaluator
 from ditopt.plan import Rule
 from ditopt.profile import Array
-from ditopt.profiler.features import matching_latents, reduce_features
+from ditopt.profiler.features import matching_latents, reduced_branches
+from ditopt.profiler.moves import sampler_moves
 from ditopt.profiler.run import whole_program
+from ditopt.runtime.program import Compute, copied
 from ditopt.search.joint import refitted
 from ditopt.search.predictors import lagrange
 from ditopt.search.problem import SearchProblem
@@ -39,8 +42,6 @@ from ditopt.search.table import with_histories
 RIDGE = 1e-6
 """Of the fits, relative, about the straight line through the last two computed steps."""
 
-Compute = Callable[[list[Any]], Sequence[Any]]
-
 
 class _Pause(BaseException):
     """Raised out of a rollout at a step whose factors are not known yet; no error, so loops do not catch it."""
@@ -48,7 +49,7 @@ class _Pause(BaseException):
 
 @dataclass
 class Steering:
-    """Refits plans of whole steps for one network; ``pairs`` are the prompts and ``paths`` their dense paths.
+    """Refits plans of whole steps for one network; ``pairs`` are the prompts and ``paths`` what to stay on.
 
     ``shares`` ``[branches, T]`` is how branches' outputs are combined in every step. All outputs of all prompts are
     held at once. Networks that are called in turn with this one are played back too, so their own plans start cold.
@@ -63,7 +64,9 @@ class Steering:
     paths: Mapping[tuple[str, int], DensePath]
 
     def __post_init__(self) -> None:
-        self._back = way_back([self.paths[pair] for pair in self.pairs], self.problem.widths)
+        moves = sampler_moves([self.paths[pair] for pair in self.pairs], self.problem.widths)
+        self._back = np.zeros(self.problem.steps) if moves is None else moves.back
+        self.latents_position = whole_program(self.evaluator.sessions[self.network]).variants.latents
 
     def __call__(self, solution: Solution, fixed: Sequence[Rule] = ()) -> tuple[Solution, list[Tensor]]:
         """The plan with refitted factors, and the samples of the tuning prompts under it.
@@ -74,9 +77,7 @@ class Steering:
         runs = [_Run(self, pair) for pair in self.pairs]
         self.evaluator.bind(fixed)
         factors: dict[int, Array] = {}
-        histories = with_histories(solution.kept, self.problem.steps)
-        families = {step: self._candidate(solution, step, past) for step, past in histories.items()}
-        sources = {step: past[: families[step].history] for step, past in histories.items()}
+        families, sources = self._families(solution)
         for step, candidate in sorted(families.items()):
             for run in runs:
                 run.until(step, sources, factors)
@@ -87,9 +88,14 @@ class Steering:
 
     def variants(self, solution: Solution) -> int:
         """How many graphs the refitted plan would need."""
+        families, _ = self._families(solution)
+        return count_variants(self.problem.steps, replace(solution.draft, families=families))
+
+    def _families(self, solution: Solution) -> tuple[dict[int, Candidate], dict[int, tuple[int, ...]]]:
+        """Of every predicted step, its predictor and the computed steps that it reads, newest first."""
         histories = with_histories(solution.kept, self.problem.steps)
         families = {step: self._candidate(solution, step, past) for step, past in histories.items()}
-        return count_variants(self.problem.steps, replace(solution.draft, families=families))
+        return families, {step: tuple(past[: families[step].history]) for step, past in histories.items()}
 
     def _candidate(self, solution: Solution, step: int, past: Sequence[int]) -> Candidate:
         """The fit that reads all the history there is (of the same branches), and the latents if they fit."""
@@ -149,7 +155,7 @@ class _Run:
             here, number = at, own
             at, own = at + 1, own + (name == steering.network)
             if here < len(self.played):
-                return _copies(self.played[here])
+                return copied(self.played[here])
             if name != steering.network:
                 outputs = tuple(compute(arguments))
             else:
@@ -163,7 +169,7 @@ class _Run:
                     outputs = self.full[step, branch] = tuple(compute(arguments))
                     self._note(step)
             self.played.append(outputs)
-            return _copies(outputs)
+            return copied(outputs)
 
         programs = {name: whole_program(session) for name, session in steering.evaluator.sessions.items()}
         for name, program in programs.items():
@@ -188,9 +194,9 @@ class _Run:
                 continue
             total = sum(float(factor) * part.float() for factor, part in zip(factors, parts, strict=False))
             if len(factors) > len(parts):
-                total = (
-                    total + float(factors[-1]) * matching_latents(arguments[self._latents_position()], parts).float()
-                )
+                position = self.steering.latents_position
+                assert position is not None
+                total = total + float(factors[-1]) * matching_latents(arguments[position], parts).float()
             assert isinstance(total, Tensor)
             found.append(total.to(parts[0].dtype))
         return tuple(found)
@@ -205,49 +211,15 @@ class _Run:
         total: Tensor | None = None
         for branch in branches:
             tensors = [out for out in self.full[step, branch] if isinstance(out, Tensor)]
-            halves = [[t.chunk(2)[half] for t in tensors] for half in range(2)] if calls.batched else [tensors]
-            for offset, part in enumerate(halves):
-                share = float(steering.shares[branch + offset, step]) * reduce_features(part)
+            for offset, row in enumerate(reduced_branches(tensors, calls.batched)):
+                share = float(steering.shares[branch + offset, step]) * row
                 total = share if total is None else total + share
         assert total is not None
         self.rows[step] = total
 
     def _reduced_latents(self, arguments: Sequence[Any]) -> Tensor | None:
-        position = self._latents_position(check=False)
+        position = self.steering.latents_position
         if position is None or not self.steering.paths[self.pair].latents.numel():
             return None
         latents = matching_latents(arguments[position], next(iter(self.full.values())))
-        return reduce_features([latents.chunk(2)[0] if self.steering.calls.batched else latents])
-
-    def _latents_position(self, check: bool = True) -> Any:
-        position = whole_program(self.steering.evaluator.sessions[self.steering.network]).variants.latents
-        assert position is not None or not check
-        return position
-
-
-def way_back(paths: Sequence[DensePath], widths: Array) -> Array:
-    """``[T]``: the change of a step's output, per unit of it that the latents are off, that brings them back.
-
-    ``a / b`` of the sampler's move ``x[t+1] = a x[t] + b F[t]``, by least squares over the dense paths; the last
-    step's, whose outcome no call shows, follows from the one before by the ratio of their ``widths``.
-    """
-    steps = len(widths)
-    found = np.zeros(steps)
-    for step in range(steps - 1):
-        inner, cross = np.zeros((2, 2)), np.zeros(2)
-        for path in paths:
-            if path.latents.shape != path.outputs.shape:
-                return found
-            read = torch.stack([path.latents[step], path.outputs[step]]).double()
-            inner += (read @ read.T).numpy()
-            cross += (read @ path.latents[step + 1].double()).numpy()
-        a, b = np.linalg.lstsq(inner, cross, rcond=None)[0]
-        found[step] = a / b if abs(b) > 1e-9 * abs(a) else 0.0
-    if steps > 1:
-        found[-1] = found[-2] * widths[-2] / widths[-1]
-    return found
-
-
-def _copies(outputs: Sequence[Any]) -> tuple[Any, ...]:
-    """The caller may write into what it was given."""
-    return tuple(out.clone() if isinstance(out, Tensor) else out for out in outputs)
+        return reduced_branches([latents], self.steering.calls.batched)[0]

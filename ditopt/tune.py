@@ -12,6 +12,7 @@ from ditopt.errors import NonFiniteError
 from ditopt.measure import Evaluator
 from ditopt.plan import Plan, Rule
 from ditopt.profile import NetworkProfile, Profile, branch_shares
+from ditopt.profiler.moves import pulled
 from ditopt.quality import Quality, compare
 from ditopt.runtime.schedule import bind
 from ditopt.search import (
@@ -34,6 +35,9 @@ from ditopt.steer import Steering
 from ditopt.target import Target
 
 Pairs = Sequence[tuple[str, int]]
+
+PULL = 0.5
+"""Of refits towards the path of a second-order solver, at most and in units of the error allowed; see `Tuner`."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,6 @@ class Tuner:
         )
         self._bar: Stage | None = None
         self._refits: dict[tuple[str, ...], Solution] = {}
-        self._known: list[Trial] = []
         self._steering = self._make_steering(part)
 
     def _make_steering(self, part: NetworkProfile) -> Steering | None:
@@ -91,9 +94,23 @@ class Tuner:
         if not fits or not all(pair in paths for pair in self.pairs):
             return None
         shares = branch_shares(part.grams[STEP].present, part.branch_weights)
+        finer = self.evaluator.finer
+        if all(pair in finer for pair in self.pairs):
+            pull = self._pull()
+            paths = {pair: pulled(paths[pair], finer[pair].path, pull) for pair in self.pairs}
         return Steering(
             self.evaluator, self.network, self.evaluator.calls[self.network], self.problem, shares, self.pairs, paths
         )
+
+    def _pull(self) -> float:
+        """How far from the dense path towards the second-order one predictors are refitted.
+
+        Errors of predictions lie about at right angles to it: a pull of ``PULL`` of the error that the target allows
+        costs little of it, and keeps samples about as near to a converged run as the dense ones are.
+        """
+        samples = [self.evaluator.finer[pair].sample for pair in self.pairs]
+        apart = compare(samples, [self.evaluator.references[pair] for pair in self.pairs])
+        return PULL * min(1.0, 10 ** (-self.target.missing_db(apart) / 20))
 
     def find(self, margin_db: float) -> Solution | None:
         """The fastest plan found that meets the target with a margin, on the tuning prompts; None if none does."""
@@ -164,10 +181,10 @@ class Tuner:
         better.
         """
         plain = solve_kept(self.problem, count, self.max_variants)
-        known = [trial for trial in self._known if len(trial.solution.kept) == count - 1]
+        known = [refit for refit in self._refits.values() if len(refit.kept) == count - 1]
         if not known:
             return plain
-        fewer = min(known, key=lambda trial: trial.measurement.error).solution
+        fewer = min(known, key=lambda refit: self._measure(refit.rules).error)
         starts = [self._improve(plain), self._improve(with_further_step(self.problem, fewer))]
         return min(starts, key=lambda solution: self._measure(solution.rules).error)
 
@@ -259,7 +276,6 @@ class Tuner:
         except NonFiniteError:
             return solution
         self._note(refit.rules, compare(samples, [self.evaluator.references[pair] for pair in self.pairs]))
-        self._known.append(Trial(refit, self._measure(refit.rules)))
         return refit
 
     def _key(self, rules: Sequence[Rule]) -> tuple[str, ...]:

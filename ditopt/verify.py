@@ -83,12 +83,13 @@ class VerifiedSearch:
             if found is None:
                 return best
             missing = self.target.missing_db(found.quality)
-            last = list(self._tuners)[-1]
+            name, last = list(self._tuners.items())[-1]
+            solution = found.solutions.get(name)
             if missing > 0:
-                self._tuners[last].refuse(found.solutions.get(last))
+                last.refuse(solution)
             if best is not None and (missing > 0 or _network_seconds(found) >= _network_seconds(best)):
                 return best
-            gap = missing - self._tuners[last].missing_db(found.solutions.get(last))
+            gap = missing - last.missing_db(solution)
             if missing <= 0:
                 best = found
                 if -missing < SPARE_DB:

@@ -25,6 +25,7 @@ from ditopt.quality import relative_l2
 from ditopt.sites import STEP
 from ditopt.target import Target
 from tests.conftest import RunPython
+from tests.tiny import tiny_wan
 from tests.trace.models import interpreted
 
 diffusers: Any = untyped_diffusers
@@ -76,29 +77,12 @@ class Pipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]  # diffusers 
         return SimpleNamespace(frames=latents)
 
 
-def wan(seed: int) -> Any:
-    torch.manual_seed(seed)
-    model = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=48,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
-    return model.eval().requires_grad_(False)
-
-
 def euler() -> Any:
     return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
 def pipeline(scheduler: Any, *, networks: int = 1, **settings: Any) -> Pipeline:
-    return Pipeline(wan(0), wan(1) if networks == 2 else None, scheduler, **settings)
+    return Pipeline(tiny_wan(0), tiny_wan(1) if networks == 2 else None, scheduler, **settings)
 
 
 def sample(pipe: Pipeline, **settings: Any) -> Tensor:

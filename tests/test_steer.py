@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,16 @@ from torch import Tensor, nn
 
 import ditopt
 from ditopt.measure import DensePath
+from ditopt.profile import branch_shares
+from ditopt.profiler.features import FeatureCollector
+from ditopt.profiler.moves import FIRST_ORDER, sampler_moves, second_order
+from ditopt.profiler.observe import observed
+from ditopt.profiler.run import whole_program
+from ditopt.quality import compare
 from ditopt.search import solve_kept
-from ditopt.steer import way_back
-from ditopt.tune import Tuner
+from ditopt.sites import STEP
+from ditopt.target import Target
+from ditopt.tune import PULL, Tuner
 from ditopt.verify import VerifiedSearch
 from tests.tiny import TinyDiT, euler, make_model, prompt_features
 
@@ -90,7 +98,7 @@ def test_the_compiled_plan_does_what_the_refit_promised(tuner: Tuner) -> None:
 def test_a_refit_plan_is_nearer_to_dense(tuner: Tuner) -> None:
     assert tuner._steering is not None
     plain = solve_kept(tuner.problem, 5)
-    refit, _ = tuner._steering(plain)
+    refit, _ = replace(tuner._steering, paths=tuner.evaluator.paths[tuner.network])(plain)
     before, after = (tuner.evaluator.quality(found.rules, tuner.pairs)[0] for found in (plain, refit))
     assert after.rel_l2 < 0.8 * before.rel_l2
     assert after.psnr > before.psnr + 1
@@ -111,7 +119,7 @@ def test_leading_channels_of_the_input_are_the_latents(tuner: Tuner) -> None:
     assert any(choice.candidate and choice.candidate.latents for choice in refit.choices["step"])
 
 
-def test_the_way_back_of_euler_is_one_over_the_step() -> None:
+def test_moves_of_euler_are_its_steps() -> None:
     generator = torch.Generator().manual_seed(0)
     sigmas = torch.tensor([1.0, 0.7, 0.4, 0.2, 0.0])
     outputs = torch.randn(4, 500, generator=generator)
@@ -119,5 +127,60 @@ def test_the_way_back_of_euler_is_one_over_the_step() -> None:
     for step in range(3):
         latents.append(latents[-1] + (sigmas[step + 1] - sigmas[step]) * outputs[step])
     widths = -np.diff(sigmas.numpy()).astype(float)
-    found = way_back([DensePath(outputs, torch.stack(latents))], widths)
-    np.testing.assert_allclose(found, -1 / widths, rtol=1e-4)
+    moves = sampler_moves([DensePath(outputs, torch.stack(latents))], widths)
+    assert moves is not None and moves.missed < 1e-5 < FIRST_ORDER
+    np.testing.assert_allclose(moves.back, -1 / widths, rtol=1e-4)
+    np.testing.assert_allclose(moves.steps, -widths, rtol=1e-4)
+
+
+def test_moves_of_a_two_step_solver_are_not_of_first_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(1, 500, generator=generator) + 0.3 * torch.randn(6, 500, generator=generator).cumsum(0)
+    latents = [torch.randn(500, generator=generator)]
+    for step in range(5):
+        past = outputs[max(step - 1, 0)]
+        latents.append(latents[-1] - (1.5 * outputs[step] - 0.5 * past) / 6)
+    moves = sampler_moves([DensePath(outputs, torch.stack(latents))], [1 / 6] * 6)
+    assert moves is not None and moves.missed > FIRST_ORDER
+
+
+@pytest.mark.parametrize("tuner", [euler], indirect=True)
+def test_the_second_order_path_is_nearer_to_a_converged_run(tuner: Tuner) -> None:
+    assert tuner._steering is not None
+    network, program = tuner.network, whole_program(tuner.evaluator.sessions[tuner.network])
+    part = tuner.profile.networks[network]
+    pair = tuner.pairs[0]
+    calls = tuner.evaluator.calls[network]
+    collector = FeatureCollector(calls, program.variants.latents, ())
+    observed(tuner.evaluator, pair, [(program, collector)])
+    shares = branch_shares(part.grams[STEP].present, part.branch_weights)
+    dense = collector.path(shares)
+    moves = sampler_moves([dense], part.step_widths)
+    assert moves is not None and moves.missed < FIRST_ORDER
+    finer = second_order(tuner.evaluator, program, calls, shares, moves, pair).path
+    total = len(dense.latents)
+    entered: list[Tensor] = []
+    model = make_model()
+    model.register_forward_pre_hook(lambda _, given: entered.append(given[0].flatten()))
+    with torch.no_grad():
+        euler(model, *pair, steps=16 * total)
+    converged = torch.stack(entered[::16])
+    missed = [(path.latents[-1] - converged[-1]).norm() for path in (dense, finer)]
+    assert missed[1] < 0.3 * missed[0]
+    torch.testing.assert_close(tuner.evaluator.paths[network][pair].latents, dense.latents)
+    torch.testing.assert_close(tuner.evaluator.finer[pair].path.latents, finer.latents)
+
+
+@pytest.mark.parametrize("tuner", [euler], indirect=True)
+def test_refits_aim_between_the_dense_and_the_second_order_path(tuner: Tuner) -> None:
+    """By half the error that the target allows: far for a low target, hardly for a high one."""
+    pairs, evaluator = tuner.pairs, tuner.evaluator
+    apart = compare([evaluator.finer[pair].sample for pair in pairs], [evaluator.references[pair] for pair in pairs])
+    for psnr, pull in ((apart.psnr - 20, PULL), (apart.psnr + 20, PULL / 10)):
+        tuner.target = Target(min_psnr=psnr)
+        steering = tuner._make_steering(tuner.profile.networks[tuner.network])
+        assert steering is not None
+        for pair in pairs:
+            dense, finer = evaluator.paths[tuner.network][pair], evaluator.finer[pair].path
+            expected = dense.latents + pull * (finer.latents - dense.latents)
+            torch.testing.assert_close(steering.paths[pair].latents, expected, rtol=1e-3, atol=1e-4)

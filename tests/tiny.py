@@ -1,12 +1,26 @@
-"""A small diffusion transformer of our own with its sampling loop: quick to compile, nothing pretrained."""
+"""Small random diffusion transformers, quick to compile: one of our own with its sampling loop, and diffusers' Wan."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def tiny_wan(seed: int = 0, **changed: Any) -> Any:
+    """diffusers' Wan, two blocks of width 24 over four channels; ``changed`` are its other settings."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12,
+        "in_channels": 4, "out_channels": 4, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32,
+        "num_layers": 2, "rope_max_seq_len": 32,
+    }  # fmt: skip
+    return WanTransformer3DModel(**settings | changed).eval().requires_grad_(False)
 
 
 class Block(nn.Module):

@@ -61,11 +61,8 @@ class FeatureCollector:
         if not tensors:
             return
         self._sizes[kind] = sum(t.numel() for t in tensors)
-        if self.calls.batched:
-            for half in range(2):
-                self.rows[kind, half, step] = reduce_features([t.chunk(2)[half] for t in tensors])
-        else:
-            self.rows[kind, branch, step] = reduce_features(tensors)
+        for offset, row in enumerate(reduced_branches(tensors, self.calls.batched)):
+            self.rows[kind, branch + offset, step] = row
 
     def path(self, shares: Array) -> DensePath:
         """The generation's path; ``shares`` ``[branches, T]`` is how the branches' outputs are combined."""
@@ -154,6 +151,12 @@ def reduce_features(tensors: list[Tensor]) -> Tensor:
     if size <= MAX_COORDINATES:
         return flat.cpu().clone()
     return (flat[_drawn(size, MAX_COORDINATES).to(flat.device)] * math.sqrt(size / MAX_COORDINATES)).cpu()
+
+
+def reduced_branches(tensors: list[Tensor], batched: bool) -> list[Tensor]:
+    """`reduce_features` of every guidance branch of a call: of both halves of the batch where it holds two."""
+    parts = [[t.chunk(2)[half] for t in tensors] for half in range(2)] if batched else [tensors]
+    return [reduce_features(part) for part in parts]
 
 
 def matching_latents(latents: Tensor, outputs: Sequence[Any]) -> Tensor:

@@ -18,6 +18,7 @@ from ditopt.calls import NetworkCalls
 from ditopt.passes._infra import Prediction, StepPlan
 from ditopt.passes.features import feature
 from ditopt.passes.predict import factors_name, slot_name
+from ditopt.profiler.sensitivity import interpolate
 from ditopt.runtime.program import Observation, Program
 
 SAMPLED = 8
@@ -35,6 +36,22 @@ def candidate_spans(count: int) -> tuple[Span, ...]:
     return tuple(dict.fromkeys(spans))
 
 
+def residual_ends(program: Program, site: str) -> list[tuple[int, int | None]]:
+    """Positions of a range's (end, start) streams among observed boundaries; no start where a stream begins inside."""
+    trace = program.variants.trace
+    names = [name for boundary in trace.boundaries for name in boundary.streams]
+    offsets = [0, *accumulate(len(boundary.streams) for boundary in trace.boundaries)]
+    first, last = trace.ranges()[site]
+    found = feature(trace.gm, program.variants.index, site)
+    return [
+        (
+            names.index(end.name, offsets[last + 1]),
+            None if start is None else names.index(start.name, offsets[first]),
+        )
+        for end, start in zip(found.ends, found.starts, strict=True)
+    ]
+
+
 class RangeProbe:
     """Weighs ranges of one network over one generation; use as the observer of its program.
 
@@ -50,19 +67,7 @@ class RangeProbe:
     ) -> None:
         self._calls, self._branch_weights = calls, branch_weights
         variants = program.variants
-        names = [name for boundary in variants.trace.boundaries for name in boundary.streams]
-        offsets = [0, *accumulate(len(boundary.streams) for boundary in variants.trace.boundaries)]
-        self._ends: dict[str, list[tuple[int, int | None]]] = {}
-        for site in sites:
-            first, last = variants.trace.ranges()[site]
-            found = feature(variants.trace.gm, variants.index, site)
-            self._ends[site] = [
-                (
-                    names.index(end.name, offsets[last + 1]),
-                    None if start is None else names.index(start.name, offsets[first]),
-                )
-                for end, start in zip(found.ends, found.starts, strict=True)
-            ]
+        self._ends = {site: residual_ends(program, site) for site in sites}
         self._graphs = {site: variants.graph(StepPlan((Prediction(site, 1),))) for site in sites}
         total = len(calls.timesteps)
         self._steps = {round(step) for step in np.linspace(1, total - 1, min(SAMPLED, total - 1))}
@@ -113,9 +118,9 @@ class RangeProbe:
         found: dict[str, dict[int, float]] = {site: {} for site in self._ends}
         for (site, step), (moved, error) in self._apart.items():
             found[site][step] = max(_norm(moved), 1e-12) / max(_norm(error), 1e-12)
-        steps = np.arange(len(self._calls.timesteps))
+        total = len(self._calls.timesteps)
         return {
-            site: tuple(np.exp(np.interp(steps, sorted(seen), np.log([seen[s] for s in sorted(seen)]))).tolist())
+            site: interpolate(total, sorted(seen), [[seen[step] for step in sorted(seen)]])
             for site, seen in found.items()
             if seen
         }

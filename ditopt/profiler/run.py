@@ -15,11 +15,13 @@ from ditopt.adapters.base import Sampler
 from ditopt.backend import Session
 from ditopt.calls import NetworkCalls
 from ditopt.console import Reporter
-from ditopt.errors import RolloutError, TraceError
-from ditopt.measure import DensePath, Evaluator
+from ditopt.errors import TraceError
+from ditopt.measure import DensePath, Evaluator, SecondOrder
 from ditopt.profile import FeatureGram, NetworkProfile, Profile, branch_shares
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.features import FeatureCollector, range_gram
+from ditopt.profiler.moves import FIRST_ORDER, sampler_moves, second_order
+from ditopt.profiler.observe import collected, inputs_of, observed
 from ditopt.profiler.ranges import RangeProbe, candidate_spans
 from ditopt.profiler.sensitivity import PLANTED_PROMPTS, Tape, growth_factor, interpolate, plant_steps
 from ditopt.profiler.timing import measure_seconds
@@ -40,6 +42,7 @@ class ProfileRun:
     checkpoints: Checkpoints
     reporter: Reporter
     use_ranges: bool = True
+    use_fits: bool = True
 
     def __post_init__(self) -> None:
         self._tapes: dict[int, Tape] = {}
@@ -58,6 +61,9 @@ class ProfileRun:
                 grams.append(self._features(index, pair))
                 stage.advance()
         networks = {name: self._network(name, grams) for name in sessions}
+        if self.use_fits and len(networks) == 1:
+            for name, network in networks.items():
+                self._second_order(name, network, pairs[:TUNING_PROMPTS])
         norm = float(np.mean([float(self.evaluator.references[pair].double().norm()) for pair in pairs]))
         chosen = pairs[:PLANTED_PROMPTS]
         planted = {name: plant_steps(len(self.calls[name].timesteps)) for name in sessions}
@@ -109,14 +115,7 @@ class ProfileRun:
     def _record(self, pair: tuple[str, int], programs: Mapping[str, Program]) -> Tape:
         """The tape of a dense generation whose features came from a checkpoint."""
         tape = Tape(self.calls)
-        self.evaluator.bind(())
-        for name, program in programs.items():
-            program.observer = partial(tape.record, name)
-        try:
-            self.evaluator.adapter.checked_rollout(*pair)
-        finally:
-            for program in programs.values():
-                program.observer = None
+        observed(self.evaluator, pair, [(program, partial(tape.record, name)) for name, program in programs.items()])
         return tape
 
     def _features(self, index: int, pair: tuple[str, int]) -> dict[str, Tensor]:
@@ -130,33 +129,20 @@ class ProfileRun:
         if kept is not None:
             self._keep(pair, kept, tuned)
             return kept
-        self.evaluator.bind(())
-        collectors = {}
+        collectors: dict[str, FeatureCollector] = {}
+        observers: list[tuple[Program, Observer]] = []
         tape = Tape(self.calls) if index < PLANTED_PROMPTS else None
         for name, session in sessions.items():
             program = whole_program(session)
             streams = tuple(len(boundary.streams) for boundary in program.variants.trace.boundaries)
             collectors[name] = FeatureCollector(self.calls[name], program.variants.latents, streams)
-            program.observer = _both(collectors[name], partial(tape.record, name)) if tape else collectors[name]
-        try:
-            sample = self.evaluator.adapter.checked_rollout(*pair)
-        except IndexError as error:
-            raise RolloutError(
-                "the rollout calls the model more often than in the recorded generation; it must call it alike "
-                "for every prompt"
-            ) from error
-        finally:
-            for session in sessions.values():
-                whole_program(session).observer = None
+            observer = _both(collectors[name], partial(tape.record, name)) if tape else collectors[name]
+            observers.append((program, observer))
+        sample = collected(self.evaluator, pair, observers, collectors)
         if tape is not None:
             self._tapes[index] = tape
         bundle = {"sample": sample}
         for name, collector in collectors.items():
-            if not collector.complete:
-                raise RolloutError(
-                    f"the rollout of prompt {pair[0]!r} calls {name} less often than that of the first prompt; "
-                    "it must call it alike for every prompt"
-                )
             bundle[f"{name}.{STEP}"] = torch.from_numpy(collector.step_gram())
             bundle[f"{name}.present"] = torch.from_numpy(collector.present())
             bundle[f"{name}.latents"] = torch.tensor(collector.has_latents)
@@ -189,6 +175,25 @@ class ProfileRun:
             for name in self.evaluator.sessions:
                 path = DensePath(bundle.pop(f"{name}.path.outputs"), bundle.pop(f"{name}.path.latents"))
                 self.evaluator.paths.setdefault(name, {})[pair] = path
+
+    def _second_order(self, name: str, network: NetworkProfile, pairs: Sequence[tuple[str, int]]) -> None:
+        """If the sampler is of first order, see what one of second order does."""
+        paths = self.evaluator.paths[name]
+        moves = sampler_moves([paths[pair] for pair in pairs], network.step_widths)
+        if moves is None or moves.missed > FIRST_ORDER:
+            return
+        shares = branch_shares(network.grams[STEP].present, network.branch_weights)
+        program = whole_program(self.evaluator.sessions[name])
+        with self.reporter.stage("profile: second-order paths", len(pairs)) as stage:
+            for index, pair in enumerate(pairs):
+                kept = self.checkpoints.load(f"second_order{index}", ["outputs", "latents", "sample"])
+                if kept is None:
+                    found = second_order(self.evaluator, program, self.calls[name], shares, moves, pair)
+                    kept = {"outputs": found.path.outputs, "latents": found.path.latents, "sample": found.sample}
+                    self.checkpoints.save(f"second_order{index}", kept)
+                path = DensePath(kept["outputs"], kept["latents"])
+                self.evaluator.finer[pair] = SecondOrder(path, kept["sample"])
+                stage.advance()
 
     def _candidate_ranges(self, name: str) -> tuple[str, ...]:
         """Ranges worth a candidate, by site name."""
@@ -242,12 +247,7 @@ class ProfileRun:
         if kept is None:
             program = whole_program(self.evaluator.sessions[name])
             probe = RangeProbe(program, self.calls[name], network.branch_weights, sites)
-            self.evaluator.bind(())
-            program.observer = probe
-            try:
-                self.evaluator.adapter.checked_rollout(*pair)
-            finally:
-                program.observer = None
+            observed(self.evaluator, pair, [(program, probe)])
             kept = {site: torch.tensor(weights, dtype=torch.float64) for site, weights in probe.weights().items()}
             self.checkpoints.save(f"{name}.ranges", kept)
         return {site: tuple(weights.tolist()) for site, weights in kept.items()}
@@ -255,27 +255,10 @@ class ProfileRun:
     def _seconds(self, name: str, ranges: Sequence[str], pair: tuple[str, int]) -> dict[str, float]:
         """Timings on the inputs of a real call: a short observed rollout supplies them."""
         program = whole_program(self.evaluator.sessions[name])
-        seen: list[Observation] = []
-
-        class Enough(Exception):
-            """Raised out of the rollout once the inputs are there."""
-
-        def keep(observation: Observation) -> None:
-            seen.append(observation)
-            raise Enough
-
-        self.evaluator.bind(())
-        program.observer = keep
-        try:
-            with torch.no_grad():
-                self.evaluator.adapter.rollout(*pair)
-        except Enough:
-            pass
-        finally:
-            program.observer = None
+        (arguments,) = inputs_of(self.evaluator, pair, [program])
         calls = self.calls[name]
         per_step = len(calls.calls) / len(calls.timesteps)
-        return {key: value * per_step for key, value in measure_seconds(program, seen[0].arguments, ranges).items()}
+        return {key: value * per_step for key, value in measure_seconds(program, arguments, ranges).items()}
 
 
 def _both(one: Observer, two: Observer) -> Observer:

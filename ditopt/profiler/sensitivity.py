@@ -6,17 +6,16 @@ is computed: a plant at step t of T costs T - t evaluations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ditopt.calls import NetworkCalls
 from ditopt.profile import Array
-from ditopt.runtime.program import Observation, Program
+from ditopt.runtime.program import Compute, Observation, Program, copied
 
 PLANTS = (0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
 """Where in the schedule errors are planted, as shares of its length; factors between are interpolated."""
@@ -40,7 +39,7 @@ class Tape:
 
     def record(self, network: str, seen: Observation) -> None:
         """Take in one call, as an observer does."""
-        self.recorded.append((network, *self._next(network), _copy(seen.outputs)))
+        self.recorded.append((network, *self._next(network), copied(seen.outputs)))
 
     def plant(self, programs: Mapping[str, Program], network: str, step: int) -> None:
         """Until ``eject``: play back what comes before ``step`` of ``network``, and there give the step before's."""
@@ -65,21 +64,16 @@ class Tape:
         network: str,
         planted: tuple[str, int],
         arguments: list[Any],
-        compute: Callable[[list[Any]], Sequence[Any]],
+        compute: Compute,
     ) -> Sequence[Any]:
         here = self._at
         self._at += 1
         step, branch = self._next(network)
         if (network, step) == planted:
             earlier = [out for name, t, b, out in self.recorded if (name, b) == (network, branch) and t < step]
-            return _copy(earlier[-1]) if earlier else compute(arguments)
+            return copied(earlier[-1]) if earlier else compute(arguments)
         began = next(i for i, (name, t, _, _) in enumerate(self.recorded) if (name, t) == planted)
-        return _copy(self.recorded[here][-1]) if here < began else compute(arguments)
-
-
-def _copy(outputs: Sequence[Any]) -> tuple[Any, ...]:
-    """The caller may write into what it was given."""
-    return tuple(out.clone() if isinstance(out, Tensor) else out for out in outputs)
+        return copied(self.recorded[here][-1]) if here < began else compute(arguments)
 
 
 def growth_factor(gram: Array, step: int, width: float, moved: float) -> float:

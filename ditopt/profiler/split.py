@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +17,14 @@ from ditopt.adapters.base import Sampler
 from ditopt.calls import NetworkCalls
 from ditopt.console import Reporter
 from ditopt.decisions import Reuse
-from ditopt.errors import RolloutError
 from ditopt.measure import Evaluator
 from ditopt.passes._infra import Prediction, StepPlan
-from ditopt.passes.features import feature
 from ditopt.plan import Rule
 from ditopt.profile import FeatureGram, NetworkProfile, Profile
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.features import FeatureCollector
-from ditopt.profiler.ranges import candidate_spans
+from ditopt.profiler.observe import collected, inputs_of
+from ditopt.profiler.ranges import candidate_spans, residual_ends
 from ditopt.profiler.run import sigmas_of, step_widths
 from ditopt.profiler.sensitivity import growth_factor, interpolate, plant_steps
 from ditopt.profiler.timing import time_variant
@@ -79,7 +76,11 @@ class SplitProfileRun:
             usable = graphs.sites(part)
             chosen = [site for site, span in usable.items() if span in spans]
             found |= dict.fromkeys(chosen or [_widest(usable)], part)
-        return {site: part for site, part in found.items() if _residual_ends(part, site) is not None}
+        return {
+            site: part
+            for site, part in found.items()
+            if all(start is not None for _, start in residual_ends(part, site))
+        }
 
     def _features(self, index: int, pair: tuple[str, int]) -> dict[str, Tensor]:
         """Gram matrices of one rollout, from its checkpoint if there is one."""
@@ -89,8 +90,8 @@ class SplitProfileRun:
         if kept is not None:
             self.evaluator.references[pair] = kept["sample"]
             return kept
-        self.evaluator.bind(())
         collectors: dict[str, FeatureCollector] = {}
+        observers: list[tuple[Program, Observer]] = []
         for name, own in sites.items():
             last = self.graphs[name].parts[-1]
             for part in self.graphs[name].parts:
@@ -99,34 +100,15 @@ class SplitProfileRun:
                     of_part[f"{name}.{STEP}"] = _handed_on(part)
                 for key in of_part:
                     collectors[key] = FeatureCollector(self.calls[name], None, ())
-                part.observer = _each({key: (collectors[key], values) for key, values in of_part.items()})
-        try:
-            sample = self.evaluator.adapter.checked_rollout(*pair)
-        except IndexError as error:
-            raise RolloutError(
-                "the rollout calls the model more often than in the recorded generation; it must call it alike "
-                "for every prompt"
-            ) from error
-        finally:
-            self._forget_observers()
+                observers.append((part, _each({key: (collectors[key], values) for key, values in of_part.items()})))
+        sample = collected(self.evaluator, pair, observers, collectors)
         bundle = {"sample": sample}
-        for key, collector in collectors.items():
-            if not collector.complete:
-                raise RolloutError(
-                    f"the rollout of prompt {pair[0]!r} calls the model less often than that of the first prompt; "
-                    "it must call it alike for every prompt"
-                )
-            bundle[key] = torch.from_numpy(collector.step_gram())
+        bundle |= {key: torch.from_numpy(collector.step_gram()) for key, collector in collectors.items()}
         for name in self.graphs:
             bundle[f"{name}.present"] = torch.from_numpy(collectors[f"{name}.{STEP}"].present())
         self.evaluator.references[pair] = sample
         self.checkpoints.save(f"split{index}", bundle)
         return bundle
-
-    def _forget_observers(self) -> None:
-        for graphs in self.graphs.values():
-            for part in graphs.parts:
-                part.observer = None
 
     def _network(self, name: str, grams: Sequence[Mapping[str, Tensor]]) -> NetworkProfile:
         """The features; that of the step is what the last graph's blocks hand on, for reports only."""
@@ -193,26 +175,7 @@ class SplitProfileRun:
         their FLOPs have.
         """
         parts = self.graphs[name].parts
-        seen: dict[int, Sequence[Any]] = {}
-
-        class Enough(Exception):
-            """Raised out of the rollout once the inputs are there."""
-
-        def keep(number: int, observation: Observation) -> None:
-            seen.setdefault(number, list(observation.arguments))
-            if len(seen) == len(parts):
-                raise Enough
-
-        self.evaluator.bind(())
-        for number, part in enumerate(parts):
-            part.observer = _numbered(keep, number)
-        try:
-            with torch.no_grad():
-                self.evaluator.adapter.rollout(*pair)
-        except Enough:
-            pass
-        finally:
-            self._forget_observers()
+        seen = inputs_of(self.evaluator, pair, parts)
         per_step = len(self.calls[name].calls) / len(self.calls[name].timesteps)
         seconds = {"full": 0.0}
         for number, part in enumerate(parts):
@@ -236,27 +199,12 @@ def _widest(spans: Mapping[str, tuple[int, int]]) -> str:
     return max(spans, key=lambda site: spans[site][1] - spans[site][0])
 
 
-def _residual_ends(part: Program, site: str) -> list[tuple[int, int]] | None:
-    """Positions of a range's (end, start) streams among observed boundaries; None if a stream begins inside it."""
-    trace, variants = part.variants.trace, part.variants
-    names = [name for boundary in trace.boundaries for name in boundary.streams]
-    offsets = [0, *accumulate(len(boundary.streams) for boundary in trace.boundaries)]
-    first, last = trace.ranges()[site]
-    found = feature(trace.gm, variants.index, site)
-    pairs = []
-    for end, start in zip(found.ends, found.starts, strict=True):
-        if start is None:
-            return None
-        pairs.append((names.index(end.name, offsets[last + 1]), names.index(start.name, offsets[first])))
-    return pairs
-
-
 Values = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 def _residual_of(part: Program, site: str) -> Values:
-    pairs = _residual_ends(part, site) or []
-    return lambda edges: [edges[end] - edges[start] for end, start in pairs]
+    pairs = residual_ends(part, site)
+    return lambda edges: [edges[end] if start is None else edges[end] - edges[start] for end, start in pairs]
 
 
 def _handed_on(part: Program) -> Values:
@@ -270,7 +218,3 @@ def _each(collectors: Mapping[str, tuple[FeatureCollector, Values]]) -> Observer
             collector(Observation(seen.arguments, values(seen.boundaries), ()))
 
     return observe
-
-
-def _numbered(keep: Callable[[int, Observation], None], number: int) -> Observer:
-    return lambda seen: keep(number, seen)

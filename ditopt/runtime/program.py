@@ -23,7 +23,8 @@ from ditopt.runtime.streams import StreamTable, current_context_name, watch_cont
 from ditopt.runtime.variants import Variant, VariantCache
 
 Observer = Callable[["Observation"], None]
-Interceptor = Callable[[list[Any], Callable[[list[Any]], Sequence[Any]]], Sequence[Any]]
+Compute = Callable[[list[Any]], Sequence[Any]]
+Interceptor = Callable[[list[Any], Compute], Sequence[Any]]
 """Stands before a network while it is measured: given a call's arguments and the program, it answers the call."""
 MISMATCH = ("error", "dense", "retarget")
 WAYS_OUT = (
@@ -39,6 +40,11 @@ class Observation:
     arguments: Sequence[Any]
     outputs: Sequence[Any]
     boundaries: Sequence[Tensor]
+
+
+def copied(outputs: Sequence[Any]) -> tuple[Any, ...]:
+    """A call's outputs to keep and play back: the caller may write into what it was given."""
+    return tuple(out.clone() if isinstance(out, Tensor) else out for out in outputs)
 
 
 @dataclass(frozen=True)

@@ -91,12 +91,12 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
     total = len(plan.sampler.timesteps[network])
     times = plan.sampler.sigmas[network]
     known = set(ranges) if partial else {STEP, *ranges}
-    if partial and STEP in (rule.sites for rule in plan.rules if fnmatchcase(network, rule.network)):
+    rules = [rule for rule in plan.rules if fnmatchcase(network, rule.network)]
+    if partial and STEP in (rule.sites for rule in rules):
         raise PlanMismatchError(
             f"plan predicts whole steps of {network}, which graph breaks cut into several graphs; only ranges of "
             "blocks within one of them can be predicted"
         )
-    rules = [rule for rule in plan.rules if fnmatchcase(network, rule.network)]
     named = dict.fromkeys(rule.sites for rule in rules)
     missing = [name for name in named if name not in known and not _matches_any(name, known)]
     if missing and not partial:

@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from .clips import FRAMES, SIZE
 from .detector import attribute_score
-from .space_to_depth import FACTOR, from_latents
+from .space_to_depth import FACTOR, from_latents, with_coordinates
 from .text import encode
 
 logger = logging.get_logger(__name__)
@@ -169,7 +169,7 @@ class TinyVideoPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers s
         return embeds.repeat_interleave(num_videos_per_prompt, 0)
 
     def _latent_shape(self, batch: int, frames: int, height: int, width: int) -> tuple[int, ...]:
-        return (batch, self.transformer.config.in_channels, frames, height // FACTOR, width // FACTOR)
+        return (batch, self.transformer.config.out_channels, frames, height // FACTOR, width // FACTOR)
 
     @torch.no_grad()
     def __call__(
@@ -249,7 +249,7 @@ class TinyVideoPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers s
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                model_input = latents.to(dtype)
+                model_input = with_coordinates(latents.to(dtype))
                 timestep = t.expand(latents.shape[0])
                 context = {
                     "step_index": i,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 FACTOR = 2  # pixels per latent cell along each edge
 CHANNELS = 3 * FACTOR * FACTOR
+AXES = 3  # frame, y, x
 
 
 def to_latents(clips: Tensor) -> Tensor:
@@ -24,3 +26,14 @@ def from_latents(latents: Tensor) -> Tensor:
     b, c, f, h, w = latents.shape
     blocks = latents.reshape(b, 2, 2, c // 4, f, h, w).permute(0, 4, 5, 1, 6, 2, 3)
     return (blocks.reshape(b, f, 2 * h, 2 * w, c // 4) + 1) / 2
+
+
+def with_coordinates(latents: Tensor) -> Tensor:
+    """``[B, 12, F, H, W]`` -> ``[B, 15, F, H, W]``: behind the latents, where each cell is (frame, y and x).
+
+    Rotary positions turn queries and keys; they give values no position to average, so that without these channels
+    no token can tell how far it is from the middle of a thing. Each axis runs from -1.7 to 1.7, which has unit scale.
+    """
+    ends = [torch.linspace(-1.7, 1.7, n, device=latents.device, dtype=latents.dtype) for n in latents.shape[2:]]
+    axes = torch.stack(torch.meshgrid(*ends, indexing="ij"))
+    return torch.cat([latents, axes.expand(latents.shape[0], *axes.shape)], 1)

@@ -26,14 +26,16 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 
 from .clips import FRAMES, RADII, render, sample_scene
+from .grounding import grounding_loss, word_owners
 from .scene_maps import SceneHead, scene_maps
-from .space_to_depth import to_latents
-from .text import build_text_encoder, build_tokenizer, encode
+from .space_to_depth import AXES, CHANNELS, to_latents, with_coordinates
+from .text import build_text_encoder, build_tokenizer, encode, teach_words
 
 SEED = 20261120
 SHIFT = 3.0  # of the noise schedule; the sampler uses the same
@@ -50,31 +52,46 @@ class Stage:
     radii: tuple[float, float] = RADII
 
 
-STAGES = (Stage(32, 16, 1800, (0.18, 0.24)), Stage(48, 8, 400, (0.17, 0.23)), Stage(64, 6, 700))
-MUON_LR = 3e-3
-ADAM_LR = 1.5e-3
+STAGES = (Stage(32, 16, 1100, (0.18, 0.24)), Stage(64, 6, 1200))
+FIRST_SCENE = SEED + 2_000_000  # seed of the first scene
+MUON_LR = 2e-3
+ADAM_LR = 1e-3
 WARMUP = 100
 TAPPED_BLOCK = 4  # whose features the scene loss reads
+GROUNDED_BLOCKS = (2, 3, 4, 5)  # whose cross-attention has a grounding loss
 SCENE_WEIGHT = 0.1  # of the scene loss beside the velocity loss, times the learning-rate schedule
+GROUNDING_WEIGHT = 0.1  # likewise, of the mean grounding loss of the blocks
 
 
 def build_transformer() -> WanTransformer3DModel:
-    """The Wan transformer of diffusers, 8 blocks of width 192, over 2 x 2 space-to-depth latents."""
+    """The Wan transformer of diffusers, 8 blocks of width 192, over 2 x 2 space-to-depth latents and coordinates."""
     return WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=3, attention_head_dim=64, in_channels=12, out_channels=12,
-        text_dim=128, freq_dim=256, ffn_dim=576, num_layers=8, cross_attn_norm=True, rope_max_seq_len=64,
+        patch_size=(1, 2, 2), num_attention_heads=3, attention_head_dim=64, in_channels=CHANNELS + AXES,
+        out_channels=CHANNELS, text_dim=128, freq_dim=256, ffn_dim=576, num_layers=8, cross_attn_norm=True,
+        rope_max_seq_len=64,
     )  # fmt: skip
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, **unused: object) -> Tensor:
-    """Attention as two matrix products: at these lengths 1.5 times as fast to train on a CPU as the fused op."""
+_fused_attention = nn.functional.scaled_dot_product_attention
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention as two matrix products: at these lengths 1.5 times as fast to train on a CPU as the fused op.
+
+    That is for the transformer; the text encoder's attention, which has a bias, a mask and a scale, stays fused.
+    """
+    if attn_mask is not None or dropout_p or is_causal or scale is not None or enable_gqa:
+        return _fused_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
     mixed: Tensor = scores.softmax(-1).to(value.dtype) @ value
     return mixed
 
 
 Maps = tuple[Tensor, Tensor]  # class numbers and numbers, see `scene_maps`
-Batch = tuple[Tensor, list[str], Maps]  # clips, captions, scene maps
+Batch = tuple[Tensor, list[str], Maps, Tensor]  # clips, captions, scene maps, owners of the words
 
 
 class Trainee(nn.Module):
@@ -88,24 +105,36 @@ class Trainee(nn.Module):
         nn.init.zeros_(self.transformer.proj_out.weight)
         nn.init.zeros_(self.transformer.proj_out.bias)
         self._tapped: list[Tensor] = []
+        self._looked: list[tuple[WanAttention, Tensor, Tensor]] = []
 
     def tap(self) -> None:
-        """Have the forward pass hand the features of block `TAPPED_BLOCK` to the scene head."""
-        self.transformer.blocks[TAPPED_BLOCK].register_forward_hook(lambda *seen: self._tapped.append(seen[-1]))
+        """Have the forward pass keep what the auxiliary losses read."""
+        blocks = self.transformer.blocks
+        blocks[TAPPED_BLOCK].register_forward_hook(lambda *seen: self._tapped.append(seen[-1]))
+        for i in GROUNDED_BLOCKS:
+            blocks[i].attn2.register_forward_hook(lambda module, given, _: self._looked.append((module, *given[:2])))
 
     def forward(
-        self, noisy: Tensor, timestep: Tensor, text: Tensor, maps: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Velocity like ``noisy`` ``[B, 12, F, H/2, W/2]`` and the scene loss of the tapped block's features."""
-        velocity = self.transformer(noisy, timestep, text, return_dict=False)[0]
-        return velocity, self.scene_head(self._tapped.pop(), *maps)
+        self, noisy: Tensor, timestep: Tensor, text: Tensor, maps: Maps, owners: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Velocity like ``noisy`` ``[B, 12, F, H/2, W/2]``, the scene loss and the grounding loss."""
+        velocity = self.transformer(with_coordinates(noisy), timestep, text, return_dict=False)[0]
+        losses = [grounding_loss(*seen, maps[0][..., 0], owners) for seen in self._looked]
+        self._looked.clear()
+        return velocity, self.scene_head(self._tapped.pop(), *maps), torch.stack(losses).mean()
 
 
 def load_weights(trainee: Trainee, folder: Path) -> None:
-    """Start from the weights of an exported pipeline."""
+    """Start from the weights of an exported pipeline; what reads channels that it did not have starts at zero."""
     for name, part in (("transformer", trainee.transformer), ("text_encoder", trainee.text_encoder)):
         (found,) = (folder / name).glob("*.safetensors")
-        part.load_state_dict(load_file(found), strict=name == "transformer")  # T5 ties its embeddings: one is saved
+        weights = load_file(found)
+        if name == "transformer":
+            wide = torch.zeros_like(part.patch_embedding.weight)
+            narrow = weights["patch_embedding.weight"]
+            wide[:, : narrow.shape[1]] = narrow
+            weights["patch_embedding.weight"] = wide
+        part.load_state_dict(weights, strict=name == "transformer")  # T5 ties its embeddings: one is saved
 
 
 def batches(start: int, stages: tuple[Stage, ...], mine: slice) -> queue.Queue[Batch]:
@@ -115,12 +144,15 @@ def batches(start: int, stages: tuple[Stage, ...], mine: slice) -> queue.Queue[B
     def work() -> None:
         for step in range(start, sum(stage.steps for stage in stages)):
             stage = stage_at(step, stages)
-            seeds = [SEED + 1_000_000 + step * 64 + i for i in range(stage.batch)]
+            seeds = [FIRST_SCENE + step * 64 + i for i in range(stage.batch)]
             scenes = [sample_scene(seed, stage.radii) for seed in seeds[mine]]
             clips = np.stack([render(scene, stage.size, FRAMES) for scene in scenes])
             maps = [np.stack(part) for part in zip(*(scene_maps(scene, stage.size) for scene in scenes), strict=True)]
             captions = [scene.caption for scene in scenes]
-            ready.put((torch.from_numpy(clips), captions, (torch.from_numpy(maps[0]), torch.from_numpy(maps[1]))))
+            owners = torch.tensor([word_owners(scene) for scene in scenes])
+            ready.put(
+                (torch.from_numpy(clips), captions, (torch.from_numpy(maps[0]), torch.from_numpy(maps[1])), owners)
+            )
 
     threading.Thread(target=work, daemon=True).start()
     return ready
@@ -146,11 +178,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--start", type=Path, help="a pipeline directory whose weights to start from")
+    parser.add_argument("--teach", action="store_true", help="teach a started or resumed text encoder its words first")
     parser.add_argument("--workers", type=int, default=2, help="processes that share each batch")
     parser.add_argument("--stop-after", type=int, help="stop after this many steps of this start (for trials)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as meeting:
-        spawn(train, (args, Path(meeting) / "workers"), nprocs=args.workers)
+        spawn(train, (args, Path(meeting) / "workers"), nprocs=args.workers, daemon=True)
 
 
 def average_gradients(parameters: list[nn.Parameter], workers: int) -> None:
@@ -200,13 +233,19 @@ def _train(rank: int, args: argparse.Namespace) -> None:
         step = state["step"]
         if rank == 0:
             print(f"resumed at step {step}", flush=True)
+    if args.teach or (step == 0 and args.start is None):
+        share = teach_words(tokenizer, trainee.text_encoder, SEED + 500_000_000)
+        if rank == 0:
+            print(f"text encoder: {share:.4f} of the words' attributes right", flush=True)
+        taught = trainee.text_encoder.state_dict()
+        average |= {f"text_encoder.{name}": value.detach().clone() for name, value in taught.items()}
     trainee.tap()
     run: Any = torch.compile(trainee, dynamic=False)
     total = sum(stage.steps for stage in STAGES)
     source = batches(step, STAGES, mine)
     first, began, recent = step, time.time(), []
     while step < total and (args.stop_after is None or step - first < args.stop_after):
-        clips, captions, maps = source.get()
+        clips, captions, maps, owners = source.get()
         draw = torch.Generator().manual_seed(SEED + step)
         batch = stage_at(step, STAGES).batch
         drop = (torch.rand(batch, generator=draw) < DROP_CAPTION)[mine]
@@ -217,10 +256,11 @@ def _train(rank: int, args: argparse.Namespace) -> None:
         sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
         mix = sigma.view(-1, 1, 1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
-            velocity, scene_loss = run((1 - mix) * latents + mix * noise, sigma * 1000, text, maps)
+            owners = owners.masked_fill(drop[:, None], -1)
+            velocity, scene_loss, grounding = run((1 - mix) * latents + mix * noise, sigma * 1000, text, maps, owners)
         loss = (velocity.float() - (noise - latents)).square().mean()
         scale = learning_rate(step, total)
-        (loss + SCENE_WEIGHT * scale * scene_loss).backward()
+        (loss + scale * (SCENE_WEIGHT * scene_loss + GROUNDING_WEIGHT * grounding)).backward()
         average_gradients(list(trainee.parameters()), args.workers)
         nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
         for optimiser, peak in zip(optimisers, (MUON_LR, ADAM_LR), strict=True):
@@ -233,13 +273,13 @@ def _train(rank: int, args: argparse.Namespace) -> None:
         with torch.no_grad():
             for name, value in trainee.state_dict().items():
                 average[name].lerp_(value, 1 - decay) if value.is_floating_point() else average[name].copy_(value)
-        recent.append((loss.item(), scene_loss.item()))
+        recent.append((loss.item(), scene_loss.item(), grounding.item()))
         if rank == 0 and (step % 20 == 0 or step - first == 5):
             rate = (time.time() - began) / (len(recent) if step - first > 20 else step - first)
             left = (total - step) * rate / 60
             size = stage_at(step - 1, STAGES).size
-            velocity_loss, mean_scene_loss = np.mean(recent, 0)
-            shown = f"loss {velocity_loss:.4f} scene {mean_scene_loss:.4f} {rate:.2f} s/step, {left:.0f} min left"
+            shown = "loss {:.4f} scene {:.4f} grounding {:.4f}".format(*np.mean(recent, 0))
+            shown = f"{shown} {rate:.2f} s/step, {left:.0f} min left"
             print(f"step {step}/{total} size {size} {shown}", flush=True)
             recent, began = [], time.time()
         if not math.isfinite(loss.item()):

@@ -24,6 +24,7 @@ from ditopt.errors import PlanError, PlanMismatchError
 from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.runtime.program import Program
 from ditopt.sites import STEP
+from tests.tiny import tiny_wan
 from tests.trace.models import compiled, interpreted
 
 pytest.importorskip("diffusers")
@@ -35,24 +36,7 @@ Predict = Callable[[int, list[tuple[int, Tensor]], Tensor, Sequence[float]], Ten
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=12,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=3,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    )
-    found: nn.Module = model.eval().requires_grad_(False)
+    found: nn.Module = tiny_wan(text_dim=12, num_layers=3, cross_attn_norm=True)
     return found
 
 

@@ -23,6 +23,7 @@ from ditopt._torch import compile_counts
 from ditopt.errors import InputError
 from ditopt.runtime.clock import StepClock, read_timestep
 from ditopt.runtime.streams import Stream, StreamTable, current_context_name, watch_contexts
+from tests.tiny import tiny_wan
 
 diffusers: Any = untyped_diffusers
 
@@ -410,22 +411,10 @@ class TestStreamTable:
         assert min(seconds() for _ in range(5)) / 1000 < 5e-6
 
 
-def tiny_wan() -> Any:
-    torch.manual_seed(0)
-    model = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
+def watched_wan() -> Any:
+    model = tiny_wan()
     assert watch_contexts()  # diffusers may have loaded the model just now
-    return model.eval()
+    return model
 
 
 @dataclass
@@ -471,7 +460,7 @@ class WanLoop:
 class TestCacheContext:
     @pytest.mark.parametrize("use_identity", [True, False])
     def test_names_of_a_real_wan(self, use_identity: bool) -> None:
-        wan = WanLoop(tiny_wan(), use_identity)
+        wan = WanLoop(watched_wan(), use_identity)
         wan.generate()
         wan.generate()
         expected = [(name, step, step == 0) for step in range(3) for name in ("cond", "uncond")]
@@ -479,7 +468,7 @@ class TestCacheContext:
         assert current_context_name() is None
 
     def test_the_innermost_context_counts(self) -> None:
-        one, two = tiny_wan(), tiny_wan()
+        one, two = watched_wan(), watched_wan()
         with one.cache_context("cond"):
             with two.cache_context("control"):
                 assert current_context_name() == "control"
@@ -490,7 +479,7 @@ class TestCacheContext:
         assert current_context_name() is None
 
     def test_names_belong_to_threads(self) -> None:
-        model, barrier = tiny_wan(), threading.Barrier(2)
+        model, barrier = watched_wan(), threading.Barrier(2)
         wan = WanLoop(model, use_identity=False)
         with model.cache_context("cond"):
             seen: list[str | None] = []
@@ -518,7 +507,7 @@ class TestCacheContext:
         assert list(inspect.signature(method).parameters)[:2] == ["self", "name"]
 
     def test_diffusers_own_caches_hear_the_names(self) -> None:
-        model = tiny_wan()
+        model = watched_wan()
         model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.0))
         wan = WanLoop(model)  # that cache raises where no context is set
         wan.generate()
@@ -543,7 +532,7 @@ class TestCacheContext:
 
 def test_torch_compile_hands_over_the_same_objects() -> None:
     """Dynamo gives its backend the very tensor objects of the caller, and the names are readable from there."""
-    model = tiny_wan()
+    model = watched_wan()
     seen: list[tuple[str | None, set[int]]] = []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ def pipeline() -> TinyVideoPipeline:
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=12, out_channels=12,
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=15, out_channels=12,
         text_dim=128, freq_dim=32, ffn_dim=48, num_layers=2, cross_attn_norm=True, rope_max_seq_len=64,
     )  # fmt: skip
     encoder = build_text_encoder(len(tokenizer))

@@ -1,0 +1,107 @@
+"""How the caller's sampler moves, and the path that a second-order solver would take on the same steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditopt.calls import NetworkCalls
+from ditopt.measure import DensePath, Evaluator, SecondOrder
+from ditopt.profile import Array
+from ditopt.profiler.features import FeatureCollector
+from ditopt.runtime.program import Compute, Observation, Program, copied
+
+FIRST_ORDER = 0.03
+"""A sampler whose moves are missed by less than this, relative, goes by the current output alone."""
+
+
+@dataclass(frozen=True)
+class Moves:
+    """``x[t+1] = a[t] x[t] + b[t] F[t]``, all ``[T]``; ``missed`` is the most that is left of a move, relative.
+
+    No call shows the outcome of the last step; it is taken to be like the one before, scaled by the step widths.
+    """
+
+    a: Array
+    b: Array
+    missed: float
+
+    @property
+    def back(self) -> Array:
+        """``[T]``: the change of a step's output, per unit of it that the latents are off, that brings them back."""
+        lost = np.abs(self.b) <= 1e-9 * np.abs(self.a)
+        return np.asarray(np.where(lost, 0.0, self.a / np.where(lost, 1.0, self.b)))
+
+    @property
+    def steps(self) -> Array:
+        """``[T]``: step sizes of the equation that is integrated, ``x / prod(a)`` over them."""
+        return np.asarray(self.b / np.cumprod(self.a))
+
+
+def sampler_moves(paths: Sequence[DensePath], widths: Sequence[float] | Array) -> Moves | None:
+    """By least squares over dense paths; None where the latents do not go with the outputs."""
+    total = len(widths)
+    if total < 2 or any(path.latents.shape != path.outputs.shape for path in paths):
+        return None
+    found, missed = np.zeros((2, total)), 0.0
+    for step in range(total - 1):
+        inner, cross = np.zeros((2, 2)), np.zeros(2)
+        for path in paths:
+            read = torch.stack([path.latents[step], path.outputs[step]]).double()
+            inner += (read @ read.T).numpy()
+            cross += (read @ path.latents[step + 1].double()).numpy()
+        a, b = found[:, step] = np.linalg.lstsq(inner, cross, rcond=None)[0]
+        for path in paths:
+            moved = path.latents[step + 1] - path.latents[step]
+            left = path.latents[step + 1] - a * path.latents[step] - b * path.outputs[step]
+            missed = max(missed, float(left.norm() / moved.norm().clamp(min=1e-12)))
+    found[:, -1] = found[0, -2], found[1, -2] * widths[-1] / widths[-2]
+    return Moves(found[0], found[1], missed)
+
+
+def second_order(
+    evaluator: Evaluator, program: Program, calls: NetworkCalls, shares: Array, moves: Moves, pair: tuple[str, int]
+) -> SecondOrder:
+    """One generation whose outputs are altered so that a first-order sampler makes second-order moves.
+
+    That is Adams and Bashforth's two-step formula: ``F[t] + h[t] / (2 h[t-1]) (F[t] - F[t-1])`` in place of ``F[t]``,
+    branch by branch. Costs one dense generation.
+    """
+    collector = FeatureCollector(calls, program.variants.latents, ())
+    before: dict[int, tuple[int, tuple[Any, ...]]] = {}
+    count = 0
+
+    def intercept(arguments: list[Any], compute: Compute) -> Sequence[Any]:
+        nonlocal count
+        step, branch = calls.calls[count]
+        count += 1
+        outputs = tuple(compute(arguments))
+        last, earlier = before.get(branch, (-1, outputs))
+        before[branch] = step, copied(outputs)
+        if last == step - 1 and step:
+            factor = float(moves.steps[step] / moves.steps[last]) / 2
+            outputs = tuple(
+                now + factor * (now - then) if isinstance(now, Tensor) else now
+                for now, then in zip(outputs, earlier, strict=True)
+            )
+        collector(Observation(arguments, outputs, ()))
+        return copied(outputs)
+
+    evaluator.bind(())
+    program.interceptor = intercept
+    try:
+        sample = evaluator.adapter.checked_rollout(*pair)
+    finally:
+        program.interceptor = None
+    return SecondOrder(collector.path(shares), sample)
+
+
+def pulled(dense: DensePath, finer: DensePath, share: float) -> DensePath:
+    """The path ``share`` of the way from one to the other, which a first-order sampler can take as it takes both."""
+    outputs, latents = torch.lerp(dense.outputs, finer.outputs, share), torch.lerp(dense.latents, finer.latents, share)
+    return DensePath(outputs, latents)

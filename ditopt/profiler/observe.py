@@ -1,0 +1,83 @@
+"""Dense generations under observation: observers in place for one rollout and gone after it, whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditopt.errors import RolloutError
+from ditopt.measure import Evaluator
+from ditopt.profiler.features import FeatureCollector
+from ditopt.runtime.program import Observation, Observer, Program
+
+Pair = tuple[str, int]
+Observers = Sequence[tuple[Program, Observer]]
+
+
+def observed(evaluator: Evaluator, pair: Pair, observers: Observers) -> Tensor:
+    """The sample of a dense generation in which each program has its observer."""
+    evaluator.bind(())
+    with _in_place(observers):
+        return evaluator.adapter.checked_rollout(*pair)
+
+
+def collected(
+    evaluator: Evaluator, pair: Pair, observers: Observers, collectors: Mapping[str, FeatureCollector]
+) -> Tensor:
+    """As `observed`, where the observers feed ``collectors`` (by the name that an error gives them).
+
+    Raises:
+        RolloutError: the rollout called a network more or less often than in the recorded generation.
+    """
+    try:
+        sample = observed(evaluator, pair, observers)
+    except IndexError as error:
+        raise RolloutError(
+            "the rollout calls the model more often than in the recorded generation; it must call it alike "
+            "for every prompt"
+        ) from error
+    for name, collector in collectors.items():
+        if not collector.complete:
+            raise RolloutError(
+                f"the rollout of prompt {pair[0]!r} calls {name} less often than that of the first prompt; "
+                "it must call it alike for every prompt"
+            )
+    return sample
+
+
+def inputs_of(evaluator: Evaluator, pair: Pair, programs: Sequence[Program]) -> list[Sequence[Any]]:
+    """Each program's inputs in a real call: a rollout supplies them, and is left once they are there."""
+    seen: dict[int, Sequence[Any]] = {}
+
+    class Enough(Exception):
+        """Raised out of the rollout once the inputs are there."""
+
+    def keep(number: int, observation: Observation) -> None:
+        seen.setdefault(number, list(observation.arguments))
+        if len(seen) == len(programs):
+            raise Enough
+
+    evaluator.bind(())
+    with _in_place([(program, partial(keep, number)) for number, program in enumerate(programs)]):
+        try:
+            with torch.no_grad():
+                evaluator.adapter.rollout(*pair)
+        except Enough:
+            pass
+    return [seen[number] for number in range(len(programs))]
+
+
+@contextmanager
+def _in_place(observers: Observers) -> Iterator[None]:
+    for program, observer in observers:
+        program.observer = observer
+    try:
+        yield
+    finally:
+        for program, _ in observers:
+            program.observer = None
