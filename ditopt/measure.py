@@ -43,7 +43,7 @@ class Evaluator:
     """Runs prompts under plans. ``references`` holds the dense sample of every (prompt, seed) that is judged.
 
     ``calls`` are the networks' call patterns; ``paths`` per network the dense paths that predictors are refitted to
-    stay on, and ``finer`` what a second-order solver does in place of the caller's, if that is of first order.
+    stay on, and ``finer`` what a second-order solver does in place of Euler's method, where the loop has one network.
     """
 
     adapter: Adapter

@@ -4,8 +4,8 @@ A fit on features of dense generations does not know the latents that its own er
 tuning prompts go through the schedule in lockstep: at every predicted step the factors are the least
 squares solution, over prompts and from what a generation under the plan has in its slots, for the output
 that leads back to the dense latents. With a sampler that moves by ``x' = a x + b F`` that is
-``F + a / b * (x_dense - x)``; a and b are measured from the dense paths. The paths are the dense ones, where the
-sampler is of first order pulled towards those of a second-order one (``profiler.moves``). (Training a solver's
+``F + a / b * (x_dense - x)``; a and b are measured from the paths. These are the dense ones; where one network
+is sampled by Euler's method, pulled towards those of a second-order formula (``profiler.moves``). (Training a solver's
 coefficients against a teacher's path: S4S, Frankel et al., ICML 2025. Here the sampler stays the caller's, and the
 coefficients are those of the predicted outputs.)
 
@@ -107,7 +107,7 @@ class Steering:
         return next(fits, solution.draft.families[step])
 
     def _fit(self, runs: Sequence[_Run], step: int, candidate: Candidate, sources: Sequence[int]) -> Array:
-        """Factors ``[history (+ 1)]`` towards the outputs that lead back to the dense paths."""
+        """Factors ``[history (+ 1)]`` towards the outputs that lead back to the paths."""
         if candidate.order is not None:
             index = self.problem.candidates.index(candidate)
             return np.asarray(self.problem.table.coefficients(index, step, sources))

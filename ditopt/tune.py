@@ -13,7 +13,7 @@ from ditopt.measure import Evaluator
 from ditopt.plan import Plan, Rule
 from ditopt.profile import NetworkProfile, Profile, branch_shares
 from ditopt.profiler.moves import pulled
-from ditopt.quality import Quality, compare
+from ditopt.quality import LEVELS, Quality, compare
 from ditopt.runtime.schedule import bind
 from ditopt.search import (
     Measurement,
@@ -37,7 +37,7 @@ from ditopt.target import Target
 Pairs = Sequence[tuple[str, int]]
 
 PULL = 0.5
-"""Of refits towards the path of a second-order solver, at most and in units of the error allowed; see `Tuner`."""
+"""Of refits towards the path of a second-order solver, at most and in units of the error allowed."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,13 @@ class Tuner:
     def _pull(self) -> float:
         """How far from the dense path towards the second-order one predictors are refitted.
 
-        Errors of predictions lie about at right angles to it: a pull of ``PULL`` of the error that the target allows
-        costs little of it, and keeps samples about as near to a converged run as the dense ones are.
+        Predictions' errors add to the sampler's own. Where they lie at right angles to the way to the second-order
+        path, a pull of ``PULL`` of the error that the target allows takes 1 dB of it at most.
         """
         samples = [self.evaluator.finer[pair].sample for pair in self.pairs]
         apart = compare(samples, [self.evaluator.references[pair] for pair in self.pairs])
-        return PULL * min(1.0, 10 ** (-self.target.missing_db(apart) / 20))
+        allowed = self.target if self.target.speedup is None else Target(min_psnr=min(LEVELS.values()))
+        return PULL * min(1.0, 10 ** (-allowed.missing_db(apart) / 20))
 
     def find(self, margin_db: float) -> Solution | None:
         """The fastest plan found that meets the target with a margin, on the tuning prompts; None if none does."""
@@ -181,7 +182,8 @@ class Tuner:
         better.
         """
         plain = solve_kept(self.problem, count, self.max_variants)
-        known = [refit for refit in self._refits.values() if len(refit.kept) == count - 1]
+        refits = [refit for refit in self._refits.values() if len(refit.kept) == count - 1]
+        known = [refit for refit in refits if self._key(refit.rules) in self.tried]
         if not known:
             return plain
         fewer = min(known, key=lambda refit: self._measure(refit.rules).error)

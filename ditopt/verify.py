@@ -24,7 +24,7 @@ Pairs = Sequence[tuple[str, int]]
 
 VERIFY_ROUNDS = 3
 TIMED_GENERATIONS = 3
-TRIAL_SECONDS = 220.0
+TRIAL_SECONDS = 170.0
 """What the plans tried by rollouts may take together where the caller sets no budget."""
 SPARE_DB = 0.7
 """A plan that exceeds the target by less than this on the held-out prompts is fast enough."""
@@ -204,7 +204,7 @@ class VerifiedSearch:
 
     def _allow_more(self) -> None:
         for tuner in self._tuners.values():
-            tuner.budget += max(3, self.budget // 3)
+            tuner.budget += max(2, self.budget // 4)
 
     def time_in_turn(self, rules: Sequence[Rule]) -> tuple[float, float]:
         """Median seconds of a generation under ``rules`` and dense, measured alternately."""

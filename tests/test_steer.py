@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import ditopt
 from ditopt.measure import DensePath
 from ditopt.profile import branch_shares
 from ditopt.profiler.features import FeatureCollector
-from ditopt.profiler.moves import FIRST_ORDER, sampler_moves, second_order
+from ditopt.profiler.moves import sampler_moves, second_order
 from ditopt.profiler.observe import observed
 from ditopt.profiler.run import whole_program
 from ditopt.quality import compare
@@ -128,9 +129,9 @@ def test_moves_of_euler_are_its_steps() -> None:
         latents.append(latents[-1] + (sigmas[step + 1] - sigmas[step]) * outputs[step])
     widths = -np.diff(sigmas.numpy()).astype(float)
     moves = sampler_moves([DensePath(outputs, torch.stack(latents))], widths)
-    assert moves is not None and moves.missed < 1e-5 < FIRST_ORDER
+    assert moves is not None and moves.is_euler
     np.testing.assert_allclose(moves.back, -1 / widths, rtol=1e-4)
-    np.testing.assert_allclose(moves.steps, -widths, rtol=1e-4)
+    np.testing.assert_allclose(moves.b, -widths, rtol=1e-4)
 
 
 def test_moves_of_a_two_step_solver_are_not_of_first_order() -> None:
@@ -141,7 +142,19 @@ def test_moves_of_a_two_step_solver_are_not_of_first_order() -> None:
         past = outputs[max(step - 1, 0)]
         latents.append(latents[-1] - (1.5 * outputs[step] - 0.5 * past) / 6)
     moves = sampler_moves([DensePath(outputs, torch.stack(latents))], [1 / 6] * 6)
-    assert moves is not None and moves.missed > FIRST_ORDER
+    assert moves is not None and not moves.is_euler
+
+
+def test_moves_that_turn_are_not_eulers_on_a_flow() -> None:
+    """As of DDIM on a model that predicts v: every step is a rotation, of first order though it is."""
+    generator, angle = torch.Generator().manual_seed(0), 0.2
+    outputs = torch.randn(6, 500, generator=generator)
+    latents = [torch.randn(500, generator=generator)]
+    for step in range(5):
+        latents.append(math.cos(angle) * latents[-1] - math.sin(angle) * outputs[step])
+    moves = sampler_moves([DensePath(outputs, torch.stack(latents))], [angle] * 6)
+    assert moves is not None and moves.missed < 1e-4 and not moves.is_euler
+    np.testing.assert_allclose(moves.back, -1 / math.tan(angle), rtol=1e-4)
 
 
 @pytest.mark.parametrize("tuner", [euler], indirect=True)
@@ -156,7 +169,7 @@ def test_the_second_order_path_is_nearer_to_a_converged_run(tuner: Tuner) -> Non
     shares = branch_shares(part.grams[STEP].present, part.branch_weights)
     dense = collector.path(shares)
     moves = sampler_moves([dense], part.step_widths)
-    assert moves is not None and moves.missed < FIRST_ORDER
+    assert moves is not None and moves.is_euler
     finer = second_order(tuner.evaluator, program, calls, shares, moves, pair).path
     total = len(dense.latents)
     entered: list[Tensor] = []
@@ -182,5 +195,6 @@ def test_refits_aim_between_the_dense_and_the_second_order_path(tuner: Tuner) ->
         assert steering is not None
         for pair in pairs:
             dense, finer = evaluator.paths[tuner.network][pair], evaluator.finer[pair].path
-            expected = dense.latents + pull * (finer.latents - dense.latents)
-            torch.testing.assert_close(steering.paths[pair].latents, expected, rtol=1e-3, atol=1e-4)
+            for kind in ("latents", "outputs"):
+                expected = torch.lerp(getattr(dense, kind), getattr(finer, kind), pull)
+                torch.testing.assert_close(getattr(steering.paths[pair], kind), expected)

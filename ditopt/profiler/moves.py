@@ -18,6 +18,8 @@ from ditopt.runtime.program import Compute, Observation, Program, copied
 
 FIRST_ORDER = 0.03
 """A sampler whose moves are missed by less than this, relative, goes by the current output alone."""
+STRAIGHT = 0.01
+"""Moves whose ``a`` is 1 to this add outputs up: Euler's method on a flow."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,12 @@ class Moves:
         return np.asarray(np.where(lost, 0.0, self.a / np.where(lost, 1.0, self.b)))
 
     @property
-    def steps(self) -> Array:
-        """``[T]``: step sizes of the equation that is integrated, ``x / prod(a)`` over them."""
-        return np.asarray(self.b / np.cumprod(self.a))
+    def is_euler(self) -> bool:
+        """Whether they are Euler's on a flow, ``dx/dsigma = F``, which a formula of second order can take further.
+
+        Latents that reach the network rounded to 16 bits leave too much of a move, and are taken for something else.
+        """
+        return self.missed < FIRST_ORDER and bool((np.abs(self.a - 1) < STRAIGHT).all())
 
 
 def sampler_moves(paths: Sequence[DensePath], widths: Sequence[float] | Array) -> Moves | None:
@@ -70,10 +75,14 @@ def second_order(
     """One generation whose outputs are altered so that a first-order sampler makes second-order moves.
 
     That is Adams and Bashforth's two-step formula: ``F[t] + h[t] / (2 h[t-1]) (F[t] - F[t-1])`` in place of ``F[t]``,
-    branch by branch. Costs one dense generation.
+    branch by branch, where two steps have the same branches; ``moves`` are Euler's. Costs one dense generation.
+
+    Raises:
+        NonFiniteError: the altered generation has NaN or infinite values.
     """
     collector = FeatureCollector(calls, program.variants.latents, ())
-    before: dict[int, tuple[int, tuple[Any, ...]]] = {}
+    before: dict[tuple[int, int], tuple[Any, ...]] = {}
+    branches = [{b for t, b in calls.calls if t == step} for step in range(len(calls.timesteps))]
     count = 0
 
     def intercept(arguments: list[Any], compute: Compute) -> Sequence[Any]:
@@ -81,13 +90,12 @@ def second_order(
         step, branch = calls.calls[count]
         count += 1
         outputs = tuple(compute(arguments))
-        last, earlier = before.get(branch, (-1, outputs))
-        before[branch] = step, copied(outputs)
-        if last == step - 1 and step:
-            factor = float(moves.steps[step] / moves.steps[last]) / 2
+        before[step, branch] = copied(outputs)
+        if step and branches[step] == branches[step - 1]:
+            factor = float(moves.b[step] / moves.b[step - 1]) / 2
             outputs = tuple(
-                now + factor * (now - then) if isinstance(now, Tensor) else now
-                for now, then in zip(outputs, earlier, strict=True)
+                (now.float() + factor * (now.float() - then.float())).to(now.dtype) if isinstance(now, Tensor) else now
+                for now, then in zip(outputs, before[step - 1, branch], strict=True)
             )
         collector(Observation(arguments, outputs, ()))
         return copied(outputs)

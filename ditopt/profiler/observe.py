@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,10 +26,8 @@ def observed(evaluator: Evaluator, pair: Pair, observers: Observers) -> Tensor:
         return evaluator.adapter.checked_rollout(*pair)
 
 
-def collected(
-    evaluator: Evaluator, pair: Pair, observers: Observers, collectors: Mapping[str, FeatureCollector]
-) -> Tensor:
-    """As `observed`, where the observers feed ``collectors`` (by the name that an error gives them).
+def collected(evaluator: Evaluator, pair: Pair, observers: Observers, collectors: Iterable[FeatureCollector]) -> Tensor:
+    """As `observed`, where the observers feed ``collectors``.
 
     Raises:
         RolloutError: the rollout called a network more or less often than in the recorded generation.
@@ -41,12 +39,11 @@ def collected(
             "the rollout calls the model more often than in the recorded generation; it must call it alike "
             "for every prompt"
         ) from error
-    for name, collector in collectors.items():
-        if not collector.complete:
-            raise RolloutError(
-                f"the rollout of prompt {pair[0]!r} calls {name} less often than that of the first prompt; "
-                "it must call it alike for every prompt"
-            )
+    if not all(collector.complete for collector in collectors):
+        raise RolloutError(
+            f"the rollout of prompt {pair[0]!r} calls the model less often than that of the first prompt; "
+            "it must call it alike for every prompt"
+        )
     return sample
 
 

@@ -52,6 +52,11 @@ def residual_ends(program: Program, site: str) -> list[tuple[int, int | None]]:
     ]
 
 
+def residuals(edges: Sequence[Tensor], ends: Sequence[tuple[int, int | None]]) -> list[Tensor]:
+    """What a range adds to each of its streams; a stream that begins inside it counts whole."""
+    return [edges[end] if start is None else edges[end] - edges[start] for end, start in ends]
+
+
 class RangeProbe:
     """Weighs ranges of one network over one generation; use as the observer of its program.
 
@@ -81,7 +86,7 @@ class RangeProbe:
         self._count += 1
         edges = seen.boundaries
         for site, ends in self._ends.items():
-            residual = [edges[end] if start is None else edges[end] - edges[start] for end, start in ends]
+            residual = residuals(edges, ends)
             before = self._before.get((site, branch))
             if before is not None and step in self._steps:
                 self._weigh(site, step, branch, seen, residual, before)

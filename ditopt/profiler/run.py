@@ -15,12 +15,12 @@ from ditopt.adapters.base import Sampler
 from ditopt.backend import Session
 from ditopt.calls import NetworkCalls
 from ditopt.console import Reporter
-from ditopt.errors import TraceError
+from ditopt.errors import NonFiniteError, TraceError
 from ditopt.measure import DensePath, Evaluator, SecondOrder
 from ditopt.profile import FeatureGram, NetworkProfile, Profile, branch_shares
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.features import FeatureCollector, range_gram
-from ditopt.profiler.moves import FIRST_ORDER, sampler_moves, second_order
+from ditopt.profiler.moves import sampler_moves, second_order
 from ditopt.profiler.observe import collected, inputs_of, observed
 from ditopt.profiler.ranges import RangeProbe, candidate_spans
 from ditopt.profiler.sensitivity import PLANTED_PROMPTS, Tape, growth_factor, interpolate, plant_steps
@@ -138,7 +138,7 @@ class ProfileRun:
             collectors[name] = FeatureCollector(self.calls[name], program.variants.latents, streams)
             observer = _both(collectors[name], partial(tape.record, name)) if tape else collectors[name]
             observers.append((program, observer))
-        sample = collected(self.evaluator, pair, observers, collectors)
+        sample = collected(self.evaluator, pair, observers, collectors.values())
         if tape is not None:
             self._tapes[index] = tape
         bundle = {"sample": sample}
@@ -177,10 +177,12 @@ class ProfileRun:
                 self.evaluator.paths.setdefault(name, {})[pair] = path
 
     def _second_order(self, name: str, network: NetworkProfile, pairs: Sequence[tuple[str, int]]) -> None:
-        """If the sampler is of first order, see what one of second order does."""
+        """If the loop is Euler's method on a flow, see what a formula of second order does in its place."""
+        self.evaluator.finer.clear()
         paths = self.evaluator.paths[name]
         moves = sampler_moves([paths[pair] for pair in pairs], network.step_widths)
-        if moves is None or moves.missed > FIRST_ORDER:
+        if moves is None or not moves.is_euler:
+            self.reporter.say("  the loop is not Euler's method on a flow: fits aim at the dense path itself")
             return
         shares = branch_shares(network.grams[STEP].present, network.branch_weights)
         program = whole_program(self.evaluator.sessions[name])
@@ -188,7 +190,11 @@ class ProfileRun:
             for index, pair in enumerate(pairs):
                 kept = self.checkpoints.load(f"second_order{index}", ["outputs", "latents", "sample"])
                 if kept is None:
-                    found = second_order(self.evaluator, program, self.calls[name], shares, moves, pair)
+                    try:
+                        found = second_order(self.evaluator, program, self.calls[name], shares, moves, pair)
+                    except NonFiniteError:
+                        self.reporter.say("  a second-order path has NaN or infinite values: fits aim at the dense one")
+                        return
                     kept = {"outputs": found.path.outputs, "latents": found.path.latents, "sample": found.sample}
                     self.checkpoints.save(f"second_order{index}", kept)
                 path = DensePath(kept["outputs"], kept["latents"])

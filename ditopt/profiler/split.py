@@ -24,7 +24,7 @@ from ditopt.profile import FeatureGram, NetworkProfile, Profile
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.features import FeatureCollector
 from ditopt.profiler.observe import collected, inputs_of
-from ditopt.profiler.ranges import candidate_spans, residual_ends
+from ditopt.profiler.ranges import candidate_spans, residual_ends, residuals
 from ditopt.profiler.run import sigmas_of, step_widths
 from ditopt.profiler.sensitivity import growth_factor, interpolate, plant_steps
 from ditopt.profiler.timing import time_variant
@@ -101,7 +101,7 @@ class SplitProfileRun:
                 for key in of_part:
                     collectors[key] = FeatureCollector(self.calls[name], None, ())
                 observers.append((part, _each({key: (collectors[key], values) for key, values in of_part.items()})))
-        sample = collected(self.evaluator, pair, observers, collectors)
+        sample = collected(self.evaluator, pair, observers, collectors.values())
         bundle = {"sample": sample}
         bundle |= {key: torch.from_numpy(collector.step_gram()) for key, collector in collectors.items()}
         for name in self.graphs:
@@ -204,7 +204,7 @@ Values = Callable[[Sequence[Tensor]], list[Tensor]]
 
 def _residual_of(part: Program, site: str) -> Values:
     pairs = residual_ends(part, site)
-    return lambda edges: [edges[end] if start is None else edges[end] - edges[start] for end, start in pairs]
+    return lambda edges: residuals(edges, pairs)
 
 
 def _handed_on(part: Program) -> Values:

@@ -2,9 +2,9 @@
 
     python -m examples.tiny_video.prompts        # writes prompts.txt and calibration_prompts.txt again
 
-Held out means held out by scene seed: training draws its seeds from `train.SEED` + 1,000,000 upwards.
-The words can recur with another scene: all 28 captions here that name one thing (720 exist) do, and of
-the 36 that name several, one did within the first 1,000 steps.
+Held out means held out by scene seed: training draws its seeds from `train.FIRST_SCENE` and
+`train.FIRST_TAUGHT` upwards. The words can recur with another scene: the captions here that name one thing
+(720 exist) do, of those that name several hardly any.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from .clips import BACKGROUNDS, COLOURS, FRAMES, MOTIONS, SHAPES, Array, Scene, 
 TOKEN_EDGE = 4  # pixels of a token: space-to-depth 2, patch 2
 NEAR = 0.5  # a token this many radii outside of a thing still names it
 CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(MOTIONS) + 1, len(BACKGROUNDS))  # the first three: 0 is "no thing"
+NUMBERS_WEIGHT = 3.0  # of the squared errors beside the cross-entropies
 NUMBERS = 9  # distance to the outline, offset to the centre (2), orientation (2), velocity (2), position (2)
 _TURNS = {"circle": 0, "square": 4, "triangle": 3, "cross": 4}  # rotational symmetry; a circle has no orientation
 _SPEED = 0.5  # travel in canvas edges that counts as velocity 1
@@ -68,7 +69,7 @@ class SceneHead(nn.Module):
         )
 
     def forward(self, features: Tensor, classes: Tensor, numbers: Tensor) -> Tensor:
-        """Mean over tokens of the cross-entropies and squared errors; tokens far from things count a quarter."""
+        """Mean over tokens of cross-entropies and weighted squared errors; tokens far from things count a quarter."""
         read = self.read(features).float()
         *logits, values = read.split([*CLASSES, NUMBERS], -1)
         near = classes[..., 0] > 0
@@ -77,6 +78,6 @@ class SceneHead(nn.Module):
             F.cross_entropy(part.flatten(0, 1), classes[..., i].flatten().long(), reduction="none").view_as(weight)
             for i, part in enumerate(logits)
         )
-        loss = (loss / len(CLASSES) + (values - numbers).square().mean(-1)) * weight
+        loss = (loss / len(CLASSES) + NUMBERS_WEIGHT * (values - numbers).square().mean(-1)) * weight
         mean: Tensor = loss.sum() / weight.sum()
         return mean

@@ -77,7 +77,8 @@ def teach_words(
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    return sum(right[-20:]) / 20
+    optimiser.zero_grad()
+    return sum(right[-20:]) / len(right[-20:])
 
 
 def encode(

@@ -2,8 +2,9 @@
 
     python -m examples.tiny_video.train --out runs/tiny_video
 
-Stages grow the canvas (32, 48, 64 pixels: 384, 864, 1,536 tokens). Beside the velocity, a head that only
-training uses reads off a middle block what stands where (`scene_maps`). A checkpoint is written every
+Stages grow the canvas (32, 64 pixels: 384, 1,536 tokens). Beside the velocity, a head that only training
+uses reads off a middle block what stands where (`scene_maps`), and a head of the cross-attention is told which
+words to look at (`grounding`). A checkpoint is written every
 ``--save-every`` steps and found again on the next start, so the run survives an interruption. The
 batch of step n depends on n and the seed alone. The exported weights are an average over steps.
 """
@@ -52,13 +53,15 @@ class Stage:
     radii: tuple[float, float] = RADII
 
 
-STAGES = (Stage(32, 16, 1100, (0.18, 0.24)), Stage(64, 6, 1200))
-FIRST_SCENE = SEED + 2_000_000  # seed of the first scene
+STAGES = (Stage(32, 16, 1100, (0.18, 0.24)), Stage(64, 6, 1050))
+FIRST_SCENE = SEED + 2_000_000  # seed of the first scene drawn
+FIRST_TAUGHT = SEED + 500_000_000  # seed of the first scene whose caption the text encoder is taught
 MUON_LR = 2e-3
 ADAM_LR = 1e-3
 WARMUP = 100
 TAPPED_BLOCK = 4  # whose features the scene loss reads
 GROUNDED_BLOCKS = (2, 3, 4, 5)  # whose cross-attention has a grounding loss
+THING_WEIGHT = 3.0  # of the cells near things in the velocity loss
 SCENE_WEIGHT = 0.1  # of the scene loss beside the velocity loss, times the learning-rate schedule
 GROUNDING_WEIGHT = 0.1  # likewise, of the mean grounding loss of the blocks
 
@@ -88,6 +91,15 @@ def plain_attention(
     scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
     mixed: Tensor = scores.softmax(-1).to(value.dtype) @ value
     return mixed
+
+
+def velocity_loss(velocity: Tensor, wanted: Tensor, here: Tensor) -> Tensor:
+    """Mean squared error of ``[B, 12, F, H, W]``; cells where a thing is near (``here`` ``[B, N]``) count more."""
+    b, _, frames, height, width = wanted.shape
+    near = (here > 0).view(b, 1, frames, height // 2, width // 2).repeat_interleave(2, 3).repeat_interleave(2, 4)
+    weight = torch.where(near, THING_WEIGHT, 1.0)
+    mean: Tensor = ((velocity.float() - wanted).square() * (weight / weight.mean())).mean()
+    return mean
 
 
 Maps = tuple[Tensor, Tensor]  # class numbers and numbers, see `scene_maps`
@@ -222,7 +234,7 @@ def _train(rank: int, args: argparse.Namespace) -> None:
         torch.optim.Muon(hidden, lr=MUON_LR, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    step = 0
+    step, taught = 0, False
     latest = args.out / "latest.pt"
     if latest.exists():
         state = torch.load(latest, weights_only=True)
@@ -230,15 +242,16 @@ def _train(rank: int, args: argparse.Namespace) -> None:
         average = state["average"]
         for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
-        step = state["step"]
+        step, taught = state["step"], state.get("taught", False)
         if rank == 0:
             print(f"resumed at step {step}", flush=True)
-    if args.teach or (step == 0 and args.start is None):
-        share = teach_words(tokenizer, trainee.text_encoder, SEED + 500_000_000)
+    if not taught and (args.teach or (step == 0 and args.start is None)):
+        share = teach_words(tokenizer, trainee.text_encoder, FIRST_TAUGHT)
         if rank == 0:
             print(f"text encoder: {share:.4f} of the words' attributes right", flush=True)
-        taught = trainee.text_encoder.state_dict()
-        average |= {f"text_encoder.{name}": value.detach().clone() for name, value in taught.items()}
+        encoder = trainee.text_encoder.state_dict()
+        average |= {f"text_encoder.{name}": value.detach().clone() for name, value in encoder.items()}
+        taught = True
     trainee.tap()
     run: Any = torch.compile(trainee, dynamic=False)
     total = sum(stage.steps for stage in STAGES)
@@ -258,7 +271,7 @@ def _train(rank: int, args: argparse.Namespace) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             owners = owners.masked_fill(drop[:, None], -1)
             velocity, scene_loss, grounding = run((1 - mix) * latents + mix * noise, sigma * 1000, text, maps, owners)
-        loss = (velocity.float() - (noise - latents)).square().mean()
+        loss = velocity_loss(velocity, noise - latents, maps[0][..., 0])
         scale = learning_rate(step, total)
         (loss + scale * (SCENE_WEIGHT * scene_loss + GROUNDING_WEIGHT * grounding)).backward()
         average_gradients(list(trainee.parameters()), args.workers)
@@ -285,7 +298,7 @@ def _train(rank: int, args: argparse.Namespace) -> None:
         if not math.isfinite(loss.item()):
             raise SystemExit(f"loss is {loss.item()} at step {step}; the last good checkpoint is {latest}")
         if rank == 0 and (step % args.save_every == 0 or step == total):
-            save(latest, {"model": trainee.state_dict(), "average": average, "step": step,
+            save(latest, {"model": trainee.state_dict(), "average": average, "step": step, "taught": taught,
                           "optimisers": [optimiser.state_dict() for optimiser in optimisers]})  # fmt: skip
             (args.out / "progress.json").write_text(json.dumps({"step": step, "total": total}))
 

@@ -13,7 +13,7 @@ from examples.tiny_video.clips import COLOURS, sample_scene
 from examples.tiny_video.grounding import HEAD, grounding_loss, word_owners
 from examples.tiny_video.space_to_depth import with_coordinates
 from examples.tiny_video.text import MAX_WORDS, build_text_encoder, build_tokenizer, encode, teach_words
-from examples.tiny_video.train import plain_attention
+from examples.tiny_video.train import THING_WEIGHT, plain_attention, velocity_loss
 
 TWO_THINGS = next(scene for scene in map(sample_scene, range(99)) if len(scene.things) == 2)
 
@@ -85,6 +85,17 @@ class TestGrounding:
         attention, here = self.attention(), torch.ones(1, 5)
         owners = torch.full((1, MAX_WORDS), -1)
         assert grounding_loss(attention, torch.randn(1, 5, 24), torch.randn(1, MAX_WORDS, 24), here, owners) == 0
+
+
+def test_cells_near_things_weigh_more_in_the_velocity_loss() -> None:
+    wanted, here = torch.zeros(1, 12, 2, 4, 4), torch.zeros(1, 8)
+    here[0, 5] = 1  # second frame, first row, second column of tokens: two cells each way
+    near, far = torch.zeros_like(wanted), torch.zeros_like(wanted)
+    near[:, :, 1, :2, 2:] = 1
+    far[:, :, 0, :2, 2:] = 1
+    losses = [velocity_loss(velocity, wanted, here).item() for velocity in (near, far)]
+    assert losses[0] == pytest.approx(THING_WEIGHT * losses[1])
+    assert velocity_loss(torch.ones_like(wanted), wanted, here).item() == pytest.approx(1.0)
 
 
 def test_coordinates_follow_the_latents() -> None:
