@@ -53,7 +53,7 @@ class Stage:
     radii: tuple[float, float] = RADII
 
 
-STAGES = (Stage(32, 16, 1100, (0.18, 0.24)), Stage(64, 6, 1050), Stage(32, 16, 1300, (0.18, 0.24)), Stage(64, 6, 400))
+STAGES = (Stage(32, 16, 1100, (0.18, 0.24)), Stage(64, 6, 1050), Stage(32, 16, 750, (0.18, 0.24)), Stage(64, 6, 330))
 FIRST_SCENE = SEED + 2_000_000  # seed of the first scene drawn
 FIRST_TAUGHT = SEED + 500_000_000  # seed of the first scene whose caption the text encoder is taught
 MUON_LR = 2e-3
