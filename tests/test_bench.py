@@ -92,7 +92,7 @@ def plan(pipe: TinyVideoPipeline) -> Plan:
             timesteps={"transformer": timesteps},
             sigmas={"transformer": sigmas},
         ),
-        geometry={"transformer": (1, 12, 6, SIZE // 2, SIZE // 2)},
+        geometry={"transformer": (1, 15, 6, SIZE // 2, SIZE // 2)},
         device=DevicePrint(device="test", torch=torch.__version__, dtype="float32"),
         inputs=Inputs(identity="encoder_hidden_states"),
         target={"min_psnr": 20.0},
