@@ -82,7 +82,7 @@ def euler() -> Any:
 
 
 def pipeline(scheduler: Any, *, networks: int = 1, **settings: Any) -> Pipeline:
-    return Pipeline(tiny_wan(0), tiny_wan(1) if networks == 2 else None, scheduler, **settings)
+    return Pipeline(tiny_wan(0, ffn_dim=48), tiny_wan(1, ffn_dim=48) if networks == 2 else None, scheduler, **settings)
 
 
 def sample(pipe: Pipeline, **settings: Any) -> Tensor:
