@@ -111,21 +111,17 @@ class Part:
         return None if plan.rules else str(plan.measured.get("dense", "the plan has no rules"))
 
 
-def digest(files: Iterable[Path]) -> str:
-    """A hash of the files' names and contents."""
+def digest(files: Iterable[Path], below: Path | None = None) -> str:
+    """A hash of the files' contents and names, which are paths relative to ``below`` where that is given."""
     found = hashlib.sha256()
-    for path in sorted(files):
-        found.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    for name, path in sorted((path.relative_to(below).as_posix() if below else path.name, path) for path in files):
+        found.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return found.hexdigest()[:20]
 
 
 def source_digest() -> str:
     """A hash of the code that makes plans and measures them."""
-    files = {path.relative_to(ROOT): path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")}
-    found = hashlib.sha256()
-    for name, path in sorted(files.items()):
-        found.update(name.as_posix().encode() + hashlib.sha256(path.read_bytes()).digest())
-    return found.hexdigest()[:20]
+    return digest((path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")), ROOT)
 
 
 @cache

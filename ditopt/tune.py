@@ -122,12 +122,12 @@ class Tuner:
 
     def missing_db(self, solution: Solution | None) -> float:
         """By how many dB a tried plan misses the target on the tuning prompts; negative where it exceeds it."""
-        known = None if solution is None else self.tried.get(self._key(solution.rules))
+        known = self._tried(solution)
         return 0.0 if known is None else self.target.missing_db(known.quality)
 
     def refuse(self, solution: Solution | None) -> None:
         """Held-out prompts missed the target under this plan."""
-        known = None if solution is None else self.tried.get(self._key(solution.rules))
+        known = self._tried(solution)
         if known is not None:
             self.refused = min(self.refused, self.target.error(known.quality))
 
@@ -257,7 +257,7 @@ class Tuner:
 
     def _refine(self, solution: Solution, budget: int) -> Trial | None:
         found = refine(self.problem, solution, self._measure, budget, improve=self._improve if self._steering else None)
-        known = self.tried.get(self._key(found.rules))
+        known = self._tried(found)
         return None if known is None else Trial(found, Measurement(self.target.error(known.quality), known.seconds))
 
     def _improve(self, solution: Solution) -> Solution:
@@ -279,6 +279,10 @@ class Tuner:
             return solution
         self._note(refit.rules, compare(samples, [self.evaluator.references[pair] for pair in self.pairs]))
         return refit
+
+    def _tried(self, solution: Solution | None) -> Tried | None:
+        """What a plan measured on the tuning prompts, if it has been tried."""
+        return None if solution is None else self.tried.get(self._key(solution.rules))
 
     def _key(self, rules: Sequence[Rule]) -> tuple[str, ...]:
         """What was measured: these rules beside those of the other networks."""

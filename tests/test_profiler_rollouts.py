@@ -10,13 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ditopt.backend import Session, ditopt_backend
 from ditopt.calls import NetworkCalls
-from ditopt.plan import Inputs
 from ditopt.profiler.ranges import SAMPLED, RangeProbe, candidate_spans
 from ditopt.profiler.sensitivity import Tape, growth_factor, interpolate, plant_steps
 from ditopt.runtime.program import Program
-from tests.tiny import TinyDiT, make_model, prompt_features
+from tests.tiny import TinyDiT, compiled_tiny, make_model, prompt_features
 
 STEPS = 6
 SIGMAS = torch.linspace(1, 0, STEPS + 1)
@@ -43,14 +41,8 @@ def generate(model: TinyDiT, replaced: int | None = None) -> tuple[Tensor, list[
 
 @pytest.fixture
 def compiled() -> Iterator[tuple[TinyDiT, Program]]:
-    model = make_model()
-    names = ("hidden_states", "timestep", "encoder_hidden_states")
-    session = Session(inputs=Inputs(timestep=names[1], latents=names[0], identity=names[2], forward=names))
-    model.compile(backend=ditopt_backend, options={"session": session})
-    with torch.no_grad():
-        generate(model)
-    yield model, session.programs[0]
-    torch._dynamo.reset()
+    with compiled_tiny(make_model(), generate) as found:
+        yield found
 
 
 def test_planted_rollouts_equal_a_loop_that_repeats_an_output(compiled: tuple[TinyDiT, Program]) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from ditopt.runtime.program import Program
 
 
 def tiny_wan(seed: int = 0, **changed: Any) -> Any:
@@ -83,3 +88,18 @@ def euler(model: nn.Module, prompt: str, seed: int, steps: int = 12, tokens: int
     for now, then in pairwise(sigmas):
         x = x + (then - now) * model(x, now[None] * 1000, text)
     return x
+
+
+@contextmanager
+def compiled_tiny(model: TinyDiT, generate: Callable[[TinyDiT], object]) -> Iterator[tuple[TinyDiT, Program]]:
+    """The model, compiled by the backend and traced by one generation, with its program."""
+    from ditopt.backend import Session, ditopt_backend
+    from ditopt.plan import Inputs
+
+    names = ("hidden_states", "timestep", "encoder_hidden_states")
+    session = Session(inputs=Inputs(timestep=names[1], latents=names[0], identity=names[2], forward=names))
+    model.compile(backend=ditopt_backend, options={"session": session})
+    with torch.no_grad():
+        generate(model)
+    yield model, session.programs[0]
+    torch._dynamo.reset()

@@ -81,7 +81,7 @@ def second_order(
         NonFiniteError: the altered generation has NaN or infinite values.
     """
     collector = FeatureCollector(calls, program.variants.latents, ())
-    before: dict[tuple[int, int], tuple[Any, ...]] = {}
+    before: dict[int, tuple[Any, ...]] = {}  # of each branch, the last outputs
     branches = [{b for t, b in calls.calls if t == step} for step in range(len(calls.timesteps))]
     count = 0
 
@@ -90,12 +90,12 @@ def second_order(
         step, branch = calls.calls[count]
         count += 1
         outputs = tuple(compute(arguments))
-        before[step, branch] = copied(outputs)
-        if step and branches[step] == branches[step - 1]:
+        last, before[branch] = before.get(branch), copied(outputs)
+        if last is not None and branches[step] == branches[step - 1]:
             factor = float(moves.b[step] / moves.b[step - 1]) / 2
             outputs = tuple(
                 (now.float() + factor * (now.float() - then.float())).to(now.dtype) if isinstance(now, Tensor) else now
-                for now, then in zip(outputs, before[step - 1, branch], strict=True)
+                for now, then in zip(outputs, last, strict=True)
             )
         collector(Observation(arguments, outputs, ()))
         return copied(outputs)

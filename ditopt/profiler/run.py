@@ -62,8 +62,8 @@ class ProfileRun:
                 stage.advance()
         networks = {name: self._network(name, grams) for name in sessions}
         if self.use_fits and len(networks) == 1:
-            for name, network in networks.items():
-                self._second_order(name, network, pairs[:TUNING_PROMPTS])
+            ((name, network),) = networks.items()
+            self._second_order(name, network, pairs[:TUNING_PROMPTS])
         norm = float(np.mean([float(self.evaluator.references[pair].double().norm()) for pair in pairs]))
         chosen = pairs[:PLANTED_PROMPTS]
         planted = {name: plant_steps(len(self.calls[name].timesteps)) for name in sessions}

@@ -100,7 +100,7 @@ class SplitProfileRun:
                     of_part[f"{name}.{STEP}"] = _handed_on(part)
                 for key in of_part:
                     collectors[key] = FeatureCollector(self.calls[name], None, ())
-                observers.append((part, _each({key: (collectors[key], values) for key, values in of_part.items()})))
+                observers.append((part, _each([(collectors[key], values) for key, values in of_part.items()])))
         sample = collected(self.evaluator, pair, observers, collectors.values())
         bundle = {"sample": sample}
         bundle |= {key: torch.from_numpy(collector.step_gram()) for key, collector in collectors.items()}
@@ -212,9 +212,9 @@ def _handed_on(part: Program) -> Values:
     return lambda edges: list(edges[len(edges) - count :])
 
 
-def _each(collectors: Mapping[str, tuple[FeatureCollector, Values]]) -> Observer:
+def _each(collectors: Sequence[tuple[FeatureCollector, Values]]) -> Observer:
     def observe(seen: Observation) -> None:
-        for collector, values in collectors.values():
+        for collector, values in collectors:
             collector(Observation(seen.arguments, values(seen.boundaries), ()))
 
     return observe

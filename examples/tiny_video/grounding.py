@@ -8,15 +8,26 @@ takes segmentation maps of a pretrained model for it).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor
 
-from .clips import COLOURS, Scene
+from .clips import COLOURS, Scene, Thing
 from .text import MAX_WORDS
 
 HEAD = 0  # of the cross-attention; the others are free
 _BACKGROUND, _NOBODY = 0, -1
+
+
+def phrase_spans(scene: Scene) -> Iterator[tuple[Thing, slice]]:
+    """Which tokens of the caption describe each thing, in its order."""
+    start = 0
+    for thing in scene.things:
+        length = len(thing.phrase.split())
+        yield thing, slice(start, start + length)
+        start += length + 1  # a comma or "and"
 
 
 def word_owners(scene: Scene) -> list[int]:
@@ -25,12 +36,13 @@ def word_owners(scene: Scene) -> list[int]:
     A number from 1 on is a thing, by its colour's place in `COLOURS` plus 1 (as in `scene_maps`, class 0), which no
     other thing of the scene has; 0 is the background's; -1 nobody's (punctuation, "and", padding).
     """
-    owners: list[int] = []
-    for number, thing in enumerate(scene.things):
-        owners += [_NOBODY] * (number > 0)  # a comma or "and"
-        owners += [list(COLOURS).index(thing.colour) + 1] * len(thing.phrase.split())
-    owners += [_BACKGROUND, _BACKGROUND]  # "over" and its name
-    return owners + [_NOBODY] * (MAX_WORDS - len(owners))
+    owners = [_NOBODY] * MAX_WORDS
+    end = 0
+    for thing, span in phrase_spans(scene):
+        end = span.stop
+        owners[span] = [list(COLOURS).index(thing.colour) + 1] * (end - span.start)
+    owners[end : end + 2] = [_BACKGROUND] * 2  # "over" and its name
+    return owners
 
 
 def grounding_loss(attention: WanAttention, tokens: Tensor, words: Tensor, here: Tensor, owners: Tensor) -> Tensor:

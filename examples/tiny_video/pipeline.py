@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from .clips import FRAMES, SIZE
 from .detector import attribute_score
-from .space_to_depth import FACTOR, from_latents, with_coordinates
+from .space_to_depth import FACTOR, coordinates, from_latents
 from .text import encode
 
 logger = logging.get_logger(__name__)
@@ -244,12 +244,13 @@ class TinyVideoPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers s
         latents = latents.to(device=device, dtype=torch.float32)
 
         dtype = self.transformer.dtype
+        places = coordinates(latents.to(dtype))
         with self.progress_bar(total=len(timesteps)) as progress:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                model_input = with_coordinates(latents.to(dtype))
+                model_input = torch.cat([latents.to(dtype), places], 1)
                 timestep = t.expand(latents.shape[0])
                 context = {
                     "step_index": i,

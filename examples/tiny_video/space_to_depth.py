@@ -28,12 +28,13 @@ def from_latents(latents: Tensor) -> Tensor:
     return (blocks.reshape(b, f, 2 * h, 2 * w, c // 4) + 1) / 2
 
 
-def with_coordinates(latents: Tensor) -> Tensor:
-    """``[B, 12, F, H, W]`` -> ``[B, 15, F, H, W]``: behind the latents, where each cell is (frame, y and x).
+def coordinates(latents: Tensor) -> Tensor:
+    """Where each cell of latents ``[B, 12, F, H, W]`` is (frame, y and x): ``[B, 3, F, H, W]`` of their dtype.
 
-    Rotary positions turn queries and keys; they give values no position to average, so that without these channels
-    no token can tell how far it is from the middle of a thing. Each axis runs from -1.7 to 1.7, which has unit scale.
+    Rotary positions turn queries and keys; they give values no position to average, so that without these channels,
+    which the transformer gets behind the latents, no token can tell how far it is from the middle of a thing. Each
+    axis runs from -1.7 to 1.7, which has unit scale.
     """
     ends = [torch.linspace(-1.7, 1.7, n, device=latents.device, dtype=latents.dtype) for n in latents.shape[2:]]
     axes = torch.stack(torch.meshgrid(*ends, indexing="ij"))
-    return torch.cat([latents, axes.expand(latents.shape[0], *axes.shape)], 1)
+    return axes.expand(latents.shape[0], *axes.shape)

@@ -35,8 +35,9 @@ from torch.multiprocessing.spawn import spawn
 from .clips import FRAMES, RADII, render, sample_scene
 from .grounding import grounding_loss, word_owners
 from .scene_maps import SceneHead, scene_maps
-from .space_to_depth import AXES, CHANNELS, to_latents, with_coordinates
-from .text import build_text_encoder, build_tokenizer, encode, teach_words
+from .space_to_depth import AXES, CHANNELS, coordinates, to_latents
+from .teaching import teach_words
+from .text import build_text_encoder, build_tokenizer, encode
 
 SEED = 20261120
 SHIFT = 3.0  # of the noise schedule; the sampler uses the same
@@ -130,7 +131,7 @@ class Trainee(nn.Module):
         self, noisy: Tensor, timestep: Tensor, text: Tensor, maps: Maps, owners: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Velocity like ``noisy`` ``[B, 12, F, H/2, W/2]``, the scene loss and the grounding loss."""
-        velocity = self.transformer(with_coordinates(noisy), timestep, text, return_dict=False)[0]
+        velocity = self.transformer(torch.cat([noisy, coordinates(noisy)], 1), timestep, text, return_dict=False)[0]
         losses = [grounding_loss(*seen, maps[0][..., 0], owners) for seen in self._looked]
         self._looked.clear()
         return velocity, self.scene_head(self._tapped.pop(), *maps), torch.stack(losses).mean()

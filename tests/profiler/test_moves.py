@@ -12,13 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ditopt.backend import Session, ditopt_backend
 from ditopt.calls import NetworkCalls
-from ditopt.plan import Inputs
 from ditopt.profiler.moves import Moves, second_order
 from ditopt.profiler.observe import inputs_of, observed
 from ditopt.runtime.program import Program
-from tests.tiny import TinyDiT, make_model, prompt_features
+from tests.tiny import TinyDiT, compiled_tiny, make_model, prompt_features
 
 SIGMAS = torch.linspace(1, 0, 8) ** 1.3
 STEPS = len(SIGMAS) - 1
@@ -52,13 +50,8 @@ def generate(model: TinyDiT, *, second: bool = False) -> Tensor:
 
 @pytest.fixture
 def compiled() -> Iterator[tuple[TinyDiT, Program]]:
-    model = make_model()
-    names = ("hidden_states", "timestep", "encoder_hidden_states")
-    session = Session(inputs=Inputs(timestep=names[1], latents=names[0], identity=names[2], forward=names))
-    model.compile(backend=ditopt_backend, options={"session": session})
-    generate(model)
-    yield model, session.programs[0]
-    torch._dynamo.reset()
+    with compiled_tiny(make_model(), generate) as found:
+        yield found
 
 
 def evaluator_of(rollout: Any) -> Any:

@@ -11,8 +11,9 @@ from torch import nn
 
 from examples.tiny_video.clips import COLOURS, sample_scene
 from examples.tiny_video.grounding import HEAD, grounding_loss, word_owners
-from examples.tiny_video.space_to_depth import with_coordinates
-from examples.tiny_video.text import MAX_WORDS, build_text_encoder, build_tokenizer, encode, teach_words
+from examples.tiny_video.space_to_depth import coordinates
+from examples.tiny_video.teaching import teach_words
+from examples.tiny_video.text import MAX_WORDS, build_text_encoder, build_tokenizer, encode
 from examples.tiny_video.train import THING_WEIGHT, plain_attention, velocity_loss
 
 TWO_THINGS = next(scene for scene in map(sample_scene, range(99)) if len(scene.things) == 2)
@@ -98,10 +99,10 @@ def test_cells_near_things_weigh_more_in_the_velocity_loss() -> None:
     assert velocity_loss(torch.ones_like(wanted), wanted, here).item() == pytest.approx(1.0)
 
 
-def test_coordinates_follow_the_latents() -> None:
+def test_coordinates_grow_along_their_axes() -> None:
     latents = torch.randn(2, 12, 3, 4, 5)
-    wide = with_coordinates(latents)
-    assert wide.shape == (2, 15, 3, 4, 5) and torch.equal(wide[:, :12], latents)
-    frame, y, x = wide[1, 12:]
+    places = coordinates(latents.double())
+    assert places.shape == (2, 3, 3, 4, 5) and places.dtype == torch.float64
+    frame, y, x = coordinates(latents)[1]
     assert (frame.diff(dim=0) > 0).all() and (y.diff(dim=1) > 0).all() and (x.diff(dim=2) > 0).all()
     assert torch.equal(frame[:, 0, 0], torch.linspace(-1.7, 1.7, 3)) and (frame[1] == frame[1, 0, 0]).all()
