@@ -27,6 +27,7 @@ from ditopt.quality import psnr, relative_l2, ssim
 from ditopt.runtime.program import Program
 
 PILOT_ROUNDS = 3
+EQUAL_ROUNDS = 5  # that say which of two takes longer
 CONVERGED_FACTOR = 4
 CONVERGED_PROMPTS = 5
 SHEET_PROMPTS = 4
@@ -164,7 +165,11 @@ class Contest:
                 stage.advance()
 
     def _choose_steps(self) -> None:
-        """Per plan the fewest steps of the own scheduler that take as long: rounded in the rivals' favour."""
+        """Per plan the fewest steps of the own scheduler that take as long: rounded in the rivals' favour.
+
+        Pilots say about where; from a step below, one more is given as long as the two, timed in turns, say that the
+        rival is faster than the plan.
+        """
         total = self.adapter.steps
         short = max(1, total // 3)
         if short == total:
@@ -183,16 +188,14 @@ class Contest:
         per_step = max((dense - median[DENSE, short]) / (total - short), 1e-9)
         for entry in self.entries:
             left = median[entry.optimized, total] - (dense - per_step * total)
-            entry.steps = min(total, max(1, math.ceil(left / per_step - 1e-6)))
-            for _ in range(PILOT_ROUNDS):
-                if entry.steps == total or self._as_slow(entry):
-                    break
+            entry.steps = min(total, max(1, math.ceil(left / per_step - 1e-6) - 1))
+            while entry.steps < total and not self._as_slow(entry):
                 entry.steps += 1
 
     def _as_slow(self, entry: Entry) -> bool:
         """Whether the own scheduler with the entry's steps takes as long as its plan, the two timed in turns."""
         rival, optimised = [], []
-        for _ in range(PILOT_ROUNDS):
+        for _ in range(EQUAL_ROUNDS):
             rival.append(self._timed(DENSE, 0, num_inference_steps=entry.steps)[1])
             optimised.append(self._timed(entry.optimized, 0)[1])
         return statistics.median(rival) >= statistics.median(optimised)

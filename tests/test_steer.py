@@ -145,6 +145,31 @@ def test_moves_of_a_two_step_solver_are_not_of_first_order() -> None:
     assert moves is not None and not moves.is_euler
 
 
+@pytest.mark.parametrize(("second", "expected"), [(0.0, True), (0.5, False)])
+def test_moves_are_told_apart_through_rounded_latents(second: float, expected: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(1, 4000, generator=generator) + 0.2 * torch.randn(30, 4000, generator=generator).cumsum(0)
+    latents = [torch.randn(4000, generator=generator)]
+    for step in range(29):
+        past = outputs[max(step - 1, 0)]
+        latents.append(latents[-1] - ((1 + second) * outputs[step] - second * past) / 30)
+    entered = torch.stack(latents).bfloat16().float()
+    moves = sampler_moves([DensePath(outputs, entered)], [1 / 30] * 30, torch.finfo(torch.bfloat16).eps / 2)
+    assert moves is not None and moves.is_euler is expected
+    plain = sampler_moves([DensePath(outputs, entered)], [1 / 30] * 30)
+    assert plain is not None and not plain.is_euler, "what is left is more than a sampler of first order leaves"
+
+
+def test_noisy_moves_are_not_taken_for_rounded_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs, latents = torch.randn(30, 4000, generator=generator), [torch.randn(4000, generator=generator)]
+    for step in range(29):
+        latents.append(latents[-1] - outputs[step] / 30 + 0.01 * torch.randn(4000, generator=generator))
+    entered = torch.stack(latents).bfloat16().float()
+    moves = sampler_moves([DensePath(outputs, entered)], [1 / 30] * 30, torch.finfo(torch.bfloat16).eps / 2)
+    assert moves is not None and not moves.is_euler
+
+
 def test_moves_that_turn_are_not_eulers_on_a_flow() -> None:
     """As of DDIM on a model that predicts v: every step is a rotation, of first order though it is."""
     generator, angle = torch.Generator().manual_seed(0), 0.2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,21 +18,24 @@ from ditopt.profiler.features import FeatureCollector
 from ditopt.runtime.program import Compute, Observation, Program, copied
 
 FIRST_ORDER = 0.03
-"""A sampler whose moves are missed by less than this, relative, goes by the current output alone."""
+"""A sampler whose moves are missed by less than this, relative, beyond rounding, goes by the current output alone."""
 STRAIGHT = 0.01
 """Moves whose ``a`` is 1 to this add outputs up: Euler's method on a flow."""
 
 
 @dataclass(frozen=True)
 class Moves:
-    """``x[t+1] = a[t] x[t] + b[t] F[t]``, all ``[T]``; ``missed`` is the most that is left of a move, relative.
+    """``x[t+1] = a[t] x[t] + b[t] F[t]``, all ``[T]``.
 
-    No call shows the outcome of the last step; it is taken to be like the one before, scaled by the step widths.
+    ``missed`` is the most that is left of a move, relative and beyond what rounding explains; ``earlier`` how much of
+    a move at most goes along the output before, which rounding does not. No call shows the outcome of the last step;
+    it is taken to be like the one before, scaled by the step widths.
     """
 
     a: Array
     b: Array
     missed: float
+    earlier: float = 0.0
 
     @property
     def back(self) -> Array:
@@ -41,19 +45,20 @@ class Moves:
 
     @property
     def is_euler(self) -> bool:
-        """Whether they are Euler's on a flow, ``dx/dsigma = F``, which a formula of second order can take further.
-
-        Latents that reach the network rounded to 16 bits leave too much of a move, and are taken for something else.
-        """
-        return self.missed < FIRST_ORDER and bool((np.abs(self.a - 1) < STRAIGHT).all())
+        """Whether they are Euler's on a flow, ``dx/dsigma = F``, which a formula of second order can take further."""
+        return max(self.missed, self.earlier) < FIRST_ORDER and bool((np.abs(self.a - 1) < STRAIGHT).all())
 
 
-def sampler_moves(paths: Sequence[DensePath], widths: Sequence[float] | Array) -> Moves | None:
-    """By least squares over dense paths; None where the latents do not go with the outputs."""
+def sampler_moves(paths: Sequence[DensePath], widths: Sequence[float] | Array, rounding: float = 0.0) -> Moves | None:
+    """By least squares over dense paths; None where the latents do not go with the outputs.
+
+    ``rounding`` is how far, relative, the latents are rounded when they enter the network: loops keep them in float32
+    and hand on 16 bits.
+    """
     total = len(widths)
     if total < 2 or any(path.latents.shape != path.outputs.shape for path in paths):
         return None
-    found, missed = np.zeros((2, total)), 0.0
+    found, missed, earlier = np.zeros((2, total)), 0.0, 0.0
     for step in range(total - 1):
         inner, cross = np.zeros((2, 2)), np.zeros(2)
         for path in paths:
@@ -62,11 +67,21 @@ def sampler_moves(paths: Sequence[DensePath], widths: Sequence[float] | Array) -
             cross += (read @ path.latents[step + 1].double()).numpy()
         a, b = found[:, step] = np.linalg.lstsq(inner, cross, rcond=None)[0]
         for path in paths:
-            moved = path.latents[step + 1] - path.latents[step]
-            left = path.latents[step + 1] - a * path.latents[step] - b * path.outputs[step]
-            missed = max(missed, float(left.norm() / moved.norm().clamp(min=1e-12)))
+            before, after = path.latents[step], path.latents[step + 1]
+            left = after - a * before - b * path.outputs[step]
+            moved = float((after - before).norm().clamp(min=1e-12))
+            rounded = rounding * math.hypot(float(after.norm()), float(a * before.norm()))
+            missed = max(missed, (float(left.norm()) - rounded) / moved)
+            if step:
+                earlier = max(earlier, _along(left, path.outputs[step - 1], (before, path.outputs[step])) / moved)
     found[:, -1] = found[0, -2], found[1, -2] * widths[-1] / widths[-2]
-    return Moves(found[0], found[1], missed)
+    return Moves(found[0], found[1], missed, earlier)
+
+
+def _along(vector: Tensor, direction: Tensor, others: Sequence[Tensor]) -> float:
+    """Length of ``vector`` along what of ``direction`` is orthogonal to ``others``."""
+    basis = torch.linalg.qr(torch.stack([*others, direction], 1).double())[0]
+    return abs(float(basis[:, -1] @ vector.double()))
 
 
 def second_order(

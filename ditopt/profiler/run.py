@@ -180,12 +180,12 @@ class ProfileRun:
         """If the loop is Euler's method on a flow, see what a formula of second order does in its place."""
         self.evaluator.finer.clear()
         paths = self.evaluator.paths[name]
-        moves = sampler_moves([paths[pair] for pair in pairs], network.step_widths)
+        program = whole_program(self.evaluator.sessions[name])
+        moves = sampler_moves([paths[pair] for pair in pairs], network.step_widths, _rounding(program))
         if moves is None or not moves.is_euler:
             self.reporter.say("  the loop is not Euler's method on a flow: fits aim at the dense path itself")
             return
         shares = branch_shares(network.grams[STEP].present, network.branch_weights)
-        program = whole_program(self.evaluator.sessions[name])
         with self.reporter.stage("profile: second-order paths", len(pairs)) as stage:
             for index, pair in enumerate(pairs):
                 kept = self.checkpoints.load(f"second_order{index}", ["outputs", "latents", "sample"])
@@ -273,6 +273,15 @@ def _both(one: Observer, two: Observer) -> Observer:
         two(seen)
 
     return observe
+
+
+def _rounding(program: Program) -> float:
+    """How far, relative, latents are rounded that enter a program: 0 where they are float32 or wider."""
+    position = program.variants.latents
+    if position is None:
+        return 0.0
+    eps = torch.finfo(program.variants.trace.placeholders[position].meta["val"].dtype).eps
+    return eps / 2 if eps > torch.finfo(torch.float32).eps else 0.0
 
 
 def whole_program(session: Session) -> Program:
