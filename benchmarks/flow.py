@@ -80,9 +80,9 @@ class Part:
 
     def plan_facts(self) -> dict[str, Any]:
         """What the plan was made from."""
-        weights = [path for kind in ("safetensors", "json") for path in self.settings.model.rglob(f"*.{kind}")]
-        prompts = digest([self.settings.calibration])
-        return {"model": digest(weights), "prompts": prompts, "sources": source_digest(), **surroundings()}
+        parts = [path for kind in ("safetensors", "json", "py") for path in self.settings.model.rglob(f"*.{kind}")]
+        model, prompts = digest(parts, self.settings.model), digest([self.settings.calibration])
+        return {"model": model, "prompts": prompts, "sources": source_digest(), **surroundings()}
 
     def bench_facts(self) -> dict[str, Any]:
         """What the figures were made from."""

@@ -47,7 +47,8 @@ def optimize(
         seed: of the first prompt's noise; prompt i uses ``seed + i``.
         techniques: kinds of decision to consider; default all.
         max_variants: the most distinct graphs to compile.
-        budget: the most plans to try by real rollouts; default: as many as take a few minutes, from 6 to 16.
+        budget: how many plans to try by real rollouts in the first search, a quarter more in each after it; default:
+            as many as take a few minutes, from 6 to 16.
         on_mismatch: what calls of another schedule or geometry do later: ``error``, ``dense`` or ``retarget``.
         resume: take up an interrupted run's checkpoints.
         quiet: print nothing.
@@ -87,7 +88,8 @@ def apply(model: ModelT, plan: str | Path | Plan, *, on_mismatch: str = "error")
     """Let a model run by a plan that exists: what ``optimize`` ended with, in another process or machine.
 
     A call of another geometry than the plan's (the batch apart) or another schedule is one that the plan is not for. A
-    pipeline that generates under another guidance than the plan was measured with is warned of in the log.
+    pipeline that generates under another guidance than the plan was measured with, or whose scheduler is exchanged
+    later, is warned of in the log.
 
     Args:
         model: a diffusers pipeline, or a network as an ``nn.Module``; compiled in place.
@@ -115,11 +117,12 @@ def apply(model: ModelT, plan: str | Path | Plan, *, on_mismatch: str = "error")
                 f"plan was made for {found.sampler.class_name}, the pipeline samples with {scheduler}; "
                 'set that scheduler, make a plan for this one, or pass on_mismatch="retarget"'
             )
+    watch = watch_guidance(model, found) if is_pipeline(model) else None
     for name, network in networks.items():
         if not isinstance(network, nn.Module):
             raise PlanMismatchError(f"plan is for network {name!r}, which {type(model).__name__} does not have")
         session = Session.from_options({"plan": found, "network": name, "on_mismatch": on_mismatch})
-        session.on_generation = watch_guidance(model, found) if is_pipeline(model) else None
+        session.on_generation = watch
         network.compile(backend=ditopt_backend, options={"session": session})
     return model
 

@@ -148,14 +148,19 @@ class Session:
             if self.error is not None:
                 raise self.error
             if plan is not None and self.plan is None:  # nobody named it, so it must not stand in the way
-                program.on_mismatch = "dense"
+                if self.on_mismatch == "error":
+                    program.on_mismatch = "dense"
                 if self.network not in plan.sampler.timesteps:
                     plan = None
+                else:
+                    program.stored = store.plan_path(trace.structure)
             if plan is not None:
                 check_model(plan, trace)
             elif self.lookup and trace.blocks:
-                _say_dense(trace.structure, store.plan_dir())
+                _say_dense(trace.structure, self.network, store.plan_dir())
             program.bind(plan)
+            if plan is not None and program.stored is not None:
+                _say_stored(program.stored, _figures(plan, self.network))
             program.compile()
         except DitoptError as error:
             program.error = error
@@ -182,12 +187,29 @@ class Session:
 
 
 @functools.cache  # a model compiled again, for another resolution say, is not told twice
-def _say_dense(structure: str, folder: Path) -> None:
+def _say_dense(structure: str, network: str, folder: Path) -> None:
     log.warning(
-        "no plan for this model (structure %s) in %s: compiled dense; make one with `ditopt optimize`",
+        "no plan for this model (structure %s, network %s) in %s: compiled dense; make one with `ditopt optimize`",
         structure,
+        network,
         folder,
     )
+
+
+@functools.cache
+def _say_stored(path: Path, figures: str) -> None:
+    log.warning(
+        "this model runs by the plan stored in %s, made for %s; to run dense delete the file or pass "
+        'options={"plan": None}',
+        path,
+        figures,
+    )
+
+
+def _figures(plan: Plan, network: str) -> str:
+    sampler, psnr = plan.sampler, plan.measured.get("psnr")
+    quality = "" if psnr is None else f", measured at {psnr} dB PSNR"
+    return f"{len(sampler.timesteps[network])} steps of {sampler.class_name}, guidance {sampler.guidance}{quality}"
 
 
 def check_model(plan: Plan, trace: Trace) -> None:

@@ -5,6 +5,7 @@ The reference of every quality figure is the dense Inductor run with the same pr
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import resource
 import statistics
@@ -126,6 +127,8 @@ def run_benches(
         raise InputError("no prompts to benchmark on; give at least one")
     if repeats < MIN_REPEATS:
         raise InputError(f"repeats is {repeats}; a median needs at least {MIN_REPEATS} generations")
+    if importlib.util.find_spec("skimage") is None:
+        raise InputError("SSIM needs scikit-image, which is not installed: pip install 'ditopt[bench]'")
     probe = DiffusersAdapter(pipe, {})
     order = int(getattr(pipe.scheduler, "order", 1))
     own = type(pipe.scheduler).__name__

@@ -167,8 +167,7 @@ class Contest:
     def _choose_steps(self) -> None:
         """Per plan the fewest steps of the own scheduler that take as long: rounded in the rivals' favour.
 
-        Pilots say about where; from a step below, one more is given as long as the two, timed in turns, say that the
-        rival is faster than the plan.
+        Pilots say how many; one more is given as long as the rival, timed in turns with the plan, is faster than it.
         """
         total = self.adapter.steps
         short = max(1, total // 3)
@@ -188,16 +187,18 @@ class Contest:
         per_step = max((dense - median[DENSE, short]) / (total - short), 1e-9)
         for entry in self.entries:
             left = median[entry.optimized, total] - (dense - per_step * total)
-            entry.steps = min(total, max(1, math.ceil(left / per_step - 1e-6) - 1))
+            entry.steps = min(total, max(1, math.ceil(left / per_step - 1e-6)))
             while entry.steps < total and not self._as_slow(entry):
                 entry.steps += 1
 
     def _as_slow(self, entry: Entry) -> bool:
         """Whether the own scheduler with the entry's steps takes as long as its plan, the two timed in turns."""
         rival, optimised = [], []
-        for _ in range(EQUAL_ROUNDS):
-            rival.append(self._timed(DENSE, 0, num_inference_steps=entry.steps)[1])
-            optimised.append(self._timed(entry.optimized, 0)[1])
+        with self.reporter.stage(f"bench: {entry.steps} steps against the plan", EQUAL_ROUNDS) as stage:
+            for _ in range(EQUAL_ROUNDS):
+                rival.append(self._timed(DENSE, 0, num_inference_steps=entry.steps)[1])
+                optimised.append(self._timed(entry.optimized, 0)[1])
+                stage.advance()
         return statistics.median(rival) >= statistics.median(optimised)
 
     def _add_rivals(self) -> None:
@@ -321,13 +322,15 @@ class Contest:
             return None
 
     def _say_what_was_unfair(self, entry: Entry) -> None:
-        rival, optimised = (statistics.median(self.seconds[entry.roles[r]]) for r in ("fewer_steps", "optimized"))
-        if rival < optimised:
-            self.note(
-                f"fewer steps took {rival:.3f} s, less than the optimised loop's {optimised:.3f} s: the comparison at "
-                "equal latency is not in its favour",
-                entry,
-            )
+        optimised = statistics.median(self.seconds[entry.optimized])
+        for role in ("fewer_steps", *SOLVERS):
+            rival = statistics.median(self.seconds.get(entry.roles[role]) or [math.inf])
+            if rival < optimised:
+                self.note(
+                    f"{role} took {rival:.3f} s, less than the optimised loop's {optimised:.3f} s: the comparison at "
+                    "equal latency is not in its favour",
+                    entry,
+                )
         frames, variants = self.recompiled(entry)
         if frames or variants:
             self.note(f"after the warm-up Dynamo compiled {frames} frames and Inductor {variants} variants", entry)

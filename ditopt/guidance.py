@@ -1,4 +1,4 @@
-"""Tells when a pipeline generates under another guidance than its plan was measured with."""
+"""Tells when a pipeline generates under another guidance, or by another scheduler, than its plan was made with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def watch_guidance(pipe: Any, plan: Plan) -> Callable[[], None]:
 
     The pipeline is held weakly. A scale that the plan's settings do not name had the pipeline's default; a second
     scale whose default is None was the first. Seen are the scales in ``SCALES`` and no others, and these only where
-    the pipeline sets their attribute before it calls a network.
+    the pipeline sets their attribute before it calls a network; and the class of ``pipe.scheduler``, as solvers of one
+    schedule have the same timesteps. ``torch.compile(..., backend="ditopt")`` has no pipeline, and sees neither.
     """
     accepted = inspect.signature(type(pipe).__call__).parameters
     planned = {
@@ -36,11 +37,24 @@ def watch_guidance(pipe: Any, plan: Plan) -> Callable[[], None]:
     if "guidance_scale_2" in planned and planned["guidance_scale_2"] is None:
         planned["guidance_scale_2"] = planned.get("guidance_scale")
     reference = weakref.ref(pipe)
-    told: set[tuple[str, float]] = set()
+    told: set[tuple[str, float | str]] = set()
 
     def check() -> None:
+        owner = reference()
+        scheduler = getattr(owner, "scheduler", None)
+        own, found = plan.sampler.class_name, type(scheduler).__name__
+        if scheduler is not None and found != own and ("scheduler", found) not in told:
+            told.add(("scheduler", found))
+            log.warning(
+                "the plan was made for %s, this generation samples with %s: its predictions may not fit, its quality "
+                "is not known; set pipe.scheduler to %s or make a plan for %s with `ditopt optimize`",
+                own,
+                found,
+                own,
+                found,
+            )
         for name, wanted in planned.items():
-            now = getattr(reference(), SCALES[name], wanted)
+            now = getattr(owner, SCALES[name], wanted)
             if isinstance(now, int | float) and now != wanted and (name, now) not in told:
                 told.add((name, now))
                 log.warning(

@@ -23,10 +23,20 @@ from ditopt.device import describe_device
 from ditopt.errors import InputError, RolloutError, TraceError
 from ditopt.guidance import watch_guidance
 from ditopt.measure import Evaluator
-from ditopt.outcome import Found, Result, Row, check_writable, closing_table, finished_plan, write_outcome
+from ditopt.outcome import (
+    Found,
+    Result,
+    Row,
+    check_writable,
+    closing_table,
+    finished_plan,
+    write_outcome,
+    write_side,
+)
 from ditopt.plan import Breaks, DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.profile import Profile
 from ditopt.profiler.checkpoint import Checkpoints, run_key
+from ditopt.profiler.observe import captured_once
 from ditopt.profiler.run import ProfileRun, sigmas_of
 from ditopt.profiler.split import SplitProfileRun
 from ditopt.quality import relative_l2
@@ -74,8 +84,7 @@ class Optimizer:
         self.use_ranges = RANGES in chosen
         self.chosen = tuple(name for name in chosen if name != RANGES)
         self.adapter: Adapter = adapt(self.model, self.rollout, self.pipe_kwargs)
-        if self.plan_path is not None:
-            check_writable(Path(self.plan_path))
+        check_writable(None if self.plan_path is None else Path(self.plan_path))
 
     def run(self) -> Result:
         """Run the flow; the model's networks are left compiled, under the plan that was found or dense.
@@ -149,7 +158,8 @@ class Optimizer:
             self.reporter.stage("dense runs of held-out prompts", len(held_out)) as stage,
         ):
             for index, pair in enumerate(held_out):
-                self._reference(evaluator, checkpoints, f"held_out{index}", pair)
+                with captured_once(evaluator, pair):
+                    self._reference(evaluator, checkpoints, f"held_out{index}", pair)
                 stage.advance()
         search = VerifiedSearch(
             evaluator,
@@ -372,6 +382,7 @@ class Optimizer:
         self.reasons.append(reason)
         if template is not None and self.plan_path is not None:
             template.model_copy(update={"measured": {"dense": reason}}).save(self.plan_path)
+            write_side(Path(self.plan_path), {"reasons": self.reasons, "table": rows, "timings": self.timings})
         self.reporter.say(f"the dense compiled model stays: {reason}")
         return Result(None, list(rows), self.reasons, None, self.timings)
 

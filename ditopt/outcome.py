@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -132,8 +133,6 @@ def write_outcome(
     """
     structures = plan.model.structure.split()
     target = path or store.plan_path(structures[0])
-    if path is None:
-        target.parent.mkdir(parents=True, exist_ok=True)
     plan.save(target)
     side = {
         "explanations": {
@@ -143,10 +142,10 @@ def write_outcome(
         "reasons": result.reasons,
         "prompts": {kind: list(texts) for kind, texts in prompts.items()},
         "timings": result.timings,
-        "table": [asdict(row) for row in result.rows],
+        "table": result.rows,
         "profile": {name: _profile_data(part) for name, part in profile.networks.items()},
     }
-    write_text_atomically(side_path(target), json.dumps(side, indent=1))
+    write_side(target, side)
     for structure in structures if path is not None else structures[1:]:
         try:
             store.keep_plan(target, structure)
@@ -155,12 +154,28 @@ def write_outcome(
     return target
 
 
-def check_writable(path: Path) -> None:
-    """Refuse an output path before the long work starts.
+def write_side(path: Path, side: Mapping[str, Any]) -> None:
+    """Write the side file of the plan ``path``; dataclasses in it become mappings."""
+    write_text_atomically(side_path(path), json.dumps(side, indent=1, default=asdict))
+
+
+def check_writable(path: Path | None) -> None:
+    """Refuse an output path (None: the user's folder of plans) before the long work starts.
 
     Raises:
         InputError: the folder is missing or not writable, or the path is a folder.
     """
+    if path is None:
+        folder = store.plan_dir()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return
+        except OSError as error:
+            raise InputError(
+                f"no plan_path is given, and plans cannot be kept in {folder} ({error.strerror or error}); "
+                "give plan_path, or set DITOPT_CACHE to a folder that can be written"
+            ) from error
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a plan file, e.g. {path / 'plan.yaml'}")
     if not path.parent.is_dir():

@@ -22,6 +22,11 @@ LATENT_NAMES = ("hidden_states", "sample", "latents", "x", "noisy_latents")
 """What networks call the arguments that ``Inputs`` names, likeliest first: for guessing where no plan says it."""
 MAX_BYTES = 4 * 2**20
 MAX_RULES = 10_000
+MAX_STEPS = 100_000
+MAX_RULE_STEPS = 200_000
+"""Limits on the steps of one schedule, hence of one rule, and on those that all rules name together."""
+MAX_FINDINGS = 20
+MAX_DIGITS = 40
 
 
 class _Part(BaseModel):
@@ -35,18 +40,27 @@ def parse_steps(text: str | int) -> tuple[int, ...]:
     (3, 5, 6, 7)
 
     Raises:
-        ValueError: the text is not a list of numbers and ranges.
+        ValueError: the text is not a list of numbers and ranges, or names more than ``MAX_STEPS`` steps.
     """
-    steps: set[int] = set()
+    return tuple(sorted(set().union(*_step_ranges(text))))
+
+
+def _step_ranges(text: str | int) -> list[range]:
+    """The ranges of a steps text, not yet expanded. Raises as ``parse_steps``."""
+    ranges: list[range] = []
+    total = 0
     for part in str(text).split(","):
         found = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part)
         if not found:
-            raise ValueError(f"steps {text!r} should be numbers and ranges such as '3, 5-7'")
+            raise ValueError(f"steps {_short(text)!r} should be numbers and ranges such as '3, 5-7'")
         first, last = int(found[1]), int(found[2] or found[1])
         if last < first:
-            raise ValueError(f"steps {text!r} has a range that runs backwards: {part.strip()!r}")
-        steps.update(range(first, last + 1))
-    return tuple(sorted(steps))
+            raise ValueError(f"steps {_short(text)!r} has a range that runs backwards: {part.strip()!r}")
+        ranges.append(range(first, last + 1))
+        total += last + 1 - first
+        if total > MAX_STEPS:
+            raise ValueError(f"steps {_short(text)!r} are over the limit of {MAX_STEPS}; name each step once")
+    return ranges
 
 
 def format_steps(steps: Iterable[int]) -> str:
@@ -68,8 +82,33 @@ def _read_steps(value: Any) -> Any:
     return parse_steps(value) if isinstance(value, str | int) and not isinstance(value, bool) else value
 
 
+def _count_steps(value: Any) -> int:
+    """How many steps a rule's ``steps`` stand for; 0 of what its own validation will refuse."""
+    try:
+        value = _step_ranges(value) if isinstance(value, str | int) else [value]
+        return sum(map(len, value))
+    except (TypeError, ValueError):
+        return 0
+
+
+def _bounded(rules: Any) -> Any:
+    """Refuse rules that name too many steps in all, before any are expanded."""
+    total = 0
+    for number, rule in enumerate(rules if isinstance(rules, list | tuple) else ()):
+        total += _count_steps(rule.get("steps") if isinstance(rule, dict) else getattr(rule, "steps", None))
+        if total > MAX_RULE_STEPS:
+            raise ValueError(
+                f"rules 0-{number} name {total} steps, over the limit of {MAX_RULE_STEPS} for a plan; name only steps "
+                "of the schedule, and one rule for many sites (a glob, a range of blocks) instead of many"
+            )
+    return rules
+
+
 def _read_decision(value: Any) -> Any:
-    return decision_from_data(value) if isinstance(value, str | dict) else value
+    try:
+        return decision_from_data(value) if isinstance(value, str | dict) else value
+    except TypeError:  # of keys, which pydantic does not turn into findings
+        raise ValueError("a decision is a word or one 'kind: {setting: value}', its settings named by words") from None
 
 
 Steps = Annotated[tuple[int, ...], BeforeValidator(_read_steps), PlainSerializer(format_steps, return_type=str)]
@@ -107,7 +146,7 @@ class SamplerPrint(_Part):
     """Which sampling loop: scheduler class, number of network evaluations and their timestep values, guidance scale."""
 
     class_name: Annotated[str, Field(alias="class")]
-    steps: Annotated[int, Field(ge=1, le=100_000)]
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
     guidance: float = 1.0
     timesteps: Annotated[dict[str, tuple[float, ...]], Field(min_length=1)]
     sigmas: dict[str, tuple[float, ...]]
@@ -170,7 +209,7 @@ class Plan(_Part):
     target: dict[str, float | str] = {}
     predicted: dict[str, float] = {}
     measured: dict[str, Any] = {}
-    rules: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES)] = ()
+    rules: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES), BeforeValidator(_bounded)] = ()
 
     def decisions(self, step: int, sites: Sequence[str], network: str = "transformer") -> dict[str, Decision]:
         """The decision of every site of ``sites`` in ``step``; a site that no rule names is ``Dense()``."""
@@ -244,7 +283,7 @@ class Plan(_Part):
             mark = getattr(error, "problem_mark", None)
             where = f"{source}, line {mark.line + 1}" if mark else source
             problem = getattr(error, "problem", None) or str(error)
-            raise PlanError(f"{where}: not a plan in YAML: {problem}") from None
+            raise PlanError(f"{where}: not a plan in YAML: {_short(problem, 400)}") from None
         if not isinstance(data, dict):
             raise PlanError(
                 f"{source}: a plan is a mapping that starts with 'ditopt: {FORMAT_VERSION}'; found "
@@ -257,7 +296,7 @@ class Plan(_Part):
                 if isinstance(version, int) and version > FORMAT_VERSION
                 else f"expected {FORMAT_VERSION}"
             )
-            raise PlanError(f"{source}, field ditopt: format version {version!r} is not supported; {hint}")
+            raise PlanError(f"{source}, field ditopt: format version {_short(repr(version))} is not supported; {hint}")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -272,15 +311,22 @@ class _Dumper(yaml.SafeDumper):
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader without anchors (they are what YAML bombs are made of) and without repeated keys."""
+    """The safe loader without anchors (they are what YAML bombs are made of), tags, huge numbers and repeated keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML is annotated in part
-            raise yaml.composer.ComposerError(
-                None, None, "aliases are not allowed in a plan; write the value out", event.start_mark
-            )
-        return super().compose_node(parent, index)
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML is annotated in part
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            problem = "aliases are not allowed in a plan; write the value out"
+        elif getattr(event, "tag", None) is not None:
+            problem = f"the tag {_short(event.tag)!r} is not allowed in a plan; write the value without it"
+        if problem is not None:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        node: Any = super().compose_node(parent, index)
+        if node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
+            problem = f"number {_short(node.value)!r} has {len(node.value)} characters; write at most {MAX_DIGITS}"
+            raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
@@ -292,37 +338,59 @@ class _Loader(yaml.SafeLoader):
 
 
 def _explain(error: ValidationError, root: Any, source: str) -> str:
-    """One line per finding: file, line, field, what was found and what was expected."""
+    """One line per finding: file, line, field, what was found and what was expected; the first ``MAX_FINDINGS``."""
     lines = []
-    for finding in error.errors(include_url=False):
+    line_of = _LineFinder(root)
+    findings = error.errors(include_url=False)
+    for finding in findings[:MAX_FINDINGS]:
         field = [
             part
             for part in finding["loc"]
             if not (isinstance(part, str) and part.startswith(("function-", "constrained-")))
         ]
-        line = _line_of(root, field)
         found = finding.get("input")
-        shown = "" if finding["type"] == "missing" else f" (found {str(found)[:80]!r})"
-        message = finding["msg"].removeprefix("Value error, ")
+        shown = "" if finding["type"] == "missing" else f" (found {_short(found)!r})"
+        message = _short(finding["msg"].removeprefix("Value error, "), 400)
         if finding["type"] == "extra_forbidden":
             message, shown = "unknown field; remove it or check its spelling", ""
-        lines.append(f"{source}, line {line}, field {'.'.join(map(str, field)) or 'top'}: {message}{shown}")
+        name = _short(".".join(map(str, field)) or "top", 200)
+        lines.append(f"{source}, line {line_of(field)}, field {name}: {message}{shown}")
+    if len(findings) > MAX_FINDINGS:
+        lines.append(f"{source}: {len(findings) - MAX_FINDINGS} more findings are not shown; mend these first")
     return "\n".join(lines)
 
 
-def _line_of(node: Any, field: Sequence[Any]) -> int:
-    """The line (from 1) of the deepest part of ``field`` that the YAML node tree has."""
-    line = node.start_mark.line + 1
-    for part in field:
-        child = None
-        if isinstance(node, yaml.MappingNode):
-            child = next(((key, value) for key, value in node.value if key.value == str(part)), None)
-            if child:
-                line, node = child[0].start_mark.line + 1, child[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-    return int(line)
+class _LineFinder:
+    """Says where parts of a plan stand in its YAML node tree; each mapping is read once."""
+
+    def __init__(self, root: Any) -> None:
+        self.root = root
+        self._entries: dict[int, dict[str, tuple[Any, Any]]] = {}
+
+    def __call__(self, field: Sequence[Any]) -> int:
+        """The line (from 1) of the deepest part of ``field`` that the tree has."""
+        node = self.root
+        line = node.start_mark.line + 1
+        for part in field:
+            if isinstance(node, yaml.MappingNode):
+                found = self._children(node).get(str(part))
+                if found:
+                    line, node = found[0].start_mark.line + 1, found[1]
+            elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+                node = node.value[part]
+                line = node.start_mark.line + 1
+        return int(line)
+
+    def _children(self, node: yaml.MappingNode) -> dict[str, tuple[Any, Any]]:
+        if id(node) not in self._entries:
+            self._entries[id(node)] = {key.value: (key, value) for key, value in node.value}
+        return self._entries[id(node)]
+
+
+def _short(value: Any, limit: int = 80) -> str:
+    """``value`` as text of at most ``limit`` characters, for messages."""
+    text = str(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -98,7 +98,7 @@ def name_inputs(gm: fx.GraphModule) -> tuple[dict[str, int], dict[str, int]]:
     state: dict[str, int] = {}
     for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         source = source_name(node)
-        if source is None:
+        if source is None or isinstance(node.meta.get("example_value"), torch.SymInt):  # a size says no argument's name
             arguments[node.name] = position
         elif is_model_state(source):
             state[module_path(source)] = position
@@ -196,9 +196,10 @@ def _entering_streams(trace: Trace, changing: set[fx.Node]) -> tuple[int, ...]:
     return tuple(sorted(p for node, p in found.items() if 0 <= last_use[node] <= end and _kind(node) in handed_on))
 
 
-def _kind(node: fx.Node) -> tuple[tuple[int, ...], torch.dtype] | None:
+def _kind(node: fx.Node) -> tuple[tuple[str, ...], torch.dtype] | None:
+    """Shape and type; sizes as text, as those of a dynamic shape have no hash."""
     value = node.meta.get("val")
-    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else None
+    return (tuple(map(str, value.shape)), value.dtype) if isinstance(value, torch.Tensor) else None
 
 
 def _edges(order: list[fx.Node], blocks: tuple[str, ...], changing: set[fx.Node]) -> list[int]:

@@ -23,6 +23,7 @@ from ditopt.search import (
     bisect_kept,
     bisect_lambda,
     lambda_range,
+    least_kept,
     refine,
     solve,
     solve_kept,
@@ -160,7 +161,7 @@ class Tuner:
         )
         best = _faster(best, by_price.best)
         self.stage_name = "refine"
-        while best is not None and self._left > 1 and len(best.solution.kept) > 2:
+        while best is not None and self._left > 1 and len(best.solution.kept) > max(2, least_kept(self.problem)):
             smaller = self._start(len(best.solution.kept) - 1)
             improved = self._refine(smaller, max(2, self._left // 2))
             if improved is None or not meets(improved.measurement):
@@ -205,7 +206,7 @@ class Tuner:
         if self.problem.seconds_predicted is None:
             return self._ranges_for_speed(allowed)
         count = int((allowed - self.problem.steps * part["predicted"]) / max(part["full"] - part["predicted"], 1e-9))
-        if count < 1:
+        if count < least_kept(self.problem):
             return None
         self.stage_name = "refine"
         best = self._refine(solve_kept(self.problem, min(count, self.problem.steps), self.max_variants), self.budget)
@@ -231,7 +232,7 @@ class Tuner:
     def _guess(self, limit: float) -> int | None:
         """A first number of kept steps: the least whose predicted error meets the limit."""
         allowed = limit if self.target.max_rel_error is not None else 10 ** (limit / 20) * self._peak_to_norm()
-        for count in range(2, self.problem.steps):
+        for count in range(max(2, least_kept(self.problem)), self.problem.steps):
             if solve_kept(self.problem, count, self.max_variants).predicted_error <= allowed:
                 return count
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,14 @@ settings.register_profile("ditopt", deadline=None, derandomize=True)  # two busy
 settings.load_profile("ditopt")
 
 RunPython = Callable[..., str]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plans and checkpoints of tests do not mix with the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DITOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

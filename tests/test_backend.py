@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ditopt.decisions import Forecast, Reuse
 from ditopt.errors import InputError, PlanError
 from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.sites import AttentionSite, LinearSite
+from tests.tiny import make_model
 from tests.trace.models import compiled, interpreted
 
 STEPS = 6
@@ -175,6 +177,59 @@ def test_a_stored_plan_is_found_by_the_structure_of_the_model(tmp_path: Path) ->
         assert torch.equal(generate(compiled(model)), named)
 
 
+@pytest.fixture
+def stored() -> Path:
+    """A plan for ``OwnModel`` in the user's folder."""
+    plan = own_plan(structure_of(OwnModel()))
+    path = store.plan_path(plan.model.structure)
+    path.parent.mkdir(parents=True)
+    plan.model_copy(update={"measured": {"psnr": 37.94}}).save(path)
+    return path
+
+
+def test_a_stored_plan_tells_once_that_it_is_taken(stored: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with interpreted(), caplog.at_level(logging.WARNING, "ditopt"):
+        for _ in range(2):
+            torch._dynamo.reset()
+            generate(compiled(OwnModel()))
+    assert caplog.messages == [
+        f"this model runs by the plan stored in {stored}, made for {STEPS} steps of Euler, guidance 1.0, measured at "
+        '37.94 dB PSNR; to run dense delete the file or pass options={"plan": None}'
+    ]
+
+
+def test_a_stored_plan_tells_once_that_it_does_not_fit(stored: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = OwnModel()
+    tokens, prompt = torch.randn(1, 20, 24), torch.randn(1, 1, 24)
+    with interpreted(), torch.no_grad(), caplog.at_level(logging.WARNING, "ditopt"):
+        forward = compiled(model)
+        for time in (0.93, 0.71):
+            found = forward(tokens, torch.full((1,), time), prompt)
+            torch.testing.assert_close(found, model(tokens, torch.full((1,), time), prompt), rtol=1e-5, atol=1e-5)
+    _, told = caplog.messages
+    assert told.startswith(f"the plan stored in {stored} is not for this call, which runs dense: timestep 0.93")
+    assert f"the plan is for {STEPS} steps of Euler" in told
+
+
+def test_a_stored_plan_is_retargeted_on_request(stored: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What the complaint of one that does not fit offers as a way out."""
+    session = Session.from_options({"on_mismatch": "retarget"})
+    with interpreted(), torch.no_grad(), caplog.at_level(logging.WARNING, "ditopt"):
+        forward = compiled(OwnModel(), session=session)
+        prompt = torch.randn(1, 1, 24)
+        for time in (1.0, 0.8, 0.6, 0.4, 0.2):
+            forward(torch.randn(1, 20, 24), torch.full((1,), time), prompt)
+    assert session.programs[0].statistics.predicted_calls > 0
+    assert len(caplog.messages) == 1, "it was taken, and no call ran dense"
+
+
+def test_a_stored_plan_for_another_network_is_not_taken(stored: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with interpreted(), caplog.at_level(logging.WARNING, "ditopt"):
+        generate(compiled(OwnModel(), network="transformer_2"))
+    assert [message.split(":")[0] for message in caplog.messages] == ["no plan for this model (structure sha256"]
+    assert "network transformer_2" in caplog.messages[0]
+
+
 def test_a_stored_plan_that_is_malformed_is_named_at_the_first_call() -> None:
     model = OwnModel()
     path = store.plan_path(structure_of(model))
@@ -182,3 +237,18 @@ def test_a_stored_plan_that_is_malformed_is_named_at_the_first_call() -> None:
     path.write_text("ditopt: 1\nrules: 7\n")
     with interpreted(), pytest.raises(PlanError, match=r"sha256-.*\.yaml, line 2, field rules"):
         generate(compiled(model))
+
+
+def test_every_shape_has_a_graph_of_its_own() -> None:
+    """With Dynamo's default, which takes sizes that change for dynamic, and graphs that are really compiled."""
+    torch._dynamo.reset()
+    model, session = make_model(), Session()
+    expected = make_model()
+    model.compile(backend=ditopt_backend, options={"session": session})
+    with torch.no_grad():
+        for batch, tokens in ((1, 16), (2, 16), (3, 24), (1, 16)):
+            given = torch.randn(batch, tokens, 4), torch.full((batch,), 500.0), torch.randn(batch, 32)
+            torch.testing.assert_close(model(*given), expected(*given), rtol=1e-4, atol=1e-5)
+    assert len(session.programs) == 3
+    assert len({program.variants.trace.structure for program in session.programs}) == 1
+    assert all(len(program.variants.trace.blocks) == 4 for program in session.programs)

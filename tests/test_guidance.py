@@ -1,4 +1,4 @@
-"""A generation under another guidance than the plan's is warned of, once for every value."""
+"""A generation under another guidance or scheduler than the plan's is warned of, once for every value."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,19 @@ def test_a_scale_that_no_pipeline_keeps_is_not_seen(caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.WARNING, "ditopt"):
         pipe("a prompt", true_cfg_scale=1.0, check=check)
     assert not caplog.records, "the docstring and the README say so"
+
+
+def test_each_other_scheduler_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    pipe: Any = Pipeline()
+    check = watch_guidance(pipe, plan())
+    with caplog.at_level(logging.WARNING, "ditopt"):
+        for name in ("Euler", "UniPC", "Euler", "UniPC", "Heun"):
+            pipe.scheduler = type(name, (), {})()
+            pipe("a prompt", check=check)
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        f"the plan was made for Euler, this generation samples with {name}" for name in ("UniPC", "Heun")
+    ]
+    assert "set pipe.scheduler to Euler or make a plan for UniPC with `ditopt optimize`" in caplog.messages[0]
 
 
 def test_a_pipeline_that_tells_nothing_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,7 @@ from ditopt.optimizer import Optimizer
 from ditopt.outcome import Result
 from ditopt.plan import Plan
 from ditopt.quality import psnr, relative_l2
-from ditopt.report.explained import side_path
+from ditopt.report.explained import Explained, side_path
 from ditopt.target import Target
 from tests.tiny import euler, make_model
 
@@ -109,6 +109,13 @@ def test_arguments_that_cannot_be_used_are_named(settings: dict[str, Any], messa
         ditopt.optimize(make_model(), PROMPTS, **{"rollout": euler, "quiet": True, **settings})
 
 
+def test_nowhere_to_keep_the_plan_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DITOPT_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match=r"plans cannot be kept in .*plans \(Not a directory\); give plan_path"):
+        run(make_model(), rollout=lambda model, prompt, seed: pytest.fail("the work has begun"))
+
+
 def test_neither_pipeline_nor_module() -> None:
     with pytest.raises(InputError, match=r"model is a dict; give a diffusers pipeline, or an nn\.Module"):
         ditopt.optimize({}, PROMPTS, quiet=True)
@@ -153,6 +160,17 @@ def test_nan_in_the_dense_output_is_counted() -> None:
         run(model)
 
 
+def test_prompt_of_another_length_is_named() -> None:
+    def rollout(network: nn.Module, prompt: str, seed: int) -> Tensor:
+        x = torch.randn(1, 16 + 8 * (prompt == "two"), 4, generator=torch.Generator().manual_seed(seed))
+        for step in range(4):
+            x = x - network(x, torch.tensor([1000 - 200.0 * step]), torch.ones(1, 32)) / 4
+        return x
+
+    with pytest.raises(RolloutError, match=r"prompt 'two' makes transformer be captured again: .*; pad prompts to one"):
+        run(make_model(), rollout)
+
+
 def test_model_without_blocks() -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:
@@ -165,6 +183,14 @@ def test_model_without_blocks() -> None:
 
     with pytest.raises(TraceError, match="no attention inside numbered blocks was found in transformer"):
         run(Flat().eval())
+
+
+def test_staying_dense_is_explained_beside_the_plan(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    side_path(path).write_text("of a run before")
+    result = run(make_model(), rollout=lambda model, prompt, seed: euler(model, prompt, seed, steps=1), plan_path=path)
+    assert result.plan is None and not Plan.load(path).rules
+    assert Explained.load(side_path(path)).reasons == tuple(result.reasons) != ()
 
 
 def test_interrupted_profiling_resumes_and_leaves_the_model_as_it_was() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from ditopt.decisions import Decision, Dense, Fit, Forecast, Reuse
 from ditopt.errors import PlanError
 from ditopt.plan import (
     MAX_BYTES,
+    MAX_FINDINGS,
+    MAX_STEPS,
     DevicePrint,
     ModelPrint,
     Plan,
@@ -104,10 +107,18 @@ def test_diff_names_what_changed() -> None:
             r"line 6, field rules.0.do: .*'magic' is unknown",
         ),
         (HEAD + "rules:\n- {sites: step, steps: 1, do: {forecast: {order: 7}}}", r"line 6.*less than or equal to 2"),
+        (HEAD + "rules:\n- {sites: step, steps: 1, do: {reuse: {1: 2}}}", r"line 6, field rules.0.do: a decision is a"),
+        (HEAD + "rules:\n- {sites: step, steps: 1, do: {a: 1, b: 2}}", r"line 6, field rules.0.do: a decision is a"),
         (HEAD.replace("[1, 0.5, 0.2]", "[1]"), r"line 3, field sampler: timesteps are .*as many of both"),
         ("ditopt: 1\nditopt: 1", r"line 2.*key 'ditopt' stands twice"),
         ("a: &a [1]\nb: *a", r"line 2.*aliases are not allowed"),
-        ("x: !!python/object/apply:os.system [ls]", r"line 1.*could not determine a constructor"),
+        ("x: !!python/object/apply:os.system [ls]", r"p.yaml, line 1: .*the tag 'tag:.*os.system' is not allowed"),
+        ("a: 1\nx: !!timestamp abc", r"p.yaml, line 2: .*the tag 'tag:yaml.org,2002:timestamp' is not allowed"),
+        ("a: 1\nx: !!int ''", r"p.yaml, line 2: .*the tag 'tag:yaml.org,2002:int' is not allowed"),
+        ("a: 1\nx: !!float ''", r"p.yaml, line 2: .*the tag 'tag:yaml.org,2002:float' is not allowed"),
+        ("a: 1\nx: !!bool maybe", r"p.yaml, line 2: .*the tag 'tag:yaml.org,2002:bool' is not allowed"),
+        ("ditopt: 0x" + "f" * 5000, r"p.yaml, line 1: .*has 5002 characters; write at most 40"),
+        ("x: 1" + ":00" * 300 + ".5", r"p.yaml, line 1: .*has 903 characters; write at most 40"),
         ("a: 2024-99-99", r"p.yaml: not a plan in YAML"),
         ("? [1]\n: 2", r"p.yaml.*not a plan in YAML"),
         ("[" * 5000, r"p.yaml.*not a plan in YAML"),
@@ -116,6 +127,50 @@ def test_diff_names_what_changed() -> None:
 def test_malformed_plans_are_named(text: str, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         Plan.parse(text, "p.yaml")
+
+
+def rule_lines(steps: str, count: int) -> str:
+    return HEAD + "rules:\n" + f"- {{sites: step, steps: {steps}, do: reuse}}\n" * count
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (rule_lines("0-99999", 60), r"line 5, field rules: rules 0-2 name 300000 steps, over the limit of 200000"),
+        (rule_lines("'0-99999, 7'", 1), r"line 6, field rules.0.steps: .*'0-99999, 7' are over the limit of 100000"),
+        (rule_lines(f"'{'0-99999, ' * 60}0'", 1), r"line 6, field rules.0.steps: .* are over the limit of 100000"),
+    ],
+)
+def test_steps_are_counted_before_they_are_expanded(text: str, message: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(PlanError, match=message):
+            Plan.parse(text, "p.yaml")
+        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_whole_schedules_are_within_the_limit() -> None:
+    assert len(Plan.parse(rule_lines("0-99999", 2)).rules[1].steps) == MAX_STEPS
+
+
+def test_the_first_findings_are_told_and_the_rest_counted() -> None:
+    text = HEAD + "".join(f"key{number}: 1\n" for number in range(500))
+    with pytest.raises(PlanError) as caught:
+        Plan.parse(text, "p.yaml")
+    *lines, last = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        f"p.yaml, line {number + 5}, field key{number}" for number in range(MAX_FINDINGS)
+    ]
+    assert last == "p.yaml: 480 more findings are not shown; mend these first"
+
+
+def test_long_values_do_not_make_long_messages() -> None:
+    text = rule_lines("x" * 10_000, 1) + "y" * 100 + ": 1"
+    with pytest.raises(PlanError, match=r"steps 'x{77}\.\.\.' should be numbers and ranges") as caught:
+        Plan.parse(text, "p.yaml")
+    assert len(str(caught.value)) < 600
 
 
 def test_files_that_are_no_plans(tmp_path: Path) -> None:

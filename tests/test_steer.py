@@ -17,7 +17,7 @@ from ditopt.profile import branch_shares
 from ditopt.profiler.features import FeatureCollector
 from ditopt.profiler.moves import sampler_moves, second_order
 from ditopt.profiler.observe import observed
-from ditopt.profiler.run import whole_program
+from ditopt.profiler.run import ROUNDED, whole_program
 from ditopt.quality import compare
 from ditopt.search import solve_kept
 from ditopt.sites import STEP
@@ -154,7 +154,7 @@ def test_moves_are_told_apart_through_rounded_latents(second: float, expected: b
         past = outputs[max(step - 1, 0)]
         latents.append(latents[-1] - ((1 + second) * outputs[step] - second * past) / 30)
     entered = torch.stack(latents).bfloat16().float()
-    moves = sampler_moves([DensePath(outputs, entered)], [1 / 30] * 30, torch.finfo(torch.bfloat16).eps / 2)
+    moves = sampler_moves([DensePath(outputs, entered)], [1 / 30] * 30, ROUNDED * torch.finfo(torch.bfloat16).eps)
     assert moves is not None and moves.is_euler is expected
     plain = sampler_moves([DensePath(outputs, entered)], [1 / 30] * 30)
     assert plain is not None and not plain.is_euler, "what is left is more than a sampler of first order leaves"
@@ -164,9 +164,9 @@ def test_noisy_moves_are_not_taken_for_rounded_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     outputs, latents = torch.randn(30, 4000, generator=generator), [torch.randn(4000, generator=generator)]
     for step in range(29):
-        latents.append(latents[-1] - outputs[step] / 30 + 0.01 * torch.randn(4000, generator=generator))
+        latents.append(latents[-1] - outputs[step] / 30 + 0.003 * torch.randn(4000, generator=generator))
     entered = torch.stack(latents).bfloat16().float()
-    moves = sampler_moves([DensePath(outputs, entered)], [1 / 30] * 30, torch.finfo(torch.bfloat16).eps / 2)
+    moves = sampler_moves([DensePath(outputs, entered)], [1 / 30] * 30, ROUNDED * torch.finfo(torch.bfloat16).eps)
     assert moves is not None and not moves.is_euler
 
 

@@ -15,6 +15,10 @@ from ditopt.adapters.base import Adapter, Sampler
 from ditopt.errors import InputError
 from ditopt.runtime.streams import watch_contexts
 
+GIVEN_ELSEWHERE = {
+    "prompt": "prompts are the second argument of ditopt.optimize",
+    "generator": "every prompt is generated from a seed of its own, counted from seed=",
+}
 NETWORKS = ("transformer", "transformer_2", "unet")
 
 
@@ -40,6 +44,14 @@ class DiffusersAdapter(Adapter):
                 "nn.Module with rollout="
             )
         accepted = inspect.signature(pipe.__call__).parameters
+        if "prompt" not in accepted:
+            raise InputError(
+                f"{type(pipe).__name__} takes no prompt, its arguments are {', '.join(accepted)}; give its network, "
+                "with your call of the pipeline as rollout="
+            )
+        for name, instead in GIVEN_ELSEWHERE.items():
+            if name in self.settings:
+                raise InputError(f"pipe_kwargs has {name}, which ditopt sets itself: {instead}")
         unknown = sorted(set(self.settings) - set(accepted))
         if unknown:
             raise InputError(
@@ -60,6 +72,8 @@ class DiffusersAdapter(Adapter):
         arguments = {**self.settings, **settings}
         if "output_type" in self.accepted:
             arguments.setdefault("output_type", "np")
+            if arguments["output_type"] == "pil":  # the same pixels, which can be compared
+                arguments["output_type"] = "np"
         generator = torch.Generator().manual_seed(seed)
         result = self.pipe(prompt=prompt, generator=generator, **arguments)
         for name in ("frames", "images", "sample", "audios"):

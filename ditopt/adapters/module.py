@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,8 +36,14 @@ class ModuleAdapter(Adapter):
     def describe(self) -> str:
         """The caller's loop by name and compiled code, so that an edited loop is another one."""
         code = getattr(self._rollout, "__code__", None)
-        return f"{self.sampler().class_name} {code.co_code.hex() if code else ''} {code.co_consts if code else ''!r}"
+        return f"{self.sampler().class_name} {'' if code is None else _code_text(code)}"
 
     def sampler(self) -> Sampler:
         """A bare loop tells nothing of itself: distances between steps are those of the timesteps."""
         return Sampler(getattr(self._rollout, "__name__", type(self._rollout).__name__), 1.0, {})
+
+
+def _code_text(code: CodeType) -> str:
+    """A function's code with the functions inside it, the same in every process."""
+    constants = [_code_text(part) if isinstance(part, CodeType) else repr(part) for part in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {constants}"

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,13 +30,22 @@ SUFFIXES = (".safetensors", ".partial")
 
 def run_key(networks: Mapping[str, nn.Module], facts: Mapping[str, Any]) -> str:
     """A hash of the networks' weights (every tensor's shape and a sample of its values) and of ``facts``."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=_as_text).encode())
     for name, network in networks.items():
         for key, value in network.state_dict().items():
             flat = value.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
             digest.update(f"{name}.{key}{tuple(value.shape)}{value.dtype}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:KEY_DIGITS]
+
+
+def _as_text(value: Any) -> str:
+    """What a fact is that JSON does not know, the same in every process: images, arrays and tensors by their bytes."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    if hasattr(value, "tobytes"):
+        return f"{type(value).__name__} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    return str(value)
 
 
 class Checkpoints:

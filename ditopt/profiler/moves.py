@@ -19,6 +19,8 @@ from ditopt.runtime.program import Compute, Observation, Program, copied
 
 FIRST_ORDER = 0.03
 """A sampler whose moves are missed by less than this, relative, beyond rounding, goes by the current output alone."""
+ROUNDING_SLACK = 1.1
+"""Of the expected squared error of rounding, what is taken for it."""
 STRAIGHT = 0.01
 """Moves whose ``a`` is 1 to this add outputs up: Euler's method on a flow."""
 
@@ -52,8 +54,8 @@ class Moves:
 def sampler_moves(paths: Sequence[DensePath], widths: Sequence[float] | Array, rounding: float = 0.0) -> Moves | None:
     """By least squares over dense paths; None where the latents do not go with the outputs.
 
-    ``rounding`` is how far, relative, the latents are rounded when they enter the network: loops keep them in float32
-    and hand on 16 bits.
+    ``rounding`` is the error, relative and root mean square, of the latents that enter the network: loops keep them in
+    float32 and hand on 16 bits.
     """
     total = len(widths)
     if total < 2 or any(path.latents.shape != path.outputs.shape for path in paths):
@@ -70,8 +72,8 @@ def sampler_moves(paths: Sequence[DensePath], widths: Sequence[float] | Array, r
             before, after = path.latents[step], path.latents[step + 1]
             left = after - a * before - b * path.outputs[step]
             moved = float((after - before).norm().clamp(min=1e-12))
-            rounded = rounding * math.hypot(float(after.norm()), float(a * before.norm()))
-            missed = max(missed, (float(left.norm()) - rounded) / moved)
+            rounded = rounding**2 * float(after.square().sum() + a**2 * before.square().sum())
+            missed = max(missed, math.sqrt(max(0.0, float(left.square().sum()) - ROUNDING_SLACK * rounded)) / moved)
             if step:
                 earlier = max(earlier, _along(left, path.outputs[step - 1], (before, path.outputs[step])) / moved)
     found[:, -1] = found[0, -2], found[1, -2] * widths[-1] / widths[-2]

@@ -30,10 +30,12 @@ def collected(evaluator: Evaluator, pair: Pair, observers: Observers, collectors
     """As `observed`, where the observers feed ``collectors``.
 
     Raises:
-        RolloutError: the rollout called a network more or less often than in the recorded generation.
+        RolloutError: the rollout called a network more or less often than in the recorded generation, or with inputs of
+            other shapes.
     """
     try:
-        sample = observed(evaluator, pair, observers)
+        with captured_once(evaluator, pair):
+            sample = observed(evaluator, pair, observers)
     except IndexError as error:
         raise RolloutError(
             "the rollout calls the model more often than in the recorded generation; it must call it alike "
@@ -45,6 +47,23 @@ def collected(evaluator: Evaluator, pair: Pair, observers: Observers, collectors
             "it must call it alike for every prompt"
         )
     return sample
+
+
+@contextmanager
+def captured_once(evaluator: Evaluator, pair: Pair) -> Iterator[None]:
+    """A generation that may not make Dynamo capture a network again.
+
+    Raises:
+        RolloutError: it did, because an input has another shape than under the first prompt.
+    """
+    before = {name: len(session.programs) for name, session in evaluator.sessions.items()}
+    yield
+    for name, session in evaluator.sessions.items():
+        if len(session.programs) > before[name]:
+            raise RolloutError(
+                f"prompt {pair[0]!r} makes {name} be captured again: an input has another shape than under the first "
+                "prompt (a text of another length?); pad prompts to one length"
+            )
 
 
 def inputs_of(evaluator: Evaluator, pair: Pair, programs: Sequence[Program]) -> list[Sequence[Any]]:

@@ -32,6 +32,10 @@ TUNING_PROMPTS = 4
 """Profiled prompts on which plans are tried and refitted: the first ones."""
 
 
+ROUNDED = 0.2123
+"""Root mean square error of rounding to nearest, relative to numbers of all mantissas, in units of the type's eps."""
+
+
 @dataclass
 class ProfileRun:
     """What a run needs; ``calls`` and ``sessions`` are per network."""
@@ -276,12 +280,12 @@ def _both(one: Observer, two: Observer) -> Observer:
 
 
 def _rounding(program: Program) -> float:
-    """How far, relative, latents are rounded that enter a program: 0 where they are float32 or wider."""
+    """The error, relative and root mean square, of latents that enter a program: 0 where they are no 16-bit floats."""
     position = program.variants.latents
     if position is None:
         return 0.0
-    eps = torch.finfo(program.variants.trace.placeholders[position].meta["val"].dtype).eps
-    return eps / 2 if eps > torch.finfo(torch.float32).eps else 0.0
+    dtype = program.variants.trace.placeholders[position].meta["val"].dtype
+    return ROUNDED * torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 0.0
 
 
 def whole_program(session: Session) -> Program:

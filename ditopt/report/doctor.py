@@ -46,6 +46,8 @@ def findings() -> Iterator[Finding]:
     )
     absent = "absent; needed for pipelines only: pip install ditopt[diffusers]"
     yield Finding("diffusers", "present" if importlib.util.find_spec("diffusers") else absent)
+    absent = "absent; needed by `ditopt bench` only: pip install ditopt[bench]"
+    yield Finding("scikit-image", "present" if importlib.util.find_spec("skimage") else absent)
     yield _cache()
     yield from _plans()
     yield _trial()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from ditopt.runtime.schedule import BoundPlan, BoundPrediction, adapted_factors,
 from ditopt.runtime.slots import StreamState
 from ditopt.runtime.streams import StreamTable, current_context_name, watch_contexts
 from ditopt.runtime.variants import Variant, VariantCache
+
+log = logging.getLogger("ditopt")
 
 Observer = Callable[["Observation"], None]
 Compute = Callable[[list[Any]], Sequence[Any]]
@@ -80,6 +84,8 @@ class Program:
 
     Where graph breaks cut the network, the program that the plan names as the clock finds stream and step;
     those of the other graphs follow it, and keep their features in its streams.
+
+    ``stored`` is the file of a plan that nobody named: the log says once that it does not fit a call.
     """
 
     variants: VariantCache
@@ -92,6 +98,7 @@ class Program:
     observer: Observer | None = None
     interceptor: Interceptor | None = None
     on_generation: Callable[[], None] | None = None
+    stored: Path | None = None
     statistics: Statistics = field(default_factory=Statistics)
 
     def __post_init__(self) -> None:
@@ -103,6 +110,7 @@ class Program:
         self._factors: dict[tuple[float, ...], Tensor] = {}
         self._clock: str | None = None
         self._leads = False
+        self._told = False
 
     def bind(self, plan: Plan | None) -> None:
         """Run by ``plan`` from now on (None: dense); all state is dropped.
@@ -339,6 +347,9 @@ class Program:
     def _unplanned(self, arguments: list[Any], complaint: str) -> Sequence[Any]:
         if self.on_mismatch == "error":
             raise PlanMismatchError(complaint)
+        if self.stored is not None and not self._told:
+            self._told = True
+            log.warning("the plan stored in %s is not for this call, which runs dense: %s", self.stored, complaint)
         self.statistics.unplanned_calls += 1
         return self._run(self.variants.get(StepPlan()), arguments, {})[0]
 

@@ -88,7 +88,8 @@ class VariantCache:
         users = int(gm.meta["ditopt_user_outputs"])
         recorded = tuple((site, len(feature(self.trace.gm, self.index, site).ends)) for site in plan.recorded)
         nodes = sum(node.op == "call_function" for node in gm.graph.nodes)
-        sample = self.trace.placeholders[0].meta["val"]
+        values = (node.meta["val"] for node in self.trace.placeholders)
+        sample = next(value for value in values if isinstance(value, Tensor))
 
         def trace_call(function: Callable[..., object], values: list[Tensor]) -> fx.GraphModule:
             with fake_mode_of(sample) as mode:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ditopt.search.joint import solve, solve_kept
+from ditopt.search.joint import least_kept, solve, solve_kept
 from ditopt.search.problem import SearchProblem
 from ditopt.search.rollouts import Improve, Measure, Measurement, Progress, Rollouts, Trial
 from ditopt.search.solution import Solution
@@ -69,10 +69,9 @@ def bisect_kept(
     improve: Improve | None = None,
 ) -> Found:
     """As ``bisect_lambda``, over plans of ``solve_kept``: the fewest network evaluations that meet the target."""
-    least = 1 + len(set(problem.groups[1:]) - set(problem.groups[:1]))
     return _bisect(
         lambda count: solve_kept(problem, count, max_variants),
-        least, problem.steps, Rollouts(measure, budget, progress, improve), meets, start, 1,
+        least_kept(problem), problem.steps, Rollouts(measure, budget, progress, improve), meets, start, 1,
     )  # fmt: skip
 
 

@@ -71,6 +71,13 @@ def _with_steps(problem: SearchProblem, best: Draft, lam: float, seconds_predict
     return best
 
 
+def least_kept(problem: SearchProblem) -> int:
+    """The fewest steps that a plan of whole steps can compute, as its predictors read computed ones."""
+    costs = prediction_costs(problem.table.least, np.zeros(problem.steps), problem.price(problem.weights))
+    schedules = cheapest_of_each_size(costs, np.zeros(problem.steps), problem.steps)
+    return next((count for count, found in enumerate(schedules, 1) if np.isfinite(found.objective)), problem.steps)
+
+
 def solve_kept(problem: SearchProblem, count: int, max_variants: int = 8) -> Solution:
     """The plan with exactly ``count`` network evaluations: dynamic programme, then search on the quadratic error.
 

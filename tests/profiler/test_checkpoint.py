@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ditopt.profiler.checkpoint import Checkpoints, prune_runs
+from tests.conftest import RunPython
 
 DAY = 86400.0
 
@@ -42,6 +43,31 @@ def test_a_bundle_is_found_again(runs: Path) -> None:
     assert found is not None and torch.equal(found["sample"], torch.arange(3.0))
     assert Checkpoints("a" * 20).load("prompt0", ["sample", "other"]) is None
     assert Checkpoints("b" * 20).load("prompt0", ["sample"]) is None
+
+
+def test_the_key_of_a_run_is_the_same_in_every_process(run_python: RunPython) -> None:
+    program = """
+import numpy, torch
+from PIL import Image
+from ditopt.adapters.module import ModuleAdapter
+from ditopt.profiler.checkpoint import run_key
+
+def rollout(model, prompt, seed):
+    noise = lambda shape: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return sum(model(noise(2)) for part in [word for word in prompt.split()])
+
+model = torch.nn.Linear(2, 2)
+with torch.no_grad():
+    model.weight.fill_(1), model.bias.fill_(VALUE)
+image = Image.fromarray(numpy.full((4, 4, 3), LEVEL, numpy.uint8))
+facts = {"loop": ModuleAdapter(model, rollout).describe(), "image": image, "mask": torch.ones(2, dtype=torch.bfloat16)}
+print(run_key({"transformer": model}, facts))
+"""
+    first = program.replace("VALUE", "0").replace("LEVEL", "7")
+    root = (Path(__file__).parents[2],)
+    keys = [run_python(text, path=root) for text in (first, first, first.replace("7", "8"))]
+    assert keys[0] == keys[1] != keys[2]
+    assert run_python(program.replace("VALUE", "1").replace("LEVEL", "7"), path=root) != keys[0]
 
 
 def test_runs_of_long_ago_go_when_another_begins(runs: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ditopt.errors import InputError
 from ditopt.profile import FeatureGram, NetworkProfile
-from ditopt.search import CANDIDATES, SearchProblem, solve, solve_kept
+from ditopt.search import CANDIDATES, SearchProblem, least_kept, solve, solve_kept
 from ditopt.search.brute import brute_joint
 from ditopt.search.joint import best_disjoint
 from tests.search.problems import SEEDS, random_problem
@@ -105,3 +105,14 @@ def test_a_profile_becomes_a_problem() -> None:
     assert problem.gram[0, 0, 2] == pytest.approx(guided @ rows[0, 2])
     with pytest.raises(InputError, match="no entry 'full'"):
         SearchProblem.from_profile(NetworkProfile((9,), (0.9,), (0.1,), (1.0,), (1.0,), grams, {}))
+
+
+@pytest.mark.parametrize(
+    ("techniques", "least"), [(("reuse",), 1), (("forecast",), 2), (("fit2",), 2), (("forecast2",), 3), (("fit3",), 3)]
+)
+def test_the_fewest_steps_are_as_many_as_the_shortest_history(techniques: tuple[str, ...], least: int) -> None:
+    problem = random_problem(4, 9, techniques=techniques)
+    assert least_kept(problem) == least == len(solve_kept(problem, least).kept)
+    if least > 1:
+        with pytest.raises(InputError, match="no schedule computes only"):
+            solve_kept(problem, least - 1)
