@@ -18,8 +18,14 @@ Field = npt.NDArray[np.floating[Any]]  # coordinates and distances, in the preci
 
 FRAMES = 6
 SIZE = 64
-RADII = (0.16, 0.22)  # of a thing, as a share of the canvas edge
-TILT = 0.3  # things start this near to upright, in radians; spinning ones then pass through all angles
+RADII = (0.18, 0.22)  # of a thing, as a share of the canvas edge
+HOMES = (  # where things stand on average, by how many there are, in the order of the caption
+    ((0.5, 0.5),),
+    ((0.32, 0.32), (0.68, 0.68)),
+    ((0.26, 0.26), (0.74, 0.5), (0.4, 0.76)),
+)
+STRAY = 0.05  # a centre is at most this far from its home along either axis, unless its path would leave the canvas
+TILT = 0.1  # things start this near to upright, in radians; spinning ones then pass through all angles
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.92, 0.16, 0.14),
@@ -81,29 +87,31 @@ def sample_scene(seed: int, radii: tuple[float, float] = RADII) -> Scene:
     """Draw a scene; colours within a scene differ, and no thing is hidden for most of the clip."""
     rng = np.random.default_rng([seed, 7])
     count = int(rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2]))
-    colours = rng.permutation(list(COLOURS))[:count]
+    colours = [list(COLOURS)[i] for i in sorted(rng.permutation(len(COLOURS))[:count])]
     for _ in range(40):
-        things = tuple(_sample_thing(rng, str(colour), radii) for colour in colours)
+        things = tuple(
+            _sample_thing(rng, colour, radii, home) for colour, home in zip(colours, HOMES[count - 1], strict=True)
+        )
         if _visible(things):
             break
     return Scene(things, str(rng.choice(BACKGROUNDS)), seed)
 
 
-def _sample_thing(rng: np.random.Generator, colour: str, radii: tuple[float, float]) -> Thing:
+def _sample_thing(
+    rng: np.random.Generator, colour: str, radii: tuple[float, float], home: tuple[float, float]
+) -> Thing:
     motion = str(rng.choice(list(MOTIONS)))
     radius = float(rng.uniform(*radii))
     travel = float(rng.uniform(0.36, 0.52)) if motion != "spinning" else 0.0
     dx, dy = MOTIONS[motion]
-    room_x = 0.5 - radius * 0.95 - abs(dx) * travel / 2
-    room_y = 0.5 - radius * 0.95 - abs(dy) * travel / 2
-    centre = (0.5 + float(rng.uniform(-room_x, room_x)), 0.5 + float(rng.uniform(-room_y, room_y)))
-    sign = float(rng.choice([-1.0, 1.0]))
-    spin = sign * float(rng.uniform(0.4, 0.6) if motion == "spinning" else rng.uniform(0.0, 0.12))
+    room = [0.5 - radius * 0.95 - abs(d) * travel / 2 for d in (dx, dy)]
+    x, y = (float(np.clip(at + rng.uniform(-STRAY, STRAY), 0.5 - r, 0.5 + r)) for at, r in zip(home, room, strict=True))
+    spin = float(rng.uniform(0.4, 0.5) if motion == "spinning" else rng.uniform(0.0, 0.06))
     return Thing(
         colour=colour,
         shape=str(rng.choice(SHAPES)),
         motion=motion,
-        centre=centre,
+        centre=(x, y),
         travel=travel,
         radius=radius,
         angle=float(rng.uniform(-TILT, TILT)),

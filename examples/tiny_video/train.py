@@ -54,7 +54,7 @@ class Stage:
     radii: tuple[float, float] = RADII
 
 
-STAGES = (Stage(32, 16, 1100, (0.18, 0.24)), Stage(64, 6, 1050), Stage(32, 16, 750, (0.18, 0.24)), Stage(64, 6, 330))
+STAGES = (Stage(32, 16, 1100, (0.18, 0.24)), Stage(64, 6, 1050), Stage(32, 16, 750, (0.18, 0.24)), Stage(64, 6, 2550))
 FIRST_SCENE = SEED + 2_000_000  # seed of the first scene drawn
 FIRST_TAUGHT = SEED + 500_000_000  # seed of the first scene whose caption the text encoder is taught
 MUON_LR = 2e-3
@@ -181,8 +181,8 @@ def stage_at(step: int, stages: tuple[Stage, ...]) -> Stage:
 
 
 def learning_rate(step: int, total: int) -> float:
-    """Linear warm-up, constant, then linear decay over the last 35% of the run, as a share of the peak."""
-    return min(1.0, (step + 1) / WARMUP, max(0.02, (total - step) / (0.35 * total)))
+    """Linear warm-up, constant, then linear decay over the last tenth of the run, as a share of the peak."""
+    return min(1.0, (step + 1) / WARMUP, max(0.02, (total - step) / (0.1 * total)))
 
 
 def main() -> None:
@@ -266,7 +266,7 @@ def _train(rank: int, args: argparse.Namespace) -> None:
         text = encode(tokenizer, trainee.text_encoder, ["" if d else c for c, d in zip(captions, drop, strict=True)])
         latents = to_latents(clips)
         noise = torch.randn((batch, *latents.shape[1:]), generator=draw)[mine]
-        u = ((torch.arange(batch) + torch.rand(batch, generator=draw)) / batch)[mine]
+        u = ((torch.arange(batch) + torch.rand(batch, generator=draw)) / batch).sqrt()[mine]  # more of the noisy ones
         sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
         mix = sigma.view(-1, 1, 1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
