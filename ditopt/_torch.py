@@ -70,15 +70,15 @@ def functionalise(
     Returns what Dynamo is to call. Gradients are not kept: everything runs under ``no_grad``. Sizes that Dynamo took
     for dynamic are fixed, so that Dynamo asks again for others: a graph is for one shape.
     """
-    for value in example_inputs:
-        for size in value.shape if isinstance(value, Tensor) else [value]:
-            if isinstance(size, torch.SymInt):
-                int(size)  # which Dynamo guards
     from torch._dynamo.backends.common import aot_autograd
     from torch._guards import TracingContext, detect_fake_mode, tracing
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V
 
+    for value in example_inputs:
+        for size in value.shape if isinstance(value, Tensor) else [value]:
+            if isinstance(size, torch.SymInt):
+                int(size)  # which Dynamo guards
     fake_mode = detect_fake_mode(example_inputs)
     context = TracingContext.try_get() or TracingContext(fake_mode)
 

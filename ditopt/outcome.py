@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -168,14 +167,13 @@ def check_writable(path: Path | None) -> None:
     if path is None:
         folder = store.plan_dir()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return
+            store.check_writable(folder)
         except OSError as error:
             raise InputError(
                 f"no plan_path is given, and plans cannot be kept in {folder} ({error.strerror or error}); "
                 "give plan_path, or set DITOPT_CACHE to a folder that can be written"
             ) from error
+        return
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a plan file, e.g. {path / 'plan.yaml'}")
     if not path.parent.is_dir():

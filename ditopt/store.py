@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from ditopt.errors import PlanError
@@ -21,6 +22,17 @@ def cache_dir() -> Path:
 def plan_dir() -> Path:
     """Where plans are kept."""
     return cache_dir() / "plans"
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder and try to write in it.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def plan_path(structure: str) -> Path:

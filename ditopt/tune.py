@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ditopt.console import Reporter, Stage
 from ditopt.cost_models.measured import MeasuredCost
@@ -161,7 +162,7 @@ class Tuner:
         )
         best = _faster(best, by_price.best)
         self.stage_name = "refine"
-        while best is not None and self._left > 1 and len(best.solution.kept) > max(2, least_kept(self.problem)):
+        while best is not None and self._left > 1 and len(best.solution.kept) > max(2, self._least_kept):
             smaller = self._start(len(best.solution.kept) - 1)
             improved = self._refine(smaller, max(2, self._left // 2))
             if improved is None or not meets(improved.measurement):
@@ -206,7 +207,7 @@ class Tuner:
         if self.problem.seconds_predicted is None:
             return self._ranges_for_speed(allowed)
         count = int((allowed - self.problem.steps * part["predicted"]) / max(part["full"] - part["predicted"], 1e-9))
-        if count < least_kept(self.problem):
+        if count < self._least_kept:
             return None
         self.stage_name = "refine"
         best = self._refine(solve_kept(self.problem, min(count, self.problem.steps), self.max_variants), self.budget)
@@ -232,7 +233,7 @@ class Tuner:
     def _guess(self, limit: float) -> int | None:
         """A first number of kept steps: the least whose predicted error meets the limit."""
         allowed = limit if self.target.max_rel_error is not None else 10 ** (limit / 20) * self._peak_to_norm()
-        for count in range(max(2, least_kept(self.problem)), self.problem.steps):
+        for count in range(max(2, self._least_kept), self.problem.steps):
             if solve_kept(self.problem, count, self.max_variants).predicted_error <= allowed:
                 return count
         return None
@@ -288,6 +289,10 @@ class Tuner:
     def _key(self, rules: Sequence[Rule]) -> tuple[str, ...]:
         """What was measured: these rules beside those of the other networks."""
         return rules_key([*self.fixed, *rules])
+
+    @cached_property
+    def _least_kept(self) -> int:
+        return least_kept(self.problem)
 
     @property
     def _left(self) -> int:

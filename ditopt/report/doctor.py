@@ -6,7 +6,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,9 +63,7 @@ def _compiler() -> Finding:
 def _cache() -> Finding:
     folder = store.cache_dir()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        store.check_writable(folder)
     except OSError as error:
         text = f"{folder} cannot be written ({error.strerror}); set DITOPT_CACHE to a folder that can"
         return Finding("cache", text, broken=True)

@@ -19,7 +19,7 @@ from ditopt.profile import Array
 from ditopt.search.explain import explain
 from ditopt.search.problem import SearchProblem
 from ditopt.search.quadratic import Quadratic, descend
-from ditopt.search.schedule import cheapest, cheapest_of_each_size, prediction_costs
+from ditopt.search.schedule import Schedule, cheapest, cheapest_of_each_size, prediction_costs
 from ditopt.search.solution import Draft, RangeDraft, Solution, count_variants, step_choices, to_rules
 from ditopt.search.space import Candidate
 from ditopt.search.table import ErrorTable, least_errors, with_histories
@@ -73,8 +73,7 @@ def _with_steps(problem: SearchProblem, best: Draft, lam: float, seconds_predict
 
 def least_kept(problem: SearchProblem) -> int:
     """The fewest steps that a plan of whole steps can compute, as its predictors read computed ones."""
-    costs = prediction_costs(problem.table.least, np.zeros(problem.steps), problem.price(problem.weights))
-    schedules = cheapest_of_each_size(costs, np.zeros(problem.steps), problem.steps)
+    schedules = _cheapest_up_to(problem, problem.steps)
     return next((count for count, found in enumerate(schedules, 1) if np.isfinite(found.objective)), problem.steps)
 
 
@@ -89,12 +88,19 @@ def solve_kept(problem: SearchProblem, count: int, max_variants: int = 8) -> Sol
         raise InputError(f"{count} kept steps are asked for, but graph breaks forbid predicting whole steps")
     if not 1 <= count <= problem.steps:
         raise InputError(f"{count} kept steps are asked for; choose 1 to {problem.steps}")
-    costs = prediction_costs(problem.table.least, np.zeros(problem.steps), problem.price(problem.weights))
-    schedule = cheapest_of_each_size(costs, np.zeros(problem.steps), count)[count - 1]
+    schedule = _cheapest_up_to(problem, count)[count - 1]
     if not np.isfinite(schedule.objective):
         raise InputError(f"no schedule computes only {count} of {problem.steps} steps; keep more or allow 'reuse'")
     kept, families, _ = descend(Quadratic(problem, problem.table), schedule.kept)
     return from_kept(problem, kept, name_families(problem, families), None, max_variants)
+
+
+def _cheapest_up_to(problem: SearchProblem, count: int) -> list[Schedule]:
+    """By the additive price, the best schedule of each number of computed steps from 1 to ``count``."""
+    free = np.zeros(problem.steps)
+    return cheapest_of_each_size(
+        prediction_costs(problem.table.least, free, problem.price(problem.weights)), free, count
+    )
 
 
 def from_kept(

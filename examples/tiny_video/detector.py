@@ -15,7 +15,7 @@ import numpy.typing as npt
 from .clips import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Array, Field, signed_distance
 
 STILL = 0.13  # a centroid that travels less than this share of the canvas is not moving
-MIN_AREA = 0.012  # of the canvas; the smallest thing that is rendered covers 0.045
+MIN_AREA = 0.012  # of the canvas; the smallest thing that is rendered, a triangle, covers 0.078
 KINDS = ("background", "colour", "shape", "motion")
 _TEMPLATE = 32
 
