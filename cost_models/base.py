@@ -9,6 +9,9 @@ from typing import Protocol
 class CostModel(Protocol):
     """Prices one step of one network."""
 
-    def step_seconds(self, predicted: Collection[str]) -> float:
-        """Seconds of a step in which the sites ``predicted`` (``step`` or block ranges) are not computed."""
+    def step_seconds(self, predicted: Collection[str], dtype: str | None = None) -> float:
+        """Seconds of a step in which ``predicted`` (``step`` or block ranges) are not computed, the rest in ``dtype``.
+
+        None is the model's own dtype.
+        """
         ...

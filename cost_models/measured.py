@@ -12,18 +12,27 @@ from ditopt.sites import STEP
 class MeasuredCost:
     """``seconds`` holds what a ``full`` and a ``predicted`` step take, and what predicting each range saves.
 
-    Where whole steps cannot be predicted there is no ``predicted``.
+    Where whole steps cannot be predicted there is no ``predicted``. A dtype's name is what a full step takes in it.
     """
 
     seconds: Mapping[str, float]
 
-    def step_seconds(self, predicted: Collection[str]) -> float:
-        """Seconds of a step in which the sites ``predicted`` are not computed.
+    def in_dtype(self, dtype: str | None) -> dict[str, float]:
+        """The times of a network that computes in ``dtype``; ranges are taken to save the same share of a step."""
+        if dtype is None:
+            return dict(self.seconds)
+        share = self.seconds[dtype] / self.seconds["full"]
+        scaled = {name: value * share for name, value in self.seconds.items() if name not in (dtype, "predicted")}
+        return {**scaled, **{name: value for name, value in self.seconds.items() if name == "predicted"}}
+
+    def step_seconds(self, predicted: Collection[str], dtype: str | None = None) -> float:
+        """Seconds of a step in which the sites ``predicted`` are not computed, and the rest is in ``dtype``.
 
         Raises:
             KeyError: a site was not timed.
         """
         if STEP in predicted:
             return self.seconds["predicted"]
-        left = self.seconds["full"] - sum(self.seconds[site] for site in predicted)
-        return max(left, self.seconds.get("predicted", 0.0))
+        seconds = self.in_dtype(dtype)
+        left = seconds["full"] - sum(seconds[site] for site in predicted)
+        return max(left, seconds.get("predicted", 0.0))

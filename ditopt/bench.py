@@ -21,6 +21,7 @@ from ditopt.adapters import DiffusersAdapter
 from ditopt.console import Reporter
 from ditopt.contenders import SOLVERS, Contender, Sample, compiled_calls, flow_solver, installed
 from ditopt.contest import (
+    CAST,
     CONVERGED_FACTOR,
     CONVERGED_PROMPTS,
     DENSE,
@@ -190,6 +191,7 @@ def _result(contest: Contest, entry: Entry, source: str) -> BenchResult:
         fewer_steps=rival("fewer_steps", entry.steps),
         unipc=rival("unipc", evaluations),
         dpmpp=rival("dpmpp", evaluations),
+        dense_cast=rival(CAST, contest.adapter.steps) if CAST in entry.roles else None,
         converged=entry.converged,
         attribute_score=entry.attribute_score,
         graph_breaks=contest.ended.breaks - contest.cold.breaks,

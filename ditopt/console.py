@@ -62,19 +62,19 @@ class Stage(ABC):
     """One running stage."""
 
     @abstractmethod
-    def advance(self, note: str = "") -> None:
-        """One unit is done; ``note`` joins the title."""
+    def advance(self, note: str = "", units: float = 1.0) -> None:
+        """So many units are done; ``note`` joins the title."""
 
 
 class _BarStage(Stage):
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
 
-    def advance(self, note: str = "") -> None:
+    def advance(self, note: str = "", units: float = 1.0) -> None:
         if note:
             title = str(self._progress.tasks[0].description).split(" | ")[0]
             self._progress.update(self._task, description=f"{title} | {note}")
-        self._progress.advance(self._task)
+        self._progress.advance(self._task, units)
 
 
 class _LineStage(Stage):
@@ -82,7 +82,7 @@ class _LineStage(Stage):
 
     def __init__(self, reporter: Reporter, title: str, total: int) -> None:
         self._reporter, self._title, self._total = reporter, title, total
-        self.done, self._told = 0, 0
+        self.done, self._told = 0.0, 0.0
         self._began = self._last = time.monotonic()
 
     @property
@@ -90,15 +90,15 @@ class _LineStage(Stage):
         """Since the stage began."""
         return time.monotonic() - self._began
 
-    def advance(self, note: str = "") -> None:
-        self.done += 1
+    def advance(self, note: str = "", units: float = 1.0) -> None:
+        self.done += units
         now = time.monotonic()
         further = 100 * (self.done - self._told) >= LINE_PERCENT * self._total
         if self.done >= self._total or not (further or now - self._last >= LINE_SECONDS):
             return
         self._told, self._last = self.done, now
         left = self.seconds / self.done * (self._total - self.done)
-        text = f"{self._title}: {self.done}/{self._total}, ETA {timedelta(seconds=round(left))}"
+        text = f"{self._title}: {int(self.done)}/{self._total}, ETA {timedelta(seconds=round(left))}"
         self._reporter.say(f"{text} | {note}" if note else text)
 
 
@@ -109,6 +109,6 @@ def _lines(reporter: Reporter, title: str, total: int) -> Iterator[_LineStage]:
     try:
         yield stage
     except BaseException:
-        reporter.say(f"{title}: stopped at {stage.done}/{total} after {stage.seconds:.1f} s")
+        reporter.say(f"{title}: stopped at {int(stage.done)}/{total} after {stage.seconds:.1f} s")
         raise
     reporter.say(f"{title}: done in {stage.seconds:.1f} s")

@@ -22,6 +22,7 @@ from ditopt.adapters import DiffusersAdapter
 from ditopt.backend import Session
 from ditopt.console import Reporter, Stage
 from ditopt.contenders import SOLVERS, Contender, Sample, compiled_calls, flow_solver
+from ditopt.decisions import Dense
 from ditopt.plan import Plan
 from ditopt.quality import psnr, relative_l2, ssim
 from ditopt.runtime.program import Program
@@ -31,7 +32,7 @@ EQUAL_ROUNDS = 5  # that say which of two takes longer
 CONVERGED_FACTOR = 4
 CONVERGED_PROMPTS = 5
 SHEET_PROMPTS = 4
-EAGER, DENSE = "dense_eager", "dense_inductor"
+EAGER, DENSE, CAST = "dense_eager", "dense_inductor", "dense_cast"
 
 
 @dataclass
@@ -39,7 +40,8 @@ class Entry:
     """A plan in the contest and what was found out about it.
 
     ``roles`` names the contender that plays each part for this plan: the two dense ones, ``optimized``, and the
-    rivals ``fewer_steps``, ``unipc`` and ``dpmpp``. ``steps`` are the own scheduler's at the plan's latency.
+    rivals ``fewer_steps``, ``unipc`` and ``dpmpp``. ``steps`` are the own scheduler's at the plan's latency. Where the
+    plan computes in a dtype of its own the rivals do so too, and ``dense_cast`` is the dense model in it.
     """
 
     plan: Plan
@@ -58,6 +60,11 @@ class Entry:
     def optimized(self) -> str:
         """The contender that runs the plan."""
         return self.roles["optimized"]
+
+    @property
+    def base(self) -> str:
+        """The contender that runs the model as the rivals do."""
+        return self.roles.get(CAST, DENSE)
 
     @property
     def programs(self) -> list[Program]:
@@ -105,10 +112,22 @@ class Contest:
         self.contenders[name] = Contender(self.adapter, compiled_calls(networks, sessions))
         entry = Entry(plan, sessions, {EAGER: EAGER, DENSE: DENSE, "optimized": name})
         self.entries.append(entry)
+        self._enter_cast(entry)
         guidance = self.adapter.sampler().guidance
         if guidance != plan.sampler.guidance:
             self.note(f"the plan was made at guidance {plan.sampler.guidance:g}, this runs at {guidance:g}", entry)
         return entry
+
+    def _enter_cast(self, entry: Entry) -> None:
+        """The dense model in the plan's dtype, one for all plans of the same."""
+        rules = tuple(rule for rule in entry.plan.rules if isinstance(rule.do, Dense) and rule.do.dtype)
+        if not rules:
+            return
+        name = entry.roles[CAST] = " ".join([CAST, *sorted({f"{each.network} {each.do}" for each in rules})])
+        if name not in self.contenders:
+            cast = entry.plan.model_copy(update={"rules": rules})
+            sessions = {name: Session(plan=cast, network=name, on_mismatch="retarget") for name in entry.sessions}
+            self.contenders[name] = Contender(self.adapter, compiled_calls(self.adapter.networks, sessions))
 
     def run(self, score_prompts: Sequence[str]) -> None:
         """All phases: warm-up, choice of the rivals' steps, rounds, converged runs, attribute score."""
@@ -148,7 +167,8 @@ class Contest:
         return self._generate(name, self.prompts[index], self.seed + index, **settings)
 
     def _warm_up(self) -> None:
-        with self.reporter.stage("bench: warm-up", len(self.entries) + 2) as stage:
+        bases = dict.fromkeys(entry.base for entry in self.entries)
+        with self.reporter.stage("bench: warm-up", len(self.entries) + 2 + len(bases)) as stage:
             for entry in self.entries:
                 files = _cached_graphs()
                 entry.first_s = self._timed(entry.optimized, 0)[1]
@@ -160,7 +180,7 @@ class Contest:
                         entry,
                     )
                 stage.advance()
-            for name in (DENSE, EAGER):
+            for name in dict.fromkeys([DENSE, EAGER, *bases]):
                 self._timed(name, 0, num_inference_steps=2)
                 stage.advance()
 
@@ -175,7 +195,9 @@ class Contest:
             for entry in self.entries:
                 entry.steps = total
             return
-        pilots = [(DENSE, total), (DENSE, short), *((entry.optimized, total) for entry in self.entries)]
+        bases = dict.fromkeys(entry.base for entry in self.entries)
+        pilots = [(base, steps) for base in bases for steps in (total, short)]
+        pilots += [(entry.optimized, total) for entry in self.entries]
         spent: dict[tuple[str, int], list[float]] = {pilot: [] for pilot in pilots}
         with self.reporter.stage("bench: steps at equal latency", PILOT_ROUNDS * len(pilots)) as stage:
             for _ in range(PILOT_ROUNDS):
@@ -183,9 +205,9 @@ class Contest:
                     spent[name, steps].append(self._timed(name, 0, num_inference_steps=steps)[1])
                     stage.advance()
         median = {pilot: statistics.median(values) for pilot, values in spent.items()}
-        dense = median[DENSE, total]
-        per_step = max((dense - median[DENSE, short]) / (total - short), 1e-9)
         for entry in self.entries:
+            dense = median[entry.base, total]
+            per_step = max((dense - median[entry.base, short]) / (total - short), 1e-9)
             left = median[entry.optimized, total] - (dense - per_step * total)
             entry.steps = min(total, max(1, math.ceil(left / per_step - 1e-6)))
             while entry.steps < total and not self._as_slow(entry):
@@ -196,7 +218,7 @@ class Contest:
         rival, optimised = [], []
         with self.reporter.stage(f"bench: {entry.steps} steps against the plan", EQUAL_ROUNDS) as stage:
             for _ in range(EQUAL_ROUNDS):
-                rival.append(self._timed(DENSE, 0, num_inference_steps=entry.steps)[1])
+                rival.append(self._timed(entry.base, 0, num_inference_steps=entry.steps)[1])
                 optimised.append(self._timed(entry.optimized, 0)[1])
                 stage.advance()
         return statistics.median(rival) >= statistics.median(optimised)
@@ -205,12 +227,12 @@ class Contest:
         for entry in self.entries:
             solver_steps = self.evaluations(entry.steps)
             for role, steps in (("fewer_steps", entry.steps), *((solver, solver_steps) for solver in SOLVERS)):
-                name = entry.roles[role] = f"{role} {steps}"
+                name = entry.roles[role] = f"{role} {steps}" + entry.base.removeprefix(DENSE)
                 if name not in self.contenders and name not in self.failed:
-                    self._add_rival(name, role, steps)
+                    self._add_rival(name, role, steps, self.contenders[entry.base].calls)
 
-    def _add_rival(self, name: str, role: str, steps: int) -> None:
-        own, calls = self.adapter.pipe.scheduler, self.contenders[DENSE].calls
+    def _add_rival(self, name: str, role: str, steps: int, calls: Mapping[str, Any]) -> None:
+        own = self.adapter.pipe.scheduler
         settings = {"num_inference_steps": steps}
         try:
             solver = flow_solver(role, own) if role in SOLVERS else None
@@ -249,7 +271,7 @@ class Contest:
     def _judged(self, entry: Entry, index: int, samples: Mapping[str, Tensor]) -> dict[str, Any]:
         reference, sample = samples[DENSE], samples[entry.optimized]
         pictures = reference.ndim >= 3 and reference.shape[-1] in (1, 3, 4)
-        rivals = {role: entry.roles[role] for role in ("fewer_steps", *SOLVERS)}
+        rivals = {role: entry.roles[role] for role in (CAST, "fewer_steps", *SOLVERS) if role in entry.roles}
         return {
             "prompt": self.prompts[index],
             "seed": self.seed + index,

@@ -16,9 +16,13 @@ class _Decision(BaseModel):
 
 
 class Dense(_Decision):
-    """Compute the site as the model does."""
+    """Compute the site as the model does; with ``dtype`` its matrix products and attention in that one.
+
+    A dtype is decided for whole steps (the site ``step``) of a float32 model.
+    """
 
     kind: Literal["dense"] = "dense"
+    dtype: Literal["bfloat16"] | None = None
 
 
 class Reuse(_Decision):
@@ -90,7 +94,9 @@ KINDS: dict[str, type[Dense] | type[Reuse] | type[Forecast] | type[Fit]] = {
 
 def decision_to_data(decision: Decision) -> str | dict[str, Any]:
     """The readable form of a decision: a word where it has no settings, else a one-key mapping."""
-    settings = decision.model_dump(mode="json", exclude={"kind"}, exclude_defaults=isinstance(decision, Fit))
+    settings = decision.model_dump(
+        mode="json", exclude={"kind"}, exclude_none=True, exclude_defaults=isinstance(decision, Fit)
+    )
     if isinstance(decision, Fit):
         settings = {"history": decision.history, **settings}
     return {decision.kind: settings} if settings else decision.kind

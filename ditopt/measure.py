@@ -61,6 +61,11 @@ class Evaluator:
             session.bind(plan if rules else None)
         return plan
 
+    def retarget(self, on: bool) -> None:
+        """Whether calls of another schedule run by the rules of the nearest step; else they are dense."""
+        for session in self.sessions.values():
+            session.settle("retarget" if on else "dense", None)
+
     def dense(self, pairs: Sequence[tuple[str, int]]) -> float:
         """Make the references of ``pairs`` that are not there yet; returns mean seconds of those made."""
         self.bind(())

@@ -44,10 +44,11 @@ from ditopt.runtime.graphs import Graphs, find_graphs
 from ditopt.search import TECHNIQUES
 from ditopt.search.space import candidates
 from ditopt.target import Target
+from ditopt.tune import DTYPES
 from ditopt.verify import VerifiedSearch, affordable_trials
 
-RANGES = "ranges"
-ALL_TECHNIQUES = (*TECHNIQUES, RANGES)
+RANGES, PRECISION = "ranges", "precision"
+ALL_TECHNIQUES = (*TECHNIQUES, RANGES, PRECISION)
 SAME_RUN = 1e-3  # relative L2 between two compiled runs of one prompt and seed, by differently fused kernels
 
 
@@ -78,11 +79,12 @@ class Optimizer:
         self.reasons: list[str] = []
         chosen = tuple(self.techniques) if self.techniques is not None else ALL_TECHNIQUES
         try:
-            candidates(name for name in chosen if name != RANGES)
+            candidates(name for name in chosen if name not in (RANGES, PRECISION))
         except InputError as error:
-            raise InputError(str(error).replace("choose from ", f"choose from {RANGES}, ")) from None
+            raise InputError(str(error).replace("choose from ", f"choose from {RANGES}, {PRECISION}, ")) from None
         self.use_ranges = RANGES in chosen
-        self.chosen = tuple(name for name in chosen if name != RANGES)
+        self.dtypes = DTYPES if PRECISION in chosen else ()
+        self.chosen = tuple(name for name in chosen if name not in (RANGES, PRECISION))
         self.adapter: Adapter = adapt(self.model, self.rollout, self.pipe_kwargs)
         check_writable(None if self.plan_path is None else Path(self.plan_path))
 
@@ -171,6 +173,7 @@ class Optimizer:
             self.budget or affordable_trials(profile),
             self.max_variants,
             self.chosen,
+            self.dtypes,
             self.reasons,
         )
         with self._timed("search and verify"):
@@ -227,7 +230,7 @@ class Optimizer:
         run: ProfileRun | SplitProfileRun
         if all(each.whole for each in graphs.values()):
             sampler, fits = self.adapter.sampler(), "fit" in self.chosen
-            run = ProfileRun(evaluator, calls, sampler, checkpoints, self.reporter, self.use_ranges, fits)
+            run = ProfileRun(evaluator, calls, sampler, checkpoints, self.reporter, self.use_ranges, fits, self.dtypes)
         else:
             run = SplitProfileRun(evaluator, graphs, calls, self.adapter.sampler(), checkpoints, self.reporter)
         profile = run(profiled)

@@ -4,8 +4,8 @@ A fit on features of dense generations does not know the latents that its own er
 tuning prompts go through the schedule in lockstep: at every predicted step the factors are the least
 squares solution, over prompts and from what a generation under the plan has in its slots, for the output
 that leads back to the dense latents. With a sampler that moves by ``x' = a x + b F`` that is
-``F + a / b * (x_dense - x)``; a and b are measured from the paths. These are the dense ones; where one network
-is sampled by Euler's method, pulled towards those of a second-order formula (``profiler.moves``). (Training a solver's
+``F + a / b * (x_dense - x)``; a and b are measured from the paths. These are the dense ones, or such
+as lie between them and those of a second-order formula (``profiler.moves``, ``Tuner.aim``). (Training a solver's
 coefficients against a teacher's path: S4S, Frankel et al., ICML 2025. Here the sampler stays the caller's, and the
 coefficients are those of the predicted outputs.)
 
@@ -35,7 +35,7 @@ from ditopt.runtime.program import Compute, copied
 from ditopt.search.joint import refitted
 from ditopt.search.predictors import lagrange
 from ditopt.search.problem import SearchProblem
-from ditopt.search.solution import Solution, count_variants
+from ditopt.search.solution import Solution, count_variants, dtype_rules
 from ditopt.search.space import Candidate
 from ditopt.search.table import with_histories
 
@@ -75,7 +75,7 @@ class Steering:
         caller's loop without the network as often as there are predicted steps.
         """
         runs = [_Run(self, pair) for pair in self.pairs]
-        self.evaluator.bind(fixed)
+        self.evaluator.bind([*fixed, *dtype_rules(self.problem)])
         factors: dict[int, Array] = {}
         families, sources = self._families(solution)
         for step, candidate in sorted(families.items()):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+
+from torch import Tensor
 
 from ditopt.console import Reporter, Stage
 from ditopt.cost_models.measured import MeasuredCost
@@ -32,25 +34,36 @@ from ditopt.search import (
 from ditopt.search.joint import from_kept
 from ditopt.search.refine import with_further_step
 from ditopt.search.rollouts import rules_key
+from ditopt.search.solution import dtype_rules
 from ditopt.sites import STEP
 from ditopt.steer import Steering
 from ditopt.target import Target
 
 Pairs = Sequence[tuple[str, int]]
 
-PULL = 0.5
-"""Of refits towards the path of a second-order solver, at most and in units of the error allowed."""
+DTYPES = ("bfloat16",)
+"""What the products of a float32 network may be computed in."""
+DTYPE_SPEED = 0.9
+"""A dtype in which a step takes more than this share of its time is not worth its rounding."""
+DTYPE_SPARE_DB = 3.0
+"""By how much a dtype alone has to exceed the target, so that predictions have an error left to make."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One plan tried by real rollouts on the tuning prompts."""
+    """One plan tried by real rollouts on the tuning prompts.
+
+    ``share`` is what it took of the budget; ``finer`` how near in dB its samples are to those of a second-order solver
+    in place of the loop's own, where these are known.
+    """
 
     stage: str
     rules: tuple[Rule, ...]
     quality: Quality
     seconds: float
     met: bool
+    share: float = 1.0
+    finer: float | None = None
 
 
 @dataclass
@@ -71,6 +84,7 @@ class Tuner:
     budget: int
     max_variants: int = 8
     techniques: tuple[str, ...] = ("reuse", "forecast", "fit")
+    dtypes: tuple[str, ...] = ()
     fixed: tuple[Rule, ...] = ()
     refused: float = math.inf
     tried: dict[tuple[str, ...], Tried] = field(default_factory=dict)
@@ -87,7 +101,44 @@ class Tuner:
         )
         self._bar: Stage | None = None
         self._refits: dict[tuple[str, ...], Solution] = {}
+        self._dtype_chosen = not self.dtypes
         self._steering = self._make_steering(part)
+
+    def _choose_dtype(self) -> None:
+        """Compute in the first of ``dtypes`` that is faster here and, by real rollouts, good enough by itself."""
+        if self._dtype_chosen:
+            return
+        self._dtype_chosen = True
+        self.stage_name = "dtype"
+        for dtype in self.dtypes:
+            self.problem = self._in_dtype(dtype)
+            if self.problem.dtype is not None:
+                break
+        self._steering = self._make_steering(self.profile.networks[self.network])
+
+    def _in_dtype(self, dtype: str) -> SearchProblem:
+        """The problem with steps computed in ``dtype``, or as it is, with what speaks against that."""
+        seconds = self.profile.networks[self.network].seconds
+        full, narrow = seconds["full"], seconds.get(dtype)
+        if self.problem.seconds_predicted is None:
+            cut = "graph breaks cut the network, and a dtype is decided for whole steps"
+            return replace(self.problem, dtype_reason=f"{dtype}: {cut}")
+        if narrow is None:
+            return replace(self.problem, dtype_reason=f"{dtype}: the network has no products of float32 tensors")
+        told = f"a step takes {narrow:.3g} s in {dtype}, {full:.3g} s as it is"
+        if narrow > DTYPE_SPEED * full:
+            return replace(self.problem, dtype_reason=f"hardly faster: {told}")
+        cast = replace(self.problem, dtype=dtype)
+        rules = dtype_rules(cast)
+        self._measure(rules)
+        alone = self.tried[self._key(rules)].quality
+        told += f"; alone it has {alone.psnr:.1f} dB"
+        wanted = self.target if self.target.speedup is None else Target(min_psnr=max(LEVELS.values()))
+        if wanted.missing_db(alone) > -DTYPE_SPARE_DB:
+            return replace(self.problem, dtype_reason=f"{told}, too little to spare for {wanted.to_data()}")
+        times = MeasuredCost(seconds).in_dtype(dtype)
+        ranges = {name: replace(site, seconds_saved=times[name]) for name, site in self.problem.ranges.items()}
+        return replace(cast, seconds_full=times["full"], ranges=ranges, dtype_reason=f"slower: {told}")
 
     def _make_steering(self, part: NetworkProfile) -> Steering | None:
         """What refits plans in closed loop, where fits are allowed and there are dense paths to stay on."""
@@ -96,28 +147,44 @@ class Tuner:
         if not fits or not all(pair in paths for pair in self.pairs):
             return None
         shares = branch_shares(part.grams[STEP].present, part.branch_weights)
-        finer = self.evaluator.finer
-        if all(pair in finer for pair in self.pairs):
-            pull = self._pull()
-            paths = {pair: pulled(paths[pair], finer[pair].path, pull) for pair in self.pairs}
         return Steering(
             self.evaluator, self.network, self.evaluator.calls[self.network], self.problem, shares, self.pairs, paths
         )
 
-    def _pull(self) -> float:
-        """How far from the dense path towards the second-order one predictors are refitted.
+    @property
+    def finer_psnr(self) -> float | None:
+        """How near, in dB, the dense samples are to those of a second-order solver; None where these are not known."""
+        return self._to_finer([self.evaluator.references[pair] for pair in self.pairs])
 
-        Predictions' errors add to the sampler's own. Where they lie at right angles to the way to the second-order
-        path, a pull of ``PULL`` of the error that the target allows takes 1 dB of it at most.
+    def _to_finer(self, samples: Sequence[Tensor]) -> float | None:
+        finer = self.evaluator.finer
+        if not all(pair in finer for pair in self.pairs):
+            return None
+        return compare(samples, [finer[pair].sample for pair in self.pairs]).psnr
+
+    def aim(self, solution: Solution, share: float) -> Solution | None:
+        """``solution`` refitted to paths a ``share`` of the way from the dense ones to the second-order ones.
+
+        A sampler of first order has an error of its own, and that of a plan which hugs the dense path adds to it.
+        None where plans cannot be refitted, or no second-order paths are known.
         """
-        samples = [self.evaluator.finer[pair].sample for pair in self.pairs]
-        apart = compare(samples, [self.evaluator.references[pair] for pair in self.pairs])
-        allowed = self.target if self.target.speedup is None else Target(min_psnr=min(LEVELS.values()))
-        return PULL * min(1.0, 10 ** (-allowed.missing_db(apart) / 20))
+        finer = self.evaluator.finer
+        if self._steering is None or solution.draft.ranges or not all(pair in finer for pair in self.pairs):
+            return None
+        self.stage_name = "aim"
+        paths = self.evaluator.paths[self.network]
+        aimed = {pair: pulled(paths[pair], finer[pair].path, share) for pair in self.pairs}
+        return self._refit(replace(self._steering, paths=aimed), solution)
+
+    def finer_of(self, solution: Solution | None) -> float | None:
+        """How near, in dB, the tuning prompts' samples under a refitted plan are to the second-order ones."""
+        known = self._tried(solution)
+        return None if known is None else known.finer
 
     def find(self, margin_db: float) -> Solution | None:
         """The fastest plan found that meets the target with a margin, on the tuning prompts; None if none does."""
         with self.reporter.stage(f"search: {self.network}", self.budget) as self._bar:
+            self._choose_dtype()
             if self.target.speedup is not None:
                 return self._for_speed(self.target.speedup)
             return self._for_quality(self.target.limit(margin_db))
@@ -139,7 +206,7 @@ class Tuner:
 
         self.stage_name = "bisect"
         if self.problem.seconds_predicted is None:
-            found = bisect_lambda(self.problem, self._measure, meets, self._left, self.max_variants)
+            found = bisect_lambda(self.problem, self._measure, meets, math.ceil(self._left), self.max_variants)
             return None if found.best is None else found.best.solution
         by_count = bisect_kept(
             self.problem,
@@ -164,7 +231,7 @@ class Tuner:
         self.stage_name = "refine"
         while best is not None and self._left > 1 and len(best.solution.kept) > max(2, self._least_kept):
             smaller = self._start(len(best.solution.kept) - 1)
-            improved = self._refine(smaller, max(2, self._left // 2))
+            improved = self._refine(smaller, self._left / 2)
             if improved is None or not meets(improved.measurement):
                 break
             faster = _faster(best, improved)
@@ -202,11 +269,11 @@ class Tuner:
         return plain if better else best.solution
 
     def _for_speed(self, speedup: float) -> Solution | None:
-        part = self.profile.networks[self.network].seconds
-        allowed = self.problem.steps * part["full"] / speedup
-        if self.problem.seconds_predicted is None:
+        full, predicted = self.problem.seconds_full, self.problem.seconds_predicted
+        allowed = self.problem.steps * self.profile.networks[self.network].seconds["full"] / speedup
+        if predicted is None:
             return self._ranges_for_speed(allowed)
-        count = int((allowed - self.problem.steps * part["predicted"]) / max(part["full"] - part["predicted"], 1e-9))
+        count = int((allowed - self.problem.steps * predicted) / max(full - predicted, 1e-9))
         if count < self._least_kept:
             return None
         self.stage_name = "refine"
@@ -257,8 +324,9 @@ class Tuner:
             )
         return math.sqrt(low * high)
 
-    def _refine(self, solution: Solution, budget: int) -> Trial | None:
-        found = refine(self.problem, solution, self._measure, budget, improve=self._improve if self._steering else None)
+    def _refine(self, solution: Solution, budget: float) -> Trial | None:
+        trials = max(2, int(budget / self._share(len(solution.kept))))
+        found = refine(self.problem, solution, self._measure, trials, improve=self._improve if self._steering else None)
         known = self._tried(found)
         return None if known is None else Trial(found, Measurement(self.target.error(known.quality), known.seconds))
 
@@ -279,7 +347,8 @@ class Tuner:
             refit, samples = steering(solution, self.fixed)
         except NonFiniteError:
             return solution
-        self._note(refit.rules, compare(samples, [self.evaluator.references[pair] for pair in self.pairs]))
+        quality = compare(samples, [self.evaluator.references[pair] for pair in self.pairs])
+        self._note(refit.rules, quality, self._to_finer(samples))
         return refit
 
     def _tried(self, solution: Solution | None) -> Tried | None:
@@ -295,8 +364,12 @@ class Tuner:
         return least_kept(self.problem)
 
     @property
-    def _left(self) -> int:
-        return self.budget - len(self.tried)
+    def _left(self) -> float:
+        return self.budget - sum(tried.share for tried in self.tried.values())
+
+    def _share(self, kept: int) -> float:
+        """What a trial of ``kept`` computed steps takes of the budget: 1 where that is half of them or more."""
+        return min(1.0, max(1, 2 * kept) / self.problem.steps)
 
     def _measure(self, rules: Sequence[Rule]) -> Measurement:
         if self._key(rules) not in self.tried:
@@ -305,18 +378,24 @@ class Tuner:
         found = self.tried[self._key(rules)]
         return Measurement(self.target.error(found.quality), found.seconds)
 
-    def _note(self, rules: Sequence[Rule], quality: Quality) -> None:
-        seconds = self.estimate(self.evaluator.bind([*self.fixed, *rules]))
+    def _note(self, rules: Sequence[Rule], quality: Quality, finer: float | None = None) -> None:
+        plan = self.evaluator.bind([*self.fixed, *rules])
+        seconds, share = self.estimate(plan), self._share(len(plan.kept_steps(self.network)))
         met = self.target.missing_db(quality) <= 0
-        self.tried[self._key(rules)] = Tried(self.stage_name, tuple(rules), quality, seconds, met)
+        self.tried[self._key(rules)] = Tried(self.stage_name, tuple(rules), quality, seconds, met, share, finer)
         if self._bar is not None:
-            self._bar.advance(f"{seconds:.2f} s, {quality.psnr:.1f} dB")
+            self._bar.advance(f"{seconds:.2f} s, {quality.psnr:.1f} dB", share)
+
+    def step_share(self, dtype: str | None) -> float:
+        """What a computed step takes in ``dtype``, as a share of what it takes as it is."""
+        seconds = self.profile.networks[self.network].seconds
+        return MeasuredCost(seconds).in_dtype(dtype)["full"] / seconds["full"]
 
     def estimate(self, plan: Plan) -> float:
         """Seconds of this network in one generation under a plan, by the measured times of its variants."""
         cost = MeasuredCost(self.profile.networks[self.network].seconds)
         steps = bind(plan, self.network, self.evaluator.sessions[self.network].ranges()).steps
-        return sum(cost.step_seconds([found.site for found in step.predictions]) for step in steps)
+        return sum(cost.step_seconds([each.site for each in step.predictions], step.variant.dtype) for step in steps)
 
 
 def _faster(one: Trial | None, two: Trial | None) -> Trial | None:

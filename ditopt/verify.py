@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from ditopt.adapters import DiffusersAdapter
 from ditopt.console import Reporter
+from ditopt.decisions import Dense
 from ditopt.measure import Evaluator
 from ditopt.outcome import Found, Row
 from ditopt.plan import Rule
@@ -28,6 +29,12 @@ TRIAL_SECONDS = 170.0
 """What the plans tried by rollouts may take together where the caller sets no budget."""
 SPARE_DB = 0.7
 """A plan that exceeds the target by less than this on the held-out prompts is fast enough."""
+AIM_SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Of the way from the dense path to the second-order one."""
+AIM_SPARE_DB = 0.5
+"""How much nearer to the second-order samples than dense a plan has to be on the tuning prompts to be near enough."""
+AIM_DB = 3.0
+"""What a search for speed gives up of the PSNR to dense to come nearer to the second-order samples."""
 FLOOR_DB = min(LEVELS.values())
 """A search for speed does not go on below this mean PSNR."""
 
@@ -51,6 +58,7 @@ class VerifiedSearch:
     budget: int
     max_variants: int
     techniques: tuple[str, ...]
+    dtypes: tuple[str, ...] = ()
     reasons: list[str] = field(default_factory=list)
     state_bytes: int = 0
 
@@ -66,13 +74,52 @@ class VerifiedSearch:
                 self.budget,
                 self.max_variants,
                 self.techniques,
+                self.dtypes,
             )
             for name in self.evaluator.sessions
         }
 
     def __call__(self) -> Found | None:
         """The plan that met the target on the held-out prompts (for speed: the one that came nearest), or None."""
-        return self._for_quality() if self.target.speedup is None else self._for_speed(self.target.speedup)
+        found = self._for_quality() if self.target.speedup is None else self._for_speed(self.target.speedup)
+        return None if found is None else self._aim(found)
+
+    def _aim(self, found: Found) -> Found:
+        """Spend what quality there is to spare on samples as near to a second-order solver's as the dense ones are.
+
+        Where the dense samples have an error of their own, that of a plan adds to it. The same schedule is refitted to
+        paths further and further towards the second-order ones, until the tuning prompts' samples are as near to these
+        as dense ones are, or the held-out prompts would have too little left: the target (for speed ``AIM_DB`` less
+        than before).
+        """
+        if len(found.solutions) != 1 or len(self._tuners) != 1:
+            return found
+        ((name, solution),) = found.solutions.items()
+        tuner = self._tuners[name]
+        dense, least = tuner.finer_psnr, tuner.finer_of(solution)
+        if dense is None or least is None:
+            return found
+        best, nearest = found, least
+        floor = found.quality.psnr - AIM_DB
+        with self.reporter.stage("aim: towards a second-order path", len(AIM_SHARES)) as stage:
+            for share in AIM_SHARES:
+                if nearest >= dense + AIM_SPARE_DB:
+                    break
+                aimed = tuner.aim(solution, share)
+                reached = tuner.finer_of(aimed)
+                if aimed is None or reached is None or reached <= nearest:
+                    break
+                quality, _ = self.evaluator.quality(aimed.rules, self.held_out)
+                stage.advance(f"{reached:.1f} dB to it, dense {dense:.1f}")
+                if self.target.missing_db(quality) > 0 or (self.target.speedup is not None and quality.psnr < floor):
+                    break
+                best, nearest = replace(found, rules=aimed.rules, quality=quality, solutions={name: aimed}), reached
+        if best is not found:
+            self.reporter.say(
+                f"  refitted towards a second-order path: {least:.1f} dB to it before, {nearest:.1f} now, dense "
+                f"{dense:.1f}; held-out prompts: {best.quality.psnr:.1f} dB"
+            )
+        return best
 
     def _for_quality(self) -> Found | None:
         """Where the held-out prompts miss the target, aim higher and search again; where they exceed it, lower."""
@@ -222,7 +269,10 @@ class VerifiedSearch:
         return statistics.median(spent[True]), statistics.median(spent[False])
 
     def fewer_steps(self, found: Found) -> list[Row]:
-        """The honest rival: the same sampler with as many steps as the plan's time pays for (rounded up)."""
+        """The honest rival: the same sampler with as many steps as the plan's time pays for (rounded up).
+
+        Where the plan computes in a dtype of its own the rival does too.
+        """
         adapter, evaluator = self.evaluator.adapter, self.evaluator
         if not isinstance(adapter, DiffusersAdapter) or "num_inference_steps" not in adapter.accepted:
             self.reasons.append(
@@ -231,8 +281,12 @@ class VerifiedSearch:
             return []
         assert found.seconds is not None
         plan_seconds, dense_seconds = found.seconds
-        steps = math.ceil(adapter.steps * plan_seconds / dense_seconds)
-        evaluator.bind(())
+        rules = [rule for rule in found.rules if isinstance(rule.do, Dense)]
+        dtype = next((rule.do.dtype for rule in rules if isinstance(rule.do, Dense)), None)
+        share = statistics.mean(tuner.step_share(dtype) for tuner in self._tuners.values())
+        steps = min(adapter.steps, math.ceil(adapter.steps * plan_seconds / (dense_seconds * share)))
+        evaluator.bind(rules)
+        evaluator.retarget(bool(rules))
         with self.reporter.stage(f"rival: {steps} steps", len(self.held_out)) as stage:
             samples = []
             began = time.perf_counter()
@@ -240,8 +294,10 @@ class VerifiedSearch:
                 samples.append(adapter.checked_rollout(prompt, seed, num_inference_steps=steps))
                 stage.advance()
             seconds = (time.perf_counter() - began) / len(self.held_out)
+        evaluator.retarget(False)
         quality = compare(samples, [evaluator.references[pair] for pair in self.held_out])
-        return [Row(f"dense, {steps} steps", seconds, dense_seconds / seconds, quality.psnr, quality.worst_psnr, steps)]
+        name = f"dense, {steps} steps" + (f", {dtype}" if dtype else "")
+        return [Row(name, seconds, dense_seconds / seconds, quality.psnr, quality.worst_psnr, steps)]
 
     def _note_state(self) -> None:
         """Keep the most memory that slots have taken under the plan that is bound."""

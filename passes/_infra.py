@@ -47,12 +47,14 @@ class Prediction:
 class StepPlan:
     """What one straight-line graph does: which sites it predicts, and which features it hands on.
 
-    ``boundaries`` asks for the residual stream at every edge between blocks (for profiling).
+    ``boundaries`` asks for the residual stream at every edge between blocks (for profiling); ``dtype`` names the one
+    that products are computed in, where that is not the model's.
     """
 
     predicted: tuple[Prediction, ...] = ()
     recorded: tuple[str, ...] = ()
     boundaries: bool = False
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,15 @@ def call(gm: fx.GraphModule, target: Callable[..., object], *args: object, **set
     values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
     node.meta["val"] = target(*values, **settings)
     return node
+
+
+def converted(gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """A value in another dtype, by the operator that Inductor has for it at this level."""
+    return (
+        node
+        if tensor_value(node).dtype == dtype
+        else call(gm, torch.ops.prims.convert_element_type.default, node, dtype)
+    )
 
 
 def latents_part(latents: Tensor, output: Tensor) -> int | None:

@@ -6,6 +6,7 @@ from torch import fx
 
 from ditopt.errors import AuditError
 from ditopt.passes._infra import GraphIndex, StepPlan
+from ditopt.passes.cast import castable
 from ditopt.passes.features import user_outputs
 from ditopt.passes.predict import factors_name, slot_name
 from ditopt.sites import STEP
@@ -38,6 +39,10 @@ def audit(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, dead: dict[str,
             raise AuditError(
                 f"{wanted.site}: predicted by the plan, but {len(left)} of its nodes are still computed, e.g. {left[0]}"
             )
+    if plan.dtype is not None:
+        left = [node.name for node in castable(gm)]
+        if left:
+            raise AuditError(f"products are to run in {plan.dtype}, but {len(left)} do not, e.g. {left[0]}")
     extra = len(gm.graph.output_node().args[0]) - user_outputs(gm)  # type: ignore[arg-type]
     if plan.recorded and extra < len(plan.recorded):
         raise AuditError(

@@ -17,6 +17,7 @@ from ditopt.passes._infra import (
     StepPlan,
     add_input,
     call,
+    converted,
     find,
     in_layout_of,
     latents_part,
@@ -94,16 +95,12 @@ def _combine(
     total: fx.Node | None = None
     for i, term in enumerate(terms):
         factor = call(gm, aten.select.int, factors, 0, i)
-        wide = _cast(gm, term, torch.float32)
+        wide = converted(gm, term, torch.float32)
         product = call(gm, aten.mul.Tensor, wide, factor)
         total = product if total is None else call(gm, aten.add.Tensor, total, product)
     assert total is not None
-    total = _cast(gm, total, tensor_value(end).dtype)
+    total = converted(gm, total, tensor_value(end).dtype)
     return in_layout_of(gm, total if start is None else call(gm, aten.add.Tensor, start, total), end)
-
-
-def _cast(gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    return node if tensor_value(node).dtype == dtype else call(gm, aten._to_copy.default, node, dtype=dtype)
 
 
 def _position(index: GraphIndex, site: str) -> int:

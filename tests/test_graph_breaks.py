@@ -375,5 +375,5 @@ def test_another_geometry_is_refused_by_all_graphs_and_can_be_run_dense(
 
 def test_whole_steps_of_a_broken_network_are_refused(planned: tuple[Session, Callable[..., Tensor]]) -> None:
     session, _ = planned
-    with pytest.raises(PlanMismatchError, match="plan predicts whole steps of transformer, which graph breaks cut"):
+    with pytest.raises(PlanMismatchError, match="plan decides whole steps of transformer, which graph breaks cut"):
         session.bind(hand_written(session, Rule(sites=STEP, steps=(3,), do=Reuse())))

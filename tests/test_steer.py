@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ditopt
+from ditopt.decisions import Dense
 from ditopt.measure import DensePath
 from ditopt.profile import branch_shares
 from ditopt.profiler.features import FeatureCollector
@@ -22,7 +23,7 @@ from ditopt.quality import compare
 from ditopt.search import solve_kept
 from ditopt.sites import STEP
 from ditopt.target import Target
-from ditopt.tune import PULL, Tuner
+from ditopt.tune import Tuner
 from ditopt.verify import VerifiedSearch
 from tests.tiny import TinyDiT, euler, make_model, prompt_features
 
@@ -210,16 +211,59 @@ def test_the_second_order_path_is_nearer_to_a_converged_run(tuner: Tuner) -> Non
 
 
 @pytest.mark.parametrize("tuner", [euler], indirect=True)
-def test_refits_aim_between_the_dense_and_the_second_order_path(tuner: Tuner) -> None:
-    """By half the error that the target allows: far for a low target, hardly for a high one."""
-    pairs, evaluator = tuner.pairs, tuner.evaluator
-    apart = compare([evaluator.finer[pair].sample for pair in pairs], [evaluator.references[pair] for pair in pairs])
-    for psnr, pull in ((apart.psnr - 20, PULL), (apart.psnr + 20, PULL / 10)):
-        tuner.target = Target(min_psnr=psnr)
-        steering = tuner._make_steering(tuner.profile.networks[tuner.network])
-        assert steering is not None
-        for pair in pairs:
-            dense, finer = evaluator.paths[tuner.network][pair], evaluator.finer[pair].path
-            for kind in ("latents", "outputs"):
-                expected = torch.lerp(getattr(dense, kind), getattr(finer, kind), pull)
-                torch.testing.assert_close(getattr(steering.paths[pair], kind), expected)
+def test_an_aimed_plan_is_nearer_to_the_second_order_samples(tuner: Tuner) -> None:
+    plain = tuner._improve(solve_kept(tuner.problem, 6))
+    aimed = tuner.aim(plain, 1.0)
+    assert aimed is not None and aimed.kept == plain.kept
+    before, after, dense = tuner.finer_of(plain), tuner.finer_of(aimed), tuner.finer_psnr
+    assert before is not None and after is not None and dense is not None
+    assert after > before + 1
+    finer = [tuner.evaluator.finer[pair].sample for pair in tuner.pairs]
+    tuner.evaluator.bind(aimed.rules)
+    samples = [tuner.evaluator.adapter.checked_rollout(*pair) for pair in tuner.pairs]
+    assert compare(samples, finer).psnr == pytest.approx(after, abs=0.05), "the compiled plan does what was promised"
+
+
+@pytest.mark.parametrize("tuner", [guided], indirect=True)
+def test_a_loop_without_second_order_paths_is_not_aimed(tuner: Tuner) -> None:
+    tuner.evaluator.finer.clear()
+    plain = tuner._improve(solve_kept(tuner.problem, 6))
+    assert tuner.aim(plain, 1.0) is None and tuner.finer_psnr is None
+
+
+def with_seconds(tuner: Tuner, **seconds: float) -> None:
+    """Let the tuner find other times in its profile."""
+    part = tuner.profile.networks[tuner.network]
+    tuner.profile.networks[tuner.network] = replace(part, seconds={**part.seconds, **seconds})
+
+
+@pytest.mark.parametrize("tuner", [euler], indirect=True)
+@pytest.mark.parametrize(
+    ("target", "share", "dtype", "reason"),
+    [
+        (Target(min_psnr=20.0), 0.5, "bfloat16", "slower: a step takes"),
+        (Target(speedup=2.0), 0.5, "bfloat16", "slower: a step takes"),
+        (Target(min_psnr=20.0), 0.95, None, "hardly faster: a step takes"),
+        (Target(min_psnr=90.0), 0.5, None, "too little to spare for {'min_psnr': 90.0}"),
+    ],
+)
+def test_a_dtype_is_taken_where_it_is_faster_and_good_enough(
+    tuner: Tuner, target: Target, share: float, dtype: str | None, reason: str
+) -> None:
+    full = tuner.profile.networks[tuner.network].seconds["full"]
+    with_seconds(tuner, bfloat16=share * full)
+    tuner.target, tuner._dtype_chosen, tuner.dtypes = target, False, ("bfloat16",)
+    tuner._choose_dtype()
+    assert tuner.problem.dtype == dtype and reason in tuner.problem.dtype_reason
+    assert tuner.problem.seconds_full == pytest.approx(share * full if dtype else full)
+    assert bool(tuner.tried) == (share < 0.9), "slower dtypes are not tried"
+    solution = tuner._improve(solve_kept(tuner.problem, 6))
+    assert [rule.do for rule in solution.rules].count(Dense(dtype="bfloat16")) == int(dtype is not None)
+    explained = [each for each in solution.explanations if each.step is None and each.site == STEP]
+    assert [each.chosen for each in explained] == [dtype or "float32"]
+    known = tuner._tried(solution)
+    assert known is not None and known.seconds == pytest.approx(
+        6 * tuner.problem.seconds_full + (tuner.problem.steps - 6) * (tuner.problem.seconds_predicted or 0)
+    )
+    promised = known.quality.psnr
+    assert tuner.evaluator.quality(solution.rules, tuner.pairs)[0].psnr == pytest.approx(promised, abs=0.1)

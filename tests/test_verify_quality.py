@@ -32,6 +32,11 @@ class FakeTuner:
         self.target, self.fixed, self.budget, self.refused = target, (), 4, -math.inf
         self.margins: list[float] = []
 
+    finer_psnr: float | None = None
+
+    def finer_of(self, solution: object) -> float | None:
+        return None
+
     def find(self, margin: float) -> Any:
         self.margins.append(margin)
         assert self.target.min_psnr is not None
@@ -100,3 +105,48 @@ def test_a_further_step_lowers_the_predicted_error() -> None:
     grown = with_further_step(problem, plan)
     assert len(grown.kept) == 6 and set(plan.kept) < set(grown.kept)
     assert grown.predicted_error < plan.predicted_error
+
+
+class AimingTuner(FakeTuner):
+    """Its plans come 2 dB nearer to a finer solver's samples with every quarter of the way, from 38 dB."""
+
+    finer_psnr: float | None = 41.0
+
+    def aim(self, solution: Any, share: float) -> Any:
+        return SimpleNamespace(**{**vars(solution), "share": share})
+
+    def finer_of(self, solution: Any) -> float | None:
+        return 38.0 + 8 * getattr(solution, "share", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "share"),
+    [
+        ({0.0: 42.4, 0.25: 42.3, 0.5: 42.2, 0.75: 42.1}, 0.5),  # 42 dB to the finer samples, dense has 41
+        ({0.0: 42.4, 0.25: 42.1, 0.5: 41.9}, 0.25),  # the target holds no further
+        ({0.0: 42.4, 0.25: 41.9}, 0.0),
+    ],
+)
+def test_what_is_to_spare_is_spent_on_samples_nearer_to_a_finer_solvers(
+    monkeypatch: pytest.MonkeyPatch, held_out: dict[float, float], share: float
+) -> None:
+    asked: list[float] = []
+
+    def aim(self: AimingTuner, solution: Any, share: float) -> Any:
+        asked.append(share)
+        return SimpleNamespace(**{**vars(solution), "share": share})
+
+    def quality(rules: Sequence[Rule], pairs: object) -> tuple[Quality, float]:
+        value = held_out[asked[-1] if asked else 0.0]
+        return Quality(value, value, 0.0, (value,)), 0.0
+
+    monkeypatch.setattr(AimingTuner, "aim", aim)
+    monkeypatch.setattr(verify, "Tuner", AimingTuner)
+    evaluator: Any = SimpleNamespace(sessions={"transformer": None}, quality=quality)
+    profile: Any = SimpleNamespace(networks={})
+    found = VerifiedSearch(
+        evaluator, profile, Target(min_psnr=42.0), [("a", 0)], [("b", 1)], Reporter(quiet=True), 4, 8, ("reuse",)
+    )()
+    assert found is not None
+    assert getattr(found.solutions["transformer"], "share", 0.0) == share
+    assert found.quality.psnr == held_out[share]

@@ -47,6 +47,7 @@ class ProfileRun:
     reporter: Reporter
     use_ranges: bool = True
     use_fits: bool = True
+    dtypes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._tapes: dict[int, Tape] = {}
@@ -268,7 +269,8 @@ class ProfileRun:
         (arguments,) = inputs_of(self.evaluator, pair, [program])
         calls = self.calls[name]
         per_step = len(calls.calls) / len(calls.timesteps)
-        return {key: value * per_step for key, value in measure_seconds(program, arguments, ranges).items()}
+        found = measure_seconds(program, arguments, ranges, self.dtypes)
+        return {key: value * per_step for key, value in found.items()}
 
 
 def _both(one: Observer, two: Observer) -> Observer:

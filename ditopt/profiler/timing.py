@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ditopt.passes._infra import Prediction, StepPlan
+from ditopt.passes.cast import castable
 from ditopt.passes.predict import factors_name, slot_name
 from ditopt.runtime.program import Program
 from ditopt.sites import STEP
@@ -57,14 +58,19 @@ def _feature_values(program: Program, site: str) -> list[Tensor]:
     ]
 
 
-def measure_seconds(program: Program, arguments: Sequence[Any], ranges: Sequence[str]) -> dict[str, float]:
-    """Seconds of a ``full`` and a ``predicted`` step, and what predicting each of ``ranges`` saves.
+def measure_seconds(
+    program: Program, arguments: Sequence[Any], ranges: Sequence[str], dtypes: Sequence[str] = ()
+) -> dict[str, float]:
+    """Seconds of a ``full`` and a ``predicted`` step, what predicting each of ``ranges`` saves, and each of ``dtypes``.
 
-    The range of all blocks is timed; others get the share of it that their FLOPs have.
+    The range of all blocks is timed; others get the share of it that their FLOPs have. A dtype's time is that of a
+    full step whose products are computed in it; of a network without such products there is none.
     """
     trace = program.variants.trace
     seconds = {"full": time_variant(program, StepPlan((), (STEP,)), arguments)}
     seconds["predicted"] = time_variant(program, StepPlan((Prediction(STEP, 2),)), arguments)
+    if castable(trace.gm):
+        seconds |= {dtype: time_variant(program, StepPlan((), (STEP,), dtype=dtype), arguments) for dtype in dtypes}
     spans = trace.ranges()
     if ranges:
         everything = next(name for name, span in spans.items() if span == (0, len(trace.blocks) - 1))

@@ -24,6 +24,13 @@ def figure(value: Any) -> str:
     return str(value)
 
 
+def _dtype(bench: Mapping[str, Any]) -> str | None:
+    """The dtype of its own that a benchmark's plan computes in, and its rivals with it."""
+    decisions = (rule["do"] for rule in bench.get("plan", {}).get("rules", ()))
+    found = (each["dense"]["dtype"] for each in decisions if isinstance(each, Mapping) and "dense" in each)
+    return next(found, None)
+
+
 def bench_rows(bench: Mapping[str, Any]) -> list[tuple[str, Any, Any, Any, Any, Any]]:
     """Name, evaluations, seconds, speed-up over Inductor, mean and worst PSNR of every contender of a benchmark."""
     dense = bench.get("dense_inductor_s")
@@ -32,8 +39,12 @@ def bench_rows(bench: Mapping[str, Any]) -> list[tuple[str, Any, Any, Any, Any, 
         ("dense, Inductor", bench.get("steps"), dense, None, None),
         ("optimised", bench.get("kept"), bench.get("optimized_s"), bench.get("psnr_db"), bench.get("worst_psnr_db")),
     ]
-    for key, name in (("fewer_steps", "fewer steps"), ("unipc", "UniPC"), ("dpmpp", "DPM-Solver++")):
+    dtype = _dtype(bench)
+    suffix = f", {dtype}" if dtype else ""
+    rivals = {"dense_cast": "dense", "fewer_steps": "fewer steps", "unipc": "UniPC", "dpmpp": "DPM-Solver++"}
+    for key, name in rivals.items():
         rival = bench.get(key) or {}
         if rival.get("seconds") is not None:
-            plain.append((name, rival["steps"], rival["seconds"], rival.get("psnr_db"), rival.get("worst_psnr_db")))
+            quality = rival.get("psnr_db"), rival.get("worst_psnr_db")
+            plain.append((name + suffix, rival["steps"], rival["seconds"], *quality))
     return [(name, n, s, dense / s if dense and s else None, db, worst) for name, n, s, db, worst in plain]

@@ -23,7 +23,10 @@ class RivalResult:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What a benchmark measured; seconds are medians of whole generations, decibels are means over prompts."""
+    """What a benchmark measured; seconds are medians of whole generations, decibels are means over prompts.
+
+    ``dense_cast`` is the dense model in the plan's own dtype, in which the rivals run too; None where it has none.
+    """
 
     dense_eager_s: float
     dense_inductor_s: float
@@ -36,6 +39,7 @@ class BenchResult:
     fewer_steps: RivalResult
     unipc: RivalResult
     dpmpp: RivalResult
+    dense_cast: RivalResult | None
     converged: dict[str, float]
     attribute_score: dict[str, float] | None
     graph_breaks: int

@@ -94,8 +94,13 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
     rules = [rule for rule in plan.rules if fnmatchcase(network, rule.network)]
     if partial and STEP in (rule.sites for rule in rules):
         raise PlanMismatchError(
-            f"plan predicts whole steps of {network}, which graph breaks cut into several graphs; only ranges of "
+            f"plan decides whole steps of {network}, which graph breaks cut into several graphs; only ranges of "
             "blocks within one of them can be predicted"
+        )
+    cast = next((rule for rule in rules if isinstance(rule.do, Dense) and rule.do.dtype and rule.sites != STEP), None)
+    if cast is not None:
+        raise PlanMismatchError(
+            f"plan computes {cast.sites} in a dtype of its own; a dtype is decided for whole steps, write sites: {STEP}"
         )
     named = dict.fromkeys(rule.sites for rule in rules)
     missing = [name for name in named if name not in known and not _matches_any(name, known)]
@@ -135,7 +140,10 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
         bound.append(tuple(found))
         for site in _recorded(used, active, ranges):
             history[site].insert(0, t)
-    return BoundPlan(_with_liveness(bound, used, ranges), StepPlan((), used), times, plan.sampler.timesteps[network])
+    dtypes = [_dtype(plan.decisions(t, [STEP], network)[STEP]) for t in range(total)]
+    computed = {dtype for dtype, active in zip(dtypes, predicted, strict=True) if STEP not in active}
+    full = StepPlan((), used, dtype=computed.pop() if len(computed) == 1 else None)
+    return BoundPlan(_with_liveness(bound, used, ranges, dtypes), full, times, plan.sampler.timesteps[network])
 
 
 def adapted_factors(
@@ -157,14 +165,21 @@ def adapted_factors(
     return predictor_coefficients(decision, (time, *held), 0, range(1, history + 1))
 
 
+def _dtype(decision: Decision) -> str | None:
+    return decision.dtype if isinstance(decision, Dense) else None
+
+
 def _with_liveness(
-    bound: Sequence[tuple[BoundPrediction, ...]], used: tuple[str, ...], ranges: Mapping[str, tuple[int, int]]
+    bound: Sequence[tuple[BoundPrediction, ...]],
+    used: tuple[str, ...],
+    ranges: Mapping[str, tuple[int, int]],
+    dtypes: Sequence[str | None],
 ) -> tuple[BoundStep, ...]:
     steps: list[BoundStep] = []
     live: frozenset[tuple[str, int]] = frozenset()
-    for found in reversed(bound):
+    for found, dtype in zip(reversed(bound), reversed(dtypes), strict=True):
         active = {p.site: p.decision for p in found}
-        variant = StepPlan(tuple(p.prediction for p in found), _recorded(used, active, ranges))
+        variant = StepPlan(tuple(p.prediction for p in found), _recorded(used, active, ranges), dtype=dtype)
         steps.append(BoundStep(found, variant, live))
         live = live | {(p.site, source) for p in found for source in p.sources}
     return tuple(reversed(steps))

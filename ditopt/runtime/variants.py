@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from ditopt._torch import BoxedCallable, fake_mode_of, lower, trace_aten
 from ditopt.passes._infra import GraphIndex, PassManager, StepPlan
 from ditopt.passes.audit import audit, only_needed_by
+from ditopt.passes.cast import cast
 from ditopt.passes.features import feature
 from ditopt.passes.lower_attention import lower_attention_with
 from ditopt.passes.predict import predict
@@ -58,7 +59,7 @@ class VariantCache:
     def graph(self, plan: StepPlan) -> fx.GraphModule:
         """The rewritten graph of a step's plan, audited, attention still opaque."""
         # A recorded feature starts where the block before ends, be that predicted or not: record first.
-        manager = PassManager([record, predict, prune], verify if self.check_passes else None)
+        manager = PassManager([record, predict, prune, cast], verify if self.check_passes else None)
         gm = manager.run(self.trace.gm, plan, self.index)
         self.reasons += [reason for reason in manager.reasons if reason not in self.reasons]
         changing = {node.name for node in self.trace.changing()}

@@ -14,6 +14,7 @@ from ditopt.search.table import ErrorTable, with_histories
 from ditopt.sites import STEP
 
 COMPUTE = "compute"
+MODEL_DTYPE = "float32"
 
 _OTHERWISE = "the whole schedule's error, the limit of {} variants, a block range, or what was measured decided"
 
@@ -41,6 +42,10 @@ def explain(
             chosen = choice.candidate.name if choice.candidate else COMPUTE
             rivals = tuple(_rivals(ledger, choice, computed, objective, max_variants))
             found.append(Explanation(choice.step, site, chosen, objective, rivals))
+    if problem.dtype_reason:
+        chosen, other = (problem.dtype, MODEL_DTYPE) if problem.dtype else (MODEL_DTYPE, "bfloat16")
+        rival = Rival(other, np.nan, np.nan, problem.dtype_reason)
+        found.append(Explanation(None, STEP, chosen, objective, (rival,)))
     for name in problem.ranges:
         if name not in draft.ranges:
             found.append(Explanation(None, name, COMPUTE, objective, (_unused(problem, draft, name, objective, lam),)))

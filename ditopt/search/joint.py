@@ -131,7 +131,7 @@ def refitted(
         for choice in found.choices[STEP]
     )
     choices = {**found.choices, STEP: made}
-    return replace(found, choices=choices, rules=to_rules(choices, problem.network))
+    return replace(found, choices=choices, rules=to_rules(problem, choices))
 
 
 def dense(problem: SearchProblem) -> Draft:
@@ -260,7 +260,7 @@ def finish(problem: SearchProblem, draft: Draft, lam: float | None, max_variants
     relief = ranges.saved - (lam or 0.0) * ranges.error
     objective = additive if lam is None else seconds + lam * additive
     return Solution(
-        rules=to_rules(choices, problem.network),
+        rules=to_rules(problem, choices),
         kept=draft.kept,
         predicted_error=error,
         predicted_seconds=seconds,

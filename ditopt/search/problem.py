@@ -57,6 +57,8 @@ class SearchProblem:
         sample_norm: norm of the final sample; errors are reported relative to it.
         groups: steps with different values ran different branches and cannot predict each other.
         network: the name that rules are written for.
+        dtype: what computed steps' products run in, None where that is the model's own dtype.
+        dtype_reason: why it is so, where there was a choice.
     """
 
     times: tuple[float, ...]
@@ -72,6 +74,8 @@ class SearchProblem:
     sample_norm: float = 1.0
     groups: tuple[int, ...] = ()
     network: str = "*"
+    dtype: str | None = None
+    dtype_reason: str = ""
 
     def __post_init__(self) -> None:
         """Check the shapes. Raises InputError naming what disagrees."""

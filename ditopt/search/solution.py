@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ditopt.decisions import Dense
 from ditopt.plan import Rule
 from ditopt.search.problem import SearchProblem
 from ditopt.search.space import Candidate, Shape, StepChoice
@@ -138,9 +139,9 @@ def step_choices(
     return found
 
 
-def to_rules(choices: Mapping[str, Sequence[StepChoice]], network: str = "*") -> tuple[Rule, ...]:
-    """A rule for every site and candidate, in order of its first step; computed steps need none."""
-    rules = []
+def to_rules(problem: SearchProblem, choices: Mapping[str, Sequence[StepChoice]]) -> tuple[Rule, ...]:
+    """A rule for every site and candidate, in order of its first step; computed steps need none but for their dtype."""
+    rules = dtype_rules(problem)
     for site, made in choices.items():
         by_candidate: dict[Candidate, list[StepChoice]] = {}
         for choice in made:
@@ -148,5 +149,13 @@ def to_rules(choices: Mapping[str, Sequence[StepChoice]], network: str = "*") ->
                 by_candidate.setdefault(choice.candidate, []).append(choice)
         for candidate, same in by_candidate.items():
             steps = tuple(choice.step for choice in same)
-            rules.append(Rule(sites=site, steps=steps, do=candidate.decide(same), network=network))
+            rules.append(Rule(sites=site, steps=steps, do=candidate.decide(same), network=problem.network))
     return tuple(rules)
+
+
+def dtype_rules(problem: SearchProblem) -> list[Rule]:
+    """The rule that computed steps run in the problem's dtype, if it has one; those of predictions come after it."""
+    if problem.dtype is None:
+        return []
+    decision = Dense.model_validate({"dtype": problem.dtype})
+    return [Rule(sites=STEP, steps=tuple(range(problem.steps)), do=decision, network=problem.network)]

@@ -1,0 +1,138 @@
+"""Products in 16 bits: which ones, what between them stays, what such a plan computes; models in 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ditopt.decisions import Dense, Forecast
+from ditopt.errors import AuditError, PlanMismatchError
+from ditopt.kernels.ops import ATTENTION
+from ditopt.passes._infra import PassManager, Prediction, StepPlan
+from ditopt.passes.audit import audit
+from ditopt.passes.cast import MIN_ROWS, PRODUCTS, VIEWS, cast, castable
+from ditopt.passes.verify import verify
+from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint
+from ditopt.quality import relative_l2
+from ditopt.runtime.program import Program
+from ditopt.sites import STEP
+from tests.tiny import TinyDiT, compiled_tiny, euler, make_model, prompt_features
+
+STEPS = 6
+BFLOAT16 = Dense(dtype="bfloat16")
+NARROW = StepPlan((), (STEP,), dtype="bfloat16")
+TIMES = tuple(1000 * sigma for sigma in torch.linspace(1, 0, STEPS + 1).tolist()[:-1])
+
+
+def generate(model: TinyDiT, tokens: int = MIN_ROWS) -> Tensor:
+    with torch.no_grad():
+        return euler(model, "a", 0, STEPS, tokens)
+
+
+def generate_in_bfloat16(model: TinyDiT) -> Tensor:
+    """As pipelines in 16 bits do: noise and text in bfloat16, timesteps in float32."""
+    x = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    text = prompt_features("a").bfloat16()
+    with torch.no_grad():
+        for now, then in pairwise((*TIMES, 0.0)):
+            x = x + (then - now) / 1000 * model(x, torch.tensor([now]).bfloat16(), text)
+    return x
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Program]:
+    with compiled_tiny(make_model(), generate) as (_, found):
+        yield found
+
+
+def plan(program: Program, *rules: Rule) -> Plan:
+    sigmas = tuple(time / 1000 for time in TIMES)
+    trace = program.variants.trace
+    return Plan(
+        model=ModelPrint(class_name="TinyDiT", structure=trace.structure, blocks=len(trace.blocks)),
+        sampler=SamplerPrint(
+            class_name="euler", steps=STEPS, timesteps={"transformer": TIMES}, sigmas={"transformer": sigmas}
+        ),
+        device=DevicePrint(device="cpu", torch=torch.__version__, dtype="float32"),
+        inputs=Inputs(
+            timestep="timestep",
+            latents="hidden_states",
+            identity="encoder_hidden_states",
+            forward=("hidden_states", "timestep", "encoder_hidden_states"),
+        ),
+        rules=rules,
+    )
+
+
+def test_products_of_many_rows_are_cast_and_the_timesteps_are_not(program: Program) -> None:
+    before = program.variants.trace.gm
+    gm = PassManager([cast], verify).run(before, NARROW, program.variants.index)
+    products = [node for node in gm.graph.nodes if node.target in (*PRODUCTS, ATTENTION)]
+    narrow = [node for node in products if node.meta["val"].dtype == torch.bfloat16]
+    assert len(narrow) == len(castable(before)) > 0
+    assert sum(node.target is ATTENTION for node in narrow) == 4
+    left = [node.meta["val"].shape[-2] for node in products if node not in narrow]
+    assert left and max(left) < MIN_ROWS, "the timestep's and the text's products keep the model's dtype"
+    others = {
+        str(node.target)
+        for node in gm.graph.nodes
+        if node not in products
+        and isinstance(node.meta.get("val"), Tensor)
+        and node.meta["val"].dtype == torch.bfloat16
+    }
+    assert others <= {"prims.convert_element_type.default", *map(str, VIEWS)}, "what lies between products is as it was"
+
+
+def test_a_weight_is_cast_once_and_before_it_is_transposed(program: Program) -> None:
+    gm = PassManager([cast], verify).run(program.variants.trace.gm, NARROW, program.variants.index)
+    casts = [node.args[0] for node in gm.graph.nodes if "convert_element_type" in str(node.target)]
+    assert len(set(casts)) == len(casts)
+    weights = [node for node in casts if node.op == "placeholder" and node.meta["val"].ndim == 2]
+    assert len(weights) >= 16, "four weights in each of the four blocks"
+
+
+def test_a_graph_that_was_not_cast_fails_the_audit(program: Program) -> None:
+    with pytest.raises(AuditError, match=r"products are to run in bfloat16, but \d+ do not"):
+        audit(program.variants.trace.gm, StepPlan(dtype="bfloat16"), program.variants.index, {})
+
+
+def test_a_plan_in_bfloat16_is_near_the_dense_model_and_is_not_it() -> None:
+    with compiled_tiny(make_model(), generate) as (model, program):
+        dense = generate(model)
+        program.bind(plan(program, Rule(sites=STEP, steps=tuple(range(STEPS)), do=BFLOAT16)))
+        cast_run = generate(model)
+        assert 1e-5 < relative_l2(cast_run, dense) < 2e-2
+        assert {found.dtype for found in program.variants.compiled} == {None, "bfloat16"}
+        forecast = Rule(sites=STEP, steps=(3, 5), do=Forecast())
+        both = plan(program, Rule(sites=STEP, steps=tuple(range(STEPS)), do=BFLOAT16), forecast)
+        assert both.kept_steps() == (0, 1, 2, 4)
+        program.bind(both)
+        assert relative_l2(generate(model), dense) < 0.2
+        assert program.statistics.predicted_calls == 2
+        kinds = {(bool(found.predicted), found.dtype) for found in program.bound.variants}  # type: ignore[union-attr]
+        assert kinds == {(False, "bfloat16"), (True, None)}
+
+
+def test_a_dtype_is_for_whole_steps(program: Program) -> None:
+    with pytest.raises(PlanMismatchError, match=r"plan computes blocks\.1 in a dtype of its own; .* write sites: step"):
+        program.bind(plan(program, Rule(sites="blocks.1", steps=(1,), do=BFLOAT16)))
+
+
+def test_a_model_in_bfloat16_runs_under_a_plan_and_has_nothing_to_cast() -> None:
+    with compiled_tiny(make_model().bfloat16(), generate_in_bfloat16) as (model, program):
+        dense = generate_in_bfloat16(model)
+        assert not castable(program.variants.trace.gm)
+        program.bind(plan(program, Rule(sites=STEP, steps=(3, 5), do=Forecast())))
+        sample = generate_in_bfloat16(model)
+        assert sample.dtype == torch.bfloat16 and program.statistics.predicted_calls == 2
+        assert 0 < relative_l2(sample, dense) < 0.2
+        values: dict[str, Any] = {
+            str(node.target): node.meta["val"].dtype
+            for node in program.variants.graph(StepPlan((Prediction(STEP, 2),))).graph.find_nodes(op="placeholder")
+        }
+        assert torch.bfloat16 in values.values()
