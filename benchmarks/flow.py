@@ -84,7 +84,13 @@ class Part:
         """What the plan was made from."""
         parts = [path for kind in ("safetensors", "json", "py") for path in self.settings.model.rglob(f"*.{kind}")]
         model, prompts = digest(parts, self.settings.model), digest([self.settings.calibration])
-        return {"model": model, "prompts": prompts, "sources": source_digest(), **surroundings()}
+        asked = " ".join(map(str, self.words))
+        return {"model": model, "prompts": prompts, "asked": asked, "sources": source_digest(), **surroundings()}
+
+    @property
+    def words(self) -> tuple[object, ...]:
+        """What ``ditopt optimize`` is asked for, beside files."""
+        return "--target-speedup", round(self.goal.speedup * SPEED_MARGIN, 3), "--guidance", self.goal.guidance
 
     def bench_facts(self) -> dict[str, Any]:
         """What the figures were made from."""
@@ -155,10 +161,8 @@ def keep(path: Path, facts: dict[str, Any]) -> None:
 
 def optimize(part: Part) -> None:
     """Make a part's plan."""
-    ditopt(
-        "optimize", part.settings.model, "--prompts", part.settings.calibration, "-o", part.plan,
-        "--target-speedup", round(part.goal.speedup * SPEED_MARGIN, 3), "--guidance", part.goal.guidance,
-    )  # fmt: skip
+    settings = part.settings
+    ditopt("optimize", settings.model, "--prompts", settings.calibration, "-o", part.plan, *part.words)
 
 
 def bench(parts: Sequence[Part]) -> None:

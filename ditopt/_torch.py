@@ -16,6 +16,9 @@ from torch import Tensor, fx
 
 BoxedCallable = Callable[[list[Any]], Sequence[Any]]
 
+COPIES = 256
+"""Of one forward, compiled for so many backends side by side."""
+
 _MODULE_STEP = re.compile(
     r"\.__dict__|\._modules|\['_modules'\]|\._parameters|\._buffers|\['_parameters'\]|\['_buffers'\]"
 )
@@ -198,3 +201,19 @@ def graph_break_after(gm: fx.GraphModule) -> str | None:
 def forget_compiled_code() -> None:
     """Drop all that Dynamo has compiled in this process."""
     torch._dynamo.reset()
+
+
+@contextlib.contextmanager
+def many_compiled_copies() -> Iterator[None]:
+    """While it lasts Dynamo does not give up on a forward that it has compiled for several backends (its limit is 8).
+
+    Past the limit it would run that forward eagerly, without a word.
+    """
+    import torch._dynamo.config as settings
+
+    before = settings.recompile_limit
+    settings.recompile_limit = max(before, COPIES)
+    try:
+        yield
+    finally:
+        settings.recompile_limit = before

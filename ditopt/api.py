@@ -47,8 +47,8 @@ def optimize(
         seed: of the first prompt's noise; prompt i uses ``seed + i``.
         techniques: kinds of decision to consider; default all.
         max_variants: the most distinct graphs to compile.
-        budget: how many plans to try by real rollouts in the first search, a quarter more in each after it; default:
-            as many as take a few minutes, from 6 to 16.
+        budget: how many plans to try by real rollouts in the first search, a quarter more in each after it; plans that
+            compute less than half of the steps count less, down to a third. Default: some minutes' worth, 6 to 16.
         on_mismatch: what calls of another schedule or geometry do later: ``error``, ``dense`` or ``retarget``.
         resume: take up an interrupted run's checkpoints.
         quiet: print nothing.

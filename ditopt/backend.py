@@ -31,7 +31,7 @@ log = logging.getLogger("ditopt")
 OPTIONS = ("plan", "network", "on_mismatch", "session", "check_passes")
 
 
-@dataclass
+@dataclass(eq=False)  # two sessions of equal settings are not one: Dynamo asks, and would share what it compiled
 class Session:
     """All graphs compiled for one model under one set of options."""
 

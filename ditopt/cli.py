@@ -115,7 +115,10 @@ def optimize(
     ] = None,
     budget: Annotated[
         int | None,
-        typer.Option(min=1, help="how many plans to try in the first search by rollouts; default: some minutes' worth"),
+        typer.Option(
+            min=1,
+            help="how many plans to try in the first search (cheap ones count less); default: some minutes' worth",
+        ),
     ] = None,
     max_variants: Annotated[int, typer.Option(min=1, help="the most distinct graphs to compile")] = 8,
     on_mismatch: Annotated[Mismatch, typer.Option(help="what unplanned calls do")] = Mismatch.error,

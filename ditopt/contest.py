@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditopt._torch import CompileCounts, compile_counts
+from ditopt._torch import CompileCounts, compile_counts, many_compiled_copies
 from ditopt.adapters import DiffusersAdapter
 from ditopt.backend import Session
 from ditopt.console import Reporter, Stage
 from ditopt.contenders import SOLVERS, Contender, Sample, compiled_calls, flow_solver
 from ditopt.decisions import Dense
-from ditopt.plan import Plan
+from ditopt.plan import Plan, format_steps
 from ditopt.quality import psnr, relative_l2, ssim
 from ditopt.runtime.program import Program
 
@@ -120,10 +120,11 @@ class Contest:
 
     def _enter_cast(self, entry: Entry) -> None:
         """The dense model in the plan's dtype, one for all plans of the same."""
-        rules = tuple(rule for rule in entry.plan.rules if isinstance(rule.do, Dense) and rule.do.dtype)
-        if not rules:
+        rules = tuple(rule for rule in entry.plan.rules if isinstance(rule.do, Dense))
+        if not any(isinstance(rule.do, Dense) and rule.do.dtype for rule in rules):
             return
-        name = entry.roles[CAST] = " ".join([CAST, *sorted({f"{each.network} {each.do}" for each in rules})])
+        told = (f"{rule.network} {format_steps(rule.steps)} {getattr(rule.do, 'dtype', None)}" for rule in rules)
+        name = entry.roles[CAST] = " ".join([CAST, *told])
         if name not in self.contenders:
             cast = entry.plan.model_copy(update={"rules": rules})
             sessions = {name: Session(plan=cast, network=name, on_mismatch="retarget") for name in entry.sessions}
@@ -131,6 +132,10 @@ class Contest:
 
     def run(self, score_prompts: Sequence[str]) -> None:
         """All phases: warm-up, choice of the rivals' steps, rounds, converged runs, attribute score."""
+        with many_compiled_copies():
+            self._run(score_prompts)
+
+    def _run(self, score_prompts: Sequence[str]) -> None:
         self.cold = compile_counts()
         self._warm_up()
         self._choose_steps()

@@ -6,9 +6,13 @@ In a plan file a decision is a word (``dense``, ``reuse``) or a one-key mapping
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Dtype = Literal["bfloat16"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+"""What the products of a float32 network may be computed in."""
 
 
 class _Decision(BaseModel):
@@ -22,7 +26,7 @@ class Dense(_Decision):
     """
 
     kind: Literal["dense"] = "dense"
-    dtype: Literal["bfloat16"] | None = None
+    dtype: Dtype | None = None
 
 
 class Reuse(_Decision):

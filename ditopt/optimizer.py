@@ -19,6 +19,7 @@ from ditopt.adapters.base import CallLog, watch_calls
 from ditopt.backend import Session, ditopt_backend
 from ditopt.calls import NetworkCalls, call_pattern
 from ditopt.console import Reporter
+from ditopt.decisions import DTYPES
 from ditopt.device import describe_device
 from ditopt.errors import InputError, RolloutError, TraceError
 from ditopt.guidance import watch_guidance
@@ -44,7 +45,6 @@ from ditopt.runtime.graphs import Graphs, find_graphs
 from ditopt.search import TECHNIQUES
 from ditopt.search.space import candidates
 from ditopt.target import Target
-from ditopt.tune import DTYPES
 from ditopt.verify import VerifiedSearch, affordable_trials
 
 RANGES, PRECISION = "ranges", "precision"
@@ -324,7 +324,7 @@ class Optimizer:
             ),
             inputs=inputs,
             breaks={
-                name: Breaks(clock=each.clock.variants.trace.structure, at=each.breaks)
+                name: Breaks(clock=each.clock.variants.trace.structure, at=each.breaks, blocks=each.stacks)
                 for name, each in graphs.items()
                 if not each.whole
             },

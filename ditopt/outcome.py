@@ -31,7 +31,7 @@ DENSE, OURS, RIVAL = 1, 2, 3
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the closing table."""
+    """One line of the closing table; ``dtype`` is what it computes in, where that is not the model's own."""
 
     name: str
     seconds: float
@@ -39,6 +39,7 @@ class Row:
     psnr: float | None
     worst_psnr: float | None
     evaluations: int
+    dtype: str | None = None
 
 
 @dataclass
@@ -113,6 +114,8 @@ def finished_plan(
             "psnr": round(rival.psnr or 0.0, 2),
             "seconds": round(rival.seconds, 3),
         }
+        if rival.dtype is not None:
+            measured["fewer_steps"]["dtype"] = rival.dtype
     predicted = {
         "seconds": round(sum(s.predicted_seconds for s in found.solutions.values()), 3),
         "relative_error": round(math.sqrt(sum(s.predicted_error**2 for s in found.solutions.values())), 5),

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from ditopt.decisions import Decision, Dense, Fit, decision_from_data, decision_to_data
 from ditopt.errors import PlanError
-from ditopt.sites import STEP
+from ditopt.plan_text import explain, read_yaml, short, write_yaml
+from ditopt.sites import STEP, range_names
 
 FORMAT_VERSION = 1
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "time")
@@ -24,9 +24,9 @@ MAX_BYTES = 4 * 2**20
 MAX_RULES = 10_000
 MAX_STEPS = 100_000
 MAX_RULE_STEPS = 200_000
+MAX_STACKS = 100
+MAX_BLOCKS = 300
 """Limits on the steps of one schedule, hence of one rule, and on those that all rules name together."""
-MAX_FINDINGS = 20
-MAX_DIGITS = 40
 
 
 class _Part(BaseModel):
@@ -52,14 +52,14 @@ def _step_ranges(text: str | int) -> list[range]:
     for part in str(text).split(","):
         found = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part)
         if not found:
-            raise ValueError(f"steps {_short(text)!r} should be numbers and ranges such as '3, 5-7'")
+            raise ValueError(f"steps {short(text)!r} should be numbers and ranges such as '3, 5-7'")
         first, last = int(found[1]), int(found[2] or found[1])
         if last < first:
-            raise ValueError(f"steps {_short(text)!r} has a range that runs backwards: {part.strip()!r}")
+            raise ValueError(f"steps {short(text)!r} has a range that runs backwards: {part.strip()!r}")
         ranges.append(range(first, last + 1))
         total += last + 1 - first
         if total > MAX_STEPS:
-            raise ValueError(f"steps {_short(text)!r} are over the limit of {MAX_STEPS}; name each step once")
+            raise ValueError(f"steps {short(text)!r} are over the limit of {MAX_STEPS}; name each step once")
     return ranges
 
 
@@ -181,14 +181,23 @@ class Inputs(_Part):
     contexts: tuple[str, ...] | None = None
 
 
+Stack = Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_BLOCKS)]
+
+
 class Breaks(_Part):
     """How a network is cut by graph breaks: ``clock`` is the structure of its graph that is called with the timestep.
 
-    ``at`` says file, line and reason of each break.
+    ``at`` says file, line and reason of each break, ``blocks`` which blocks each graph has that can be decided on.
     """
 
     clock: str
     at: tuple[str, ...] = ()
+    blocks: Annotated[tuple[Stack, ...], Field(max_length=MAX_STACKS)] = ()
+
+    @property
+    def sites(self) -> frozenset[str]:
+        """What rules may name: the ranges of blocks within each graph."""
+        return frozenset(site for stack in self.blocks for site in range_names(stack))
 
 
 class Plan(_Part):
@@ -242,7 +251,7 @@ class Plan(_Part):
         """
         path = Path(path)
         text = "# A ditopt plan. Later rules win; what no rule names is dense.\n"
-        text += yaml.dump(self.to_data(), Dumper=_Dumper, sort_keys=False, width=110, default_flow_style=None)
+        text += write_yaml(self.to_data())
         write_text_atomically(path, text)
 
     @classmethod
@@ -272,18 +281,7 @@ class Plan(_Part):
     @classmethod
     def parse(cls, text: str, source: str = "plan") -> Plan:
         """Validate the text of a plan; ``source`` is how errors name it. Raises as ``load``."""
-        try:
-            loader = _Loader(text)
-            try:
-                node = loader.get_single_node()
-                data = loader.construct_document(node) if node is not None else None
-            finally:
-                loader.dispose()
-        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f"{source}, line {mark.line + 1}" if mark else source
-            problem = getattr(error, "problem", None) or str(error)
-            raise PlanError(f"{where}: not a plan in YAML: {_short(problem, 400)}") from None
+        data, node = read_yaml(text, source)
         if not isinstance(data, dict):
             raise PlanError(
                 f"{source}: a plan is a mapping that starts with 'ditopt: {FORMAT_VERSION}'; found "
@@ -296,101 +294,11 @@ class Plan(_Part):
                 if isinstance(version, int) and version > FORMAT_VERSION
                 else f"expected {FORMAT_VERSION}"
             )
-            raise PlanError(f"{source}, field ditopt: format version {_short(repr(version))} is not supported; {hint}")
+            raise PlanError(f"{source}, field ditopt: format version {short(repr(version))} is not supported; {hint}")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise PlanError(_explain(error, node, source)) from None
-
-
-class _Dumper(yaml.SafeDumper):
-    """Block style at the top, flow style below, no anchors."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader without anchors (they are what YAML bombs are made of), tags, huge numbers and repeated keys."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML is annotated in part
-        problem = None
-        if isinstance(event, yaml.AliasEvent):
-            problem = "aliases are not allowed in a plan; write the value out"
-        elif getattr(event, "tag", None) is not None:
-            problem = f"the tag {_short(event.tag)!r} is not allowed in a plan; write the value without it"
-        if problem is not None:
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
-        node: Any = super().compose_node(parent, index)
-        if node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
-            problem = f"number {_short(node.value)!r} has {len(node.value)} characters; write at most {MAX_DIGITS}"
-            raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _explain(error: ValidationError, root: Any, source: str) -> str:
-    """One line per finding: file, line, field, what was found and what was expected; the first ``MAX_FINDINGS``."""
-    lines = []
-    line_of = _LineFinder(root)
-    findings = error.errors(include_url=False)
-    for finding in findings[:MAX_FINDINGS]:
-        field = [
-            part
-            for part in finding["loc"]
-            if not (isinstance(part, str) and part.startswith(("function-", "constrained-")))
-        ]
-        found = finding.get("input")
-        shown = "" if finding["type"] == "missing" else f" (found {_short(found)!r})"
-        message = _short(finding["msg"].removeprefix("Value error, "), 400)
-        if finding["type"] == "extra_forbidden":
-            message, shown = "unknown field; remove it or check its spelling", ""
-        name = _short(".".join(map(str, field)) or "top", 200)
-        lines.append(f"{source}, line {line_of(field)}, field {name}: {message}{shown}")
-    if len(findings) > MAX_FINDINGS:
-        lines.append(f"{source}: {len(findings) - MAX_FINDINGS} more findings are not shown; mend these first")
-    return "\n".join(lines)
-
-
-class _LineFinder:
-    """Says where parts of a plan stand in its YAML node tree; each mapping is read once."""
-
-    def __init__(self, root: Any) -> None:
-        self.root = root
-        self._entries: dict[int, dict[str, tuple[Any, Any]]] = {}
-
-    def __call__(self, field: Sequence[Any]) -> int:
-        """The line (from 1) of the deepest part of ``field`` that the tree has."""
-        node = self.root
-        line = node.start_mark.line + 1
-        for part in field:
-            if isinstance(node, yaml.MappingNode):
-                found = self._children(node).get(str(part))
-                if found:
-                    line, node = found[0].start_mark.line + 1, found[1]
-            elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-                node = node.value[part]
-                line = node.start_mark.line + 1
-        return int(line)
-
-    def _children(self, node: yaml.MappingNode) -> dict[str, tuple[Any, Any]]:
-        if id(node) not in self._entries:
-            self._entries[id(node)] = {key.value: (key, value) for key, value in node.value}
-        return self._entries[id(node)]
-
-
-def _short(value: Any, limit: int = 80) -> str:
-    """``value`` as text of at most ``limit`` characters, for messages."""
-    text = str(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+            raise PlanError(explain(error, node, source)) from None
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -66,7 +66,8 @@ class NetworkProfile:
     moves the latents per unit of output (|d sigma| for flow matching); ``sensitivity[t]`` the measured
     factor by which a planted output error of step t (times its width) grows up to the final sample;
     ``range_weights`` the measured factor, per step, from an error in a block range's residual to one in the output;
-    ``seconds`` what a ``full`` and a ``predicted`` step take and what predicting a range saves.
+    ``seconds`` what a ``full`` and a ``predicted`` step take, what predicting a range saves, and, under a dtype's name,
+    what a full step takes in it.
     """
 
     timesteps: tuple[float, ...]
@@ -114,7 +115,8 @@ def merge(first: Profile, second: Profile) -> Profile:
             for site, gram in one.grams.items()
         }
         sensitivity = tuple(share * a + (1 - share) * b for a, b in zip(one.sensitivity, two.sensitivity, strict=True))
-        seconds = {key: share * value + (1 - share) * two.seconds[key] for key, value in one.seconds.items()}
+        timed = [key for key in one.seconds if key in two.seconds]
+        seconds = {key: share * one.seconds[key] + (1 - share) * two.seconds[key] for key in timed}
         networks[name] = NetworkProfile(
             one.timesteps,
             one.sigmas,

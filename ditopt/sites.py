@@ -7,6 +7,7 @@ is the site ``step``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 STEP = "step"
@@ -56,6 +57,16 @@ class StepSite:
 
 
 Site = AttentionSite | LinearSite | BlockSite | StepSite
+
+
+def range_names(blocks: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """All contiguous ranges of a stack of blocks by site name, as (first, last) positions.
+
+    >>> range_names(["blocks.0", "blocks.1"])
+    {'blocks.0': (0, 0), 'blocks.0..1': (0, 1), 'blocks.1': (1, 1)}
+    """
+    count = len(blocks)
+    return {range_name(blocks[a], blocks[b]): (a, b) for a in range(count) for b in range(a, count)}
 
 
 def range_name(first: str, last: str) -> str:

@@ -18,6 +18,7 @@ from ditopt.report.picture import MEANINGS, Cell, Picture, kinds_in, pictures
 
 STYLES = {
     "dense": "bold blue",
+    "dense-bfloat16": "blue",
     "reuse": "yellow",
     "forecast1": "green",
     "forecast2": "cyan",

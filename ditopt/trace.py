@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ditopt._torch import CompileContext, is_model_state, module_path, module_stack, source_name
 from ditopt.kernels.ops import ATTENTION
 from ditopt.passes._infra import Boundary, GraphIndex
-from ditopt.sites import AttentionSite, BlockSite, LinearSite, Site, StepSite, range_name
+from ditopt.sites import AttentionSite, BlockSite, LinearSite, Site, StepSite, range_names
 
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 SDPA_DEFAULTS = (None, None, None, None, 0.0, False, None, False)
@@ -64,8 +64,7 @@ class Trace:
 
     def ranges(self) -> dict[str, tuple[int, int]]:
         """All contiguous block ranges by site name, as (first, last) positions."""
-        count = len(self.blocks) if self.boundaries else 0
-        return {range_name(self.blocks[a], self.blocks[b]): (a, b) for a in range(count) for b in range(a, count)}
+        return range_names(self.blocks) if self.boundaries else {}
 
     def changing(self) -> set[fx.Node]:
         """The nodes whose value changes with the latents."""

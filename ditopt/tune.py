@@ -31,6 +31,7 @@ from ditopt.search import (
     solve,
     solve_kept,
 )
+from ditopt.search.bisect import Meets
 from ditopt.search.joint import from_kept
 from ditopt.search.refine import with_further_step
 from ditopt.search.rollouts import rules_key
@@ -41,8 +42,8 @@ from ditopt.target import Target
 
 Pairs = Sequence[tuple[str, int]]
 
-DTYPES = ("bfloat16",)
-"""What the products of a float32 network may be computed in."""
+MOST_TRIALS = 3
+"""How many times the budget the trials of cheap plans may be: each refit starts the caller's loop anew."""
 DTYPE_SPEED = 0.9
 """A dtype in which a step takes more than this share of its time is not worth its rounding."""
 DTYPE_SPARE_DB = 3.0
@@ -120,25 +121,31 @@ class Tuner:
         """The problem with steps computed in ``dtype``, or as it is, with what speaks against that."""
         seconds = self.profile.networks[self.network].seconds
         full, narrow = seconds["full"], seconds.get(dtype)
+        as_it_is = replace(self.problem, dtype_tried=dtype)
         if self.problem.seconds_predicted is None:
             cut = "graph breaks cut the network, and a dtype is decided for whole steps"
-            return replace(self.problem, dtype_reason=f"{dtype}: {cut}")
+            return replace(as_it_is, dtype_reason=cut)
         if narrow is None:
-            return replace(self.problem, dtype_reason=f"{dtype}: the network has no products of float32 tensors")
+            return replace(as_it_is, dtype_reason="no float32 product of many rows, or none that runs in it here")
         told = f"a step takes {narrow:.3g} s in {dtype}, {full:.3g} s as it is"
         if narrow > DTYPE_SPEED * full:
-            return replace(self.problem, dtype_reason=f"hardly faster: {told}")
-        cast = replace(self.problem, dtype=dtype)
-        rules = dtype_rules(cast)
-        self._measure(rules)
-        alone = self.tried[self._key(rules)].quality
+            return replace(as_it_is, dtype_reason=f"hardly faster: {told}")
+        cast = replace(as_it_is, dtype=dtype)
+        alone = self._alone(dtype_rules(cast))
         told += f"; alone it has {alone.psnr:.1f} dB"
         wanted = self.target if self.target.speedup is None else Target(min_psnr=max(LEVELS.values()))
         if wanted.missing_db(alone) > -DTYPE_SPARE_DB:
-            return replace(self.problem, dtype_reason=f"{told}, too little to spare for {wanted.to_data()}")
+            return replace(as_it_is, dtype_reason=f"{told}, too little to spare for {wanted.to_data()}")
         times = MeasuredCost(seconds).in_dtype(dtype)
         ranges = {name: replace(site, seconds_saved=times[name]) for name, site in self.problem.ranges.items()}
         return replace(cast, seconds_full=times["full"], ranges=ranges, dtype_reason=f"slower: {told}")
+
+    def _alone(self, rules: Sequence[Rule]) -> Quality:
+        """What ``rules`` measure on the tuning prompts while the other networks are dense."""
+        quality, _ = self.evaluator.quality(rules, self.pairs)
+        if not self.fixed:
+            self._note(rules, quality)
+        return quality
 
     def _make_steering(self, part: NetworkProfile) -> Steering | None:
         """What refits plans in closed loop, where fits are allowed and there are dense paths to stay on."""
@@ -184,10 +191,13 @@ class Tuner:
     def find(self, margin_db: float) -> Solution | None:
         """The fastest plan found that meets the target with a margin, on the tuning prompts; None if none does."""
         with self.reporter.stage(f"search: {self.network}", self.budget) as self._bar:
-            self._choose_dtype()
-            if self.target.speedup is not None:
-                return self._for_speed(self.target.speedup)
-            return self._for_quality(self.target.limit(margin_db))
+            try:
+                self._choose_dtype()
+                if self.target.speedup is not None:
+                    return self._for_speed(self.target.speedup)
+                return self._for_quality(self.target.limit(margin_db))
+            finally:
+                self._bar = None
 
     def missing_db(self, solution: Solution | None) -> float:
         """By how many dB a tried plan misses the target on the tuning prompts; negative where it exceeds it."""
@@ -227,7 +237,7 @@ class Tuner:
             start=self._price_of(best),
             improve=self._improve,
         )
-        best = _faster(best, by_price.best)
+        best = _faster(_faster(best, by_price.best), self._dtype_alone(meets))
         self.stage_name = "refine"
         while best is not None and self._left > 1 and len(best.solution.kept) > max(2, self._least_kept):
             smaller = self._start(len(best.solution.kept) - 1)
@@ -243,6 +253,14 @@ class Tuner:
             if polished is not None and polished.measurement.seconds <= best.measurement.seconds * 1.001:
                 best = polished
         return None if best is None else self._or_plain(best)
+
+    def _dtype_alone(self, meets: Meets) -> Trial | None:
+        """The plan that computes every step, in the problem's dtype, if it meets the target."""
+        if self.problem.dtype is None:
+            return None
+        solution = from_kept(self.problem, range(self.problem.steps), max_variants=self.max_variants)
+        trial = Trial(solution, self._measure(solution.rules))
+        return trial if meets(trial.measurement) else None
 
     def _start(self, count: int) -> Solution:
         """Where to refine plans with ``count`` kept steps from.
@@ -369,7 +387,7 @@ class Tuner:
 
     def _share(self, kept: int) -> float:
         """What a trial of ``kept`` computed steps takes of the budget: 1 where that is half of them or more."""
-        return min(1.0, max(1, 2 * kept) / self.problem.steps)
+        return min(1.0, max(2 * kept, self.problem.steps / MOST_TRIALS) / self.problem.steps)
 
     def _measure(self, rules: Sequence[Rule]) -> Measurement:
         if self._key(rules) not in self.tried:
@@ -385,11 +403,6 @@ class Tuner:
         self.tried[self._key(rules)] = Tried(self.stage_name, tuple(rules), quality, seconds, met, share, finer)
         if self._bar is not None:
             self._bar.advance(f"{seconds:.2f} s, {quality.psnr:.1f} dB", share)
-
-    def step_share(self, dtype: str | None) -> float:
-        """What a computed step takes in ``dtype``, as a share of what it takes as it is."""
-        seconds = self.profile.networks[self.network].seconds
-        return MeasuredCost(seconds).in_dtype(dtype)["full"] / seconds["full"]
 
     def estimate(self, plan: Plan) -> float:
         """Seconds of this network in one generation under a plan, by the measured times of its variants."""

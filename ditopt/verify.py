@@ -31,8 +31,11 @@ SPARE_DB = 0.7
 """A plan that exceeds the target by less than this on the held-out prompts is fast enough."""
 AIM_SHARES = (0.25, 0.5, 0.75, 1.0)
 """Of the way from the dense path to the second-order one."""
-AIM_SPARE_DB = 0.5
-"""How much nearer to the second-order samples than dense a plan has to be on the tuning prompts to be near enough."""
+AIM_SPARE_DB = 2.0
+"""How much nearer to the second-order samples than dense a plan has to be on the tuning prompts to be near enough.
+
+The factors were fitted to these prompts, and second-order samples are not converged ones.
+"""
 AIM_DB = 3.0
 """What a search for speed gives up of the PSNR to dense to come nearer to the second-order samples."""
 FLOOR_DB = min(LEVELS.values())
@@ -88,9 +91,9 @@ class VerifiedSearch:
         """Spend what quality there is to spare on samples as near to a second-order solver's as the dense ones are.
 
         Where the dense samples have an error of their own, that of a plan adds to it. The same schedule is refitted to
-        paths further and further towards the second-order ones, until the tuning prompts' samples are as near to these
-        as dense ones are, or the held-out prompts would have too little left: the target (for speed ``AIM_DB`` less
-        than before).
+        paths further and further towards the second-order ones, until the tuning prompts' samples are nearer to these
+        than dense ones are (by ``AIM_SPARE_DB``), or the held-out prompts would have too little left: the target; for
+        speed ``AIM_DB`` less than before, and the quality level that was reached.
         """
         if len(found.solutions) != 1 or len(self._tuners) != 1:
             return found
@@ -100,7 +103,8 @@ class VerifiedSearch:
         if dense is None or least is None:
             return found
         best, nearest = found, least
-        floor = found.quality.psnr - AIM_DB
+        reached_levels = [level for level in LEVELS.values() if level <= found.quality.psnr]
+        floor = max([found.quality.psnr - AIM_DB, *reached_levels])
         with self.reporter.stage("aim: towards a second-order path", len(AIM_SHARES)) as stage:
             for share in AIM_SHARES:
                 if nearest >= dense + AIM_SPARE_DB:
@@ -206,8 +210,9 @@ class VerifiedSearch:
             part = self.profile.networks[name]
             if "predicted" in part.seconds and len(solution.kept) > 1:
                 total, full, predicted = len(part.timesteps), part.seconds["full"], part.seconds["predicted"]
+                computed = self._tuners[name].problem.seconds_full  # in the dtype of the plan
                 kept = len(solution.kept) - 1 + 1e-6  # so that rounding does not cost another step
-                speeds.append(total * full / (total * predicted + kept * (full - predicted)))
+                speeds.append(total * full / (total * predicted + kept * (computed - predicted)))
         return min(speeds, default=0.0)
 
     def _say_what_speed_cost(self, speedup: float, best: Found | None, searches: int, ended: str) -> None:
@@ -282,8 +287,8 @@ class VerifiedSearch:
         assert found.seconds is not None
         plan_seconds, dense_seconds = found.seconds
         rules = [rule for rule in found.rules if isinstance(rule.do, Dense)]
-        dtype = next((rule.do.dtype for rule in rules if isinstance(rule.do, Dense)), None)
-        share = statistics.mean(tuner.step_share(dtype) for tuner in self._tuners.values())
+        dtype = next((self._tuners[name].problem.dtype for name in found.solutions if rules), None)
+        share = self._share_in_dtype(found)
         steps = min(adapter.steps, math.ceil(adapter.steps * plan_seconds / (dense_seconds * share)))
         evaluator.bind(rules)
         evaluator.retarget(bool(rules))
@@ -297,7 +302,18 @@ class VerifiedSearch:
         evaluator.retarget(False)
         quality = compare(samples, [evaluator.references[pair] for pair in self.held_out])
         name = f"dense, {steps} steps" + (f", {dtype}" if dtype else "")
-        return [Row(name, seconds, dense_seconds / seconds, quality.psnr, quality.worst_psnr, steps)]
+        return [Row(name, seconds, dense_seconds / seconds, quality.psnr, quality.worst_psnr, steps, dtype)]
+
+    def _share_in_dtype(self, found: Found) -> float:
+        """What a dense generation's evaluations take in the dtypes of a plan, as a share of what they take as it is."""
+        plain = computed = 0.0
+        for name, part in self.profile.networks.items():
+            full = len(part.timesteps) * part.seconds["full"]
+            plain += full
+            computed += (
+                len(part.timesteps) * self._tuners[name].problem.seconds_full if name in found.solutions else full
+            )
+        return computed / plain
 
     def _note_state(self) -> None:
         """Keep the most memory that slots have taken under the plan that is bound."""

@@ -161,7 +161,12 @@ def contiguous(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 def in_layout_of(gm: fx.GraphModule, value: fx.Node, model: fx.Node) -> fx.Node:
     """``value`` with its dimensions in the memory order of ``model``'s, so that views made for that one hold."""
-    order = _memory_order(tensor_value(model))
+    return in_memory_order(gm, value, tensor_value(model))
+
+
+def in_memory_order(gm: fx.GraphModule, value: fx.Node, model: Tensor) -> fx.Node:
+    """``value`` with its dimensions in the memory order of the tensor ``model``."""
+    order = _memory_order(model)
     if _memory_order(tensor_value(value)) == order:
         return value
     dense = contiguous(gm, call(gm, torch.ops.aten.permute.default, value, order))

@@ -2,59 +2,73 @@
 
 Operands are rounded on the way in and results widened on the way out, so the residual stream, norms and softmax
 statistics keep the model's dtype, and Inductor fuses the casts into what stands beside them. Products of few rows
-(``MIN_ROWS``) stay: they carry the timestep or the text, and their time is that of reading weights.
+(``MIN_ROWS``: the timestep, a pooled text) or of few terms (``MIN_TERMS``: rotary angles, patches of few channels)
+stay; they are sensitive, and take no time.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from ditopt.kernels.ops import ATTENTION
-from ditopt.passes._infra import GraphIndex, PassResult, StepPlan, call, converted, tensor_value
+from ditopt.passes._infra import GraphIndex, PassResult, StepPlan, call, converted, in_memory_order, tensor_value
 
 aten = torch.ops.aten
 
-PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1, ATTENTION: 0}
+"""What is cast, and which of its arguments has the terms that are summed over as its last dimension."""
+MASK = 3  # of attention's arguments
 VIEWS = (aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default, aten.unsqueeze.default)
 """What a cast is put before, so that a weight is cast once and a narrow result is not widened on its way."""
-DTYPES = {"bfloat16": torch.bfloat16}
 WIDE = torch.float32
 MIN_ROWS = 64
+MIN_TERMS = 16
 
 
 def cast(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
     """Put every product of ``castable`` into ``plan.dtype``; each tensor is cast once."""
     if plan.dtype is None:
         return PassResult(gm, False)
-    dtype = DTYPES[plan.dtype]
+    dtype: torch.dtype = getattr(torch, plan.dtype)
     nodes = castable(gm)
     narrowed: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         value = tensor_value(node)
+        args = list(node.args)
+        if node.target is ATTENTION:
+            args[MASK:] = [_finite_mask(gm, mask, dtype, node) for mask in args[MASK : MASK + 1]] + args[MASK + 1 :]
+        args = [_narrow(gm, arg, dtype, narrowed) if isinstance(arg, fx.Node) else arg for arg in args]
         with gm.graph.inserting_before(node):
-            args = [_narrow(gm, arg, dtype, narrowed) if isinstance(arg, fx.Node) else arg for arg in node.args]
-        node.args = tuple(args)
-        with gm.graph.inserting_after(node):
-            node.meta["val"] = value.to(dtype)
-            wide = converted(gm, node, value.dtype)
-        for user in [user for user in node.users if user is not wide]:
-            user.replace_input_with(node, wide)
-        narrowed[wide] = node
+            narrow = call(gm, node.target, *args)  # type: ignore[arg-type]  # an operator
+            wide = in_memory_order(gm, converted(gm, narrow, value.dtype), value)
+        narrow.meta.update({key: found for key, found in node.meta.items() if key != "val"})
+        node.replace_all_uses_with(wide)
+        gm.graph.erase_node(node)
+        narrowed[wide] = narrow
     reasons = () if nodes else (f"cast to {plan.dtype}: no product of {WIDE} tensors is left",)
     return PassResult(gm, bool(nodes), reasons)
 
 
 def castable(gm: fx.GraphModule) -> list[fx.Node]:
-    """Products and attention calls on float32 tensors with at least ``MIN_ROWS`` rows, in order."""
+    """Products and attention calls on float32 tensors with at least ``MIN_ROWS`` rows of ``MIN_TERMS``, in order."""
     found = []
     for node in gm.graph.nodes:
-        if node.op != "call_function" or node.target not in (*PRODUCTS, ATTENTION):
+        if node.op != "call_function" or node.target not in PRODUCTS:
             continue
-        value = tensor_value(node)
-        if value.dtype == WIDE and value.shape[-2] >= MIN_ROWS:
+        value, left = tensor_value(node), tensor_value(node.args[PRODUCTS[node.target]])
+        if value.dtype == WIDE and value.shape[-2] >= MIN_ROWS and left.shape[-1] >= MIN_TERMS:
             found.append(node)
     return found
+
+
+def _finite_mask(gm: fx.GraphModule, mask: Argument, dtype: torch.dtype, user: fx.Node) -> Argument:
+    """A mask of floats within the range of ``dtype``: a row of float32's least values must not become one of -inf."""
+    if not isinstance(mask, fx.Node) or not tensor_value(mask).dtype.is_floating_point:
+        return mask
+    with gm.graph.inserting_before(user):
+        return call(gm, aten.clamp.default, mask, torch.finfo(dtype).min, torch.finfo(dtype).max)
 
 
 def _narrow(gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype, narrowed: dict[fx.Node, fx.Node]) -> fx.Node:

@@ -23,6 +23,7 @@ from ditopt import bench
 from ditopt.backend import Session
 from ditopt.bench import (
     BenchPlan,
+    Contender,
     compiled_calls,
     flow_solver,
     installed,
@@ -31,12 +32,12 @@ from ditopt.bench import (
     settings_of,
 )
 from ditopt.cli import app
-from ditopt.contest import DENSE, Contest
-from ditopt.decisions import Forecast, Reuse
+from ditopt.contest import CAST, DENSE, Contest
+from ditopt.decisions import Dense, Forecast, Reuse
 from ditopt.errors import InputError, PlanMismatchError
 from ditopt.passes._infra import StepPlan
 from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint
-from ditopt.quality import ssim
+from ditopt.quality import relative_l2, ssim
 from ditopt.report.measured import BenchResult
 from examples.tiny_video.pipeline import TinyVideoPipeline
 from examples.tiny_video.text import build_text_encoder, build_tokenizer
@@ -48,7 +49,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 STEPS = 6
 SIZE = 32
 PREDICTED = (2, 4)
-MANY = (Rule(sites="step", steps=(1, 2, 4, 5), do=Reuse()),)
+MANY = (
+    Rule(sites="step", steps=tuple(range(STEPS)), do=Dense(dtype="bfloat16")),
+    Rule(sites="step", steps=(1, 2, 4, 5), do=Reuse()),
+)
 SMALL = {"height": SIZE, "width": SIZE}
 PROMPTS = ["a red circle moving left over sand", "a blue square spinning over tiles"]
 
@@ -188,7 +192,7 @@ def test_a_plan_for_another_scheduler_or_model_is_refused(pipe: TinyVideoPipelin
 
 @pytest.fixture(scope="module")
 def shared(pipe: TinyVideoPipeline, plan: Plan) -> tuple[Contest, list[BenchResult]]:
-    """Two plans in one run, scored on a prompt more than is timed."""
+    """Two plans in one run, the second in bfloat16, scored on a prompt more than is timed."""
     kept: list[Contest] = []
 
     class Watched(Contest):
@@ -214,14 +218,31 @@ def test_plans_of_one_run_share_what_they_can(shared: tuple[Contest, list[BenchR
     assert one.converged["dense_db"] == two.converged["dense_db"]
     assert one.converged["optimized_db"] != two.converged["optimized_db"]
     rivals = {
-        (role, getattr(result, role).steps) for result in (one, two) for role in ("fewer_steps", "unipc", "dpmpp")
+        (role, getattr(result, role).steps, result.dense_cast is None)
+        for result in (one, two)
+        for role in ("fewer_steps", "unipc", "dpmpp")
     }
     told = [any("profit from graphs that the plans before it" in note for note in each.notes) for each in (one, two)]
     assert told == [False, True], "the second plan compiles less: said with its figures"
-    assert len(contest.seconds) == 4 + len(rivals), "a step count that both ask for is run once"
+    assert len(contest.seconds) == 5 + len(rivals), "a step count that both ask for in one dtype is run once"
     for result in (one, two):
         assert result.speedup_vs_inductor == pytest.approx(result.dense_inductor_s / result.optimized_s)
         assert result.graph_breaks == 0 and result.recompiles == 0
+
+
+def test_rivals_compute_in_the_dtype_of_the_plan(shared: tuple[Contest, list[BenchResult]]) -> None:
+    contest, (one, two) = shared
+    assert one.dense_cast is None and two.dense_cast is not None
+    assert two.dense_cast.steps == STEPS and two.dense_cast.psnr_db is not None
+    assert two.psnr_db < two.dense_cast.psnr_db < 119, "near the dense model, and not it"
+    first, second = contest.entries
+    assert first.base == DENSE and second.base == second.roles[CAST]
+    assert "bfloat16" in second.roles["unipc"] and "bfloat16" not in first.roles["unipc"]
+    rival, dense = contest.contenders[second.roles["fewer_steps"]], contest.contenders[DENSE]
+    short = two.fewer_steps.steps
+    samples = [Contender(each.adapter, each.calls, None, {"num_inference_steps": short}) for each in (rival, dense)]
+    apart = relative_l2(*(each.generate(PROMPTS[0], 1000)[0] for each in samples))
+    assert 0 < apart < 0.02, "the same steps, in another dtype"
 
 
 def test_the_score_is_over_its_own_prompts(shared: tuple[Contest, list[BenchResult]], pipe: TinyVideoPipeline) -> None:

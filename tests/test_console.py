@@ -71,6 +71,22 @@ def test_slow_units_are_told_every_half_minute(clock: Clock) -> None:
     ]
 
 
+def test_parts_of_a_unit_add_up(clock: Clock) -> None:
+    def work(reporter: Reporter) -> None:
+        with reporter.stage("search", 2) as stage:
+            for _ in range(4):
+                clock.now += 1
+                stage.advance(units=0.5)
+
+    assert lines_of(work) == [
+        "search: begun, 2 to do",
+        "search: 0/2, ETA 0:00:03",
+        "search: 1/2, ETA 0:00:02",
+        "search: 1/2, ETA 0:00:01",
+        "search: done in 4.0 s",
+    ]
+
+
 def test_an_error_is_no_success(clock: Clock) -> None:
     def fail(reporter: Reporter) -> None:
         with reporter.stage("bench", 3) as stage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -178,12 +179,16 @@ def test_a_block_that_a_break_cuts_is_left_out() -> None:
     assert any("blocks.1 is in several graphs: left dense" in reason for reason in result.reasons)
     assert result.plan is not None, result.reasons
     assert {rule.sites for rule in result.plan.rules} <= {"blocks.0", "blocks.2..3"}
+    assert result.plan.breaks["transformer"].blocks == (("blocks.0",), ("blocks.2", "blocks.3"))
 
 
 RULES = (
     Rule(sites="blocks.0..1", steps=(2, 4, 5), do=Forecast()),
     Rule(sites="blocks.2..3", steps=(1, 3, 4, 7), do=Reuse()),
 )
+
+
+STACKS = (("blocks.0", "blocks.1"), ("blocks.2", "blocks.3"))
 
 
 def hand_written(session: Session, *rules: Rule, geometry: tuple[int, ...] = ()) -> Plan:
@@ -196,7 +201,7 @@ def hand_written(session: Session, *rules: Rule, geometry: tuple[int, ...] = ())
         geometry={"transformer": geometry} if geometry else {},
         device=DevicePrint(device="cpu", torch=torch.__version__, dtype="float32"),
         inputs=Inputs(identity="encoder_hidden_states", forward=("hidden_states", "timestep", "encoder_hidden_states")),
-        breaks={"transformer": Breaks(clock=structures[0])},
+        breaks={"transformer": Breaks(clock=structures[0], blocks=STACKS)},
         rules=rules,
     )
 
@@ -377,3 +382,11 @@ def test_whole_steps_of_a_broken_network_are_refused(planned: tuple[Session, Cal
     session, _ = planned
     with pytest.raises(PlanMismatchError, match="plan decides whole steps of transformer, which graph breaks cut"):
         session.bind(hand_written(session, Rule(sites=STEP, steps=(3,), do=Reuse())))
+
+
+@pytest.mark.parametrize("site", ["blocks.1..2", "blocks.7", "layers.*"])
+def test_a_site_that_no_graph_has_is_refused(planned: tuple[Session, Callable[..., Tensor]], site: str) -> None:
+    session, _ = planned
+    message = re.escape(f"lacks: {site}; the model has ranges within blocks.0..1, blocks.2..3")
+    with pytest.raises(PlanMismatchError, match=message):
+        session.bind(hand_written(session, *RULES, Rule(sites=site, steps=(3,), do=Reuse())))

@@ -14,7 +14,6 @@ from ditopt.decisions import Decision, Dense, Fit, Forecast, Reuse
 from ditopt.errors import PlanError
 from ditopt.plan import (
     MAX_BYTES,
-    MAX_FINDINGS,
     MAX_STEPS,
     DevicePrint,
     ModelPrint,
@@ -25,6 +24,7 @@ from ditopt.plan import (
     format_steps,
     parse_steps,
 )
+from ditopt.plan_text import MAX_FINDINGS
 
 HEAD = """ditopt: 1
 model: {class: Net, structure: 'sha256:0', blocks: 2}
@@ -60,7 +60,7 @@ def rules(draw: st.DrawFn) -> Rule:
         coefficients={t: (draw(number), draw(number), draw(number)) for t in chosen},
         sources={t: (t + 2, t + 1) for t in chosen},
     )
-    decisions: list[Decision] = [Dense(), Reuse(), Forecast(order=1), Forecast(order=2), fit]
+    decisions: list[Decision] = [Dense(), Dense(dtype="bfloat16"), Reuse(), Forecast(order=1), Forecast(order=2), fit]
     do = draw(st.sampled_from(decisions))
     return Rule(sites=draw(st.sampled_from(["step", "blocks.1", "blocks.0..3", "blocks.*"])), steps=chosen, do=do)
 

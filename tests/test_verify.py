@@ -23,6 +23,8 @@ class FakeTuner:
 
     def __init__(self, network: str, profile: object, evaluator: object, target: Target, *rest: object) -> None:
         self.target, self.fixed, self.budget = target, (), 4
+        seconds: Any = profile
+        self.problem = SimpleNamespace(seconds_full=seconds.networks[network].seconds["full"])
         self.asked: list[float] = []
 
     finer_psnr: float | None = None

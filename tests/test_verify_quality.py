@@ -110,10 +110,7 @@ def test_a_further_step_lowers_the_predicted_error() -> None:
 class AimingTuner(FakeTuner):
     """Its plans come 2 dB nearer to a finer solver's samples with every quarter of the way, from 38 dB."""
 
-    finer_psnr: float | None = 41.0
-
-    def aim(self, solution: Any, share: float) -> Any:
-        return SimpleNamespace(**{**vars(solution), "share": share})
+    finer_psnr: float | None = 40.0
 
     def finer_of(self, solution: Any) -> float | None:
         return 38.0 + 8 * getattr(solution, "share", 0.0)
@@ -122,7 +119,7 @@ class AimingTuner(FakeTuner):
 @pytest.mark.parametrize(
     ("held_out", "share"),
     [
-        ({0.0: 42.4, 0.25: 42.3, 0.5: 42.2, 0.75: 42.1}, 0.5),  # 42 dB to the finer samples, dense has 41
+        ({0.0: 42.4, 0.25: 42.3, 0.5: 42.2, 0.75: 42.1}, 0.5),  # 42 dB to the finer samples, dense has 40
         ({0.0: 42.4, 0.25: 42.1, 0.5: 41.9}, 0.25),  # the target holds no further
         ({0.0: 42.4, 0.25: 41.9}, 0.0),
     ],
@@ -140,7 +137,7 @@ def test_what_is_to_spare_is_spent_on_samples_nearer_to_a_finer_solvers(
         value = held_out[asked[-1] if asked else 0.0]
         return Quality(value, value, 0.0, (value,)), 0.0
 
-    monkeypatch.setattr(AimingTuner, "aim", aim)
+    monkeypatch.setattr(AimingTuner, "aim", aim, raising=False)
     monkeypatch.setattr(verify, "Tuner", AimingTuner)
     evaluator: Any = SimpleNamespace(sessions={"transformer": None}, quality=quality)
     profile: Any = SimpleNamespace(networks={})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -64,13 +65,14 @@ def measure_seconds(
     """Seconds of a ``full`` and a ``predicted`` step, what predicting each of ``ranges`` saves, and each of ``dtypes``.
 
     The range of all blocks is timed; others get the share of it that their FLOPs have. A dtype's time is that of a
-    full step whose products are computed in it; of a network without such products there is none.
+    full step whose products are computed in it; there is none where a network has no such products or it does not run.
     """
     trace = program.variants.trace
     seconds = {"full": time_variant(program, StepPlan((), (STEP,)), arguments)}
     seconds["predicted"] = time_variant(program, StepPlan((Prediction(STEP, 2),)), arguments)
-    if castable(trace.gm):
-        seconds |= {dtype: time_variant(program, StepPlan((), (STEP,), dtype=dtype), arguments) for dtype in dtypes}
+    for dtype in dtypes if castable(trace.gm) else ():
+        with suppress(RuntimeError):  # the device lacks the dtype, or the memory for weights in it
+            seconds[dtype] = time_variant(program, StepPlan((), (STEP,), dtype=dtype), arguments)
     spans = trace.ranges()
     if ranges:
         everything = next(name for name, span in spans.items() if span == (0, len(trace.blocks) - 1))

@@ -11,9 +11,18 @@ from ditopt.sites import STEP
 
 HIDDEN = "hidden"
 
-SYMBOLS = {"dense": "■", "reuse": "=", "forecast1": "1", "forecast2": "2", "fit": "f", HIDDEN: "·"}
+SYMBOLS = {
+    "dense": "■",
+    "dense-bfloat16": "b",
+    "reuse": "=",
+    "forecast1": "1",
+    "forecast2": "2",
+    "fit": "f",
+    HIDDEN: "·",
+}
 MEANINGS = {
     "dense": "computed",
+    "dense-bfloat16": "computed, matrix products and attention in bfloat16",
     "reuse": "reused from the latest computed step",
     "forecast1": "forecast of order 1 (line through two computed steps)",
     "forecast2": "forecast of order 2 (parabola through three computed steps)",
@@ -45,7 +54,7 @@ class Row:
     @property
     def computed(self) -> tuple[int, ...]:
         """The steps in which the site is computed."""
-        return tuple(step for step, cell in enumerate(self.cells) if cell.kind == "dense")
+        return tuple(step for step, cell in enumerate(self.cells) if cell.kind.startswith("dense"))
 
 
 @dataclass(frozen=True)
@@ -79,11 +88,13 @@ def kinds_in(drawn: tuple[Picture, ...]) -> tuple[str, ...]:
 
 
 def kind_of(decision: Decision) -> str:
-    """The decision's kind, with the order where that matters.
+    """The decision's kind, with the order or dtype where that matters.
 
-    >>> kind_of(Forecast(order=2))
-    'forecast2'
+    >>> kind_of(Forecast(order=2)), kind_of(Dense(dtype="bfloat16"))
+    ('forecast2', 'dense-bfloat16')
     """
+    if isinstance(decision, Dense) and decision.dtype is not None:
+        return f"{decision.kind}-{decision.dtype}"
     return f"{decision.kind}{decision.order}" if isinstance(decision, Forecast) else decision.kind
 
 

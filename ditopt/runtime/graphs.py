@@ -43,6 +43,20 @@ class Graphs:
             if not self.cut.intersection(trace.blocks[first : last + 1])
         }
 
+    @property
+    def stacks(self) -> tuple[tuple[str, ...], ...]:
+        """The runs of blocks, whole in one program each, that can be decided on."""
+        found: list[tuple[str, ...]] = []
+        for part in self.parts:
+            run: list[str] = []
+            for name in (*part.variants.trace.blocks, None):
+                if name is not None and name not in self.cut:
+                    run.append(name)
+                elif run:
+                    found.append(tuple(run))
+                    run = []
+        return tuple(found)
+
     def ranges(self) -> dict[str, tuple[int, int]]:
         """The block ranges of all programs, their blocks numbered through."""
         found: dict[str, tuple[int, int]] = {}

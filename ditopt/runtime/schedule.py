@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -12,7 +12,7 @@ from ditopt.errors import PlanMismatchError
 from ditopt.passes._infra import Prediction, StepPlan
 from ditopt.plan import Plan, format_steps
 from ditopt.search.predictors import predictor_coefficients
-from ditopt.sites import STEP
+from ditopt.sites import STEP, range_name
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,14 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
             f"plan computes {cast.sites} in a dtype of its own; a dtype is decided for whole steps, write sites: {STEP}"
         )
     named = dict.fromkeys(rule.sites for rule in rules)
-    missing = [name for name in named if name not in known and not _matches_any(name, known)]
-    if missing and not partial:
-        raise PlanMismatchError(
-            f"plan names sites that the model lacks: {', '.join(missing)}; "
-            f"the model has {STEP} and blocks {_stacks(ranges)}"
-        )
+    breaks = plan.breaks.get(network)
+    whole = breaks.sites if partial and breaks is not None else frozenset()
+    if whole:  # without the blocks that a break cuts
+        known &= whole
+    missing = [name for name in named if not _matches_any(name, whole or known)]
+    if missing and (whole or not partial):
+        has = f"{STEP} and blocks {_stacks(ranges)}" if breaks is None else f"ranges within {_listed(breaks.blocks)}"
+        raise PlanMismatchError(f"plan names sites that the model lacks: {', '.join(missing)}; the model has {has}")
     late = [t for rule in rules for t in rule.steps if t >= total]
     if late:
         raise PlanMismatchError(f"plan has rules for steps {format_steps(late)}, its schedule has steps 0-{total - 1}")
@@ -219,8 +221,12 @@ def overlap(one: tuple[int, int], two: tuple[int, int]) -> bool:
     return one[0] <= two[1] and two[0] <= one[1]
 
 
-def _matches_any(pattern: str, names: set[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names)
+def _matches_any(pattern: str, names: Collection[str]) -> bool:
+    return pattern in names or any(fnmatchcase(name, pattern) for name in names)
+
+
+def _listed(stacks: Sequence[Sequence[str]]) -> str:
+    return ", ".join(range_name(stack[0], stack[-1]) for stack in stacks)
 
 
 def _stacks(ranges: Mapping[str, tuple[int, int]]) -> str:

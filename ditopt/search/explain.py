@@ -14,7 +14,7 @@ from ditopt.search.table import ErrorTable, with_histories
 from ditopt.sites import STEP
 
 COMPUTE = "compute"
-MODEL_DTYPE = "float32"
+OWN_DTYPE = "the model's dtype"
 
 _OTHERWISE = "the whole schedule's error, the limit of {} variants, a block range, or what was measured decided"
 
@@ -42,8 +42,8 @@ def explain(
             chosen = choice.candidate.name if choice.candidate else COMPUTE
             rivals = tuple(_rivals(ledger, choice, computed, objective, max_variants))
             found.append(Explanation(choice.step, site, chosen, objective, rivals))
-    if problem.dtype_reason:
-        chosen, other = (problem.dtype, MODEL_DTYPE) if problem.dtype else (MODEL_DTYPE, "bfloat16")
+    if problem.dtype_tried is not None:
+        chosen, other = (problem.dtype, OWN_DTYPE) if problem.dtype else (OWN_DTYPE, problem.dtype_tried)
         rival = Rival(other, np.nan, np.nan, problem.dtype_reason)
         found.append(Explanation(None, STEP, chosen, objective, (rival,)))
     for name in problem.ranges:

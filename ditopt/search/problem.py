@@ -58,7 +58,8 @@ class SearchProblem:
         groups: steps with different values ran different branches and cannot predict each other.
         network: the name that rules are written for.
         dtype: what computed steps' products run in, None where that is the model's own dtype.
-        dtype_reason: why it is so, where there was a choice.
+        dtype_tried: the dtype that was considered; None where there was no choice.
+        dtype_reason: what speaks against the one not taken.
     """
 
     times: tuple[float, ...]
@@ -75,6 +76,7 @@ class SearchProblem:
     groups: tuple[int, ...] = ()
     network: str = "*"
     dtype: str | None = None
+    dtype_tried: str | None = None
     dtype_reason: str = ""
 
     def __post_init__(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from ditopt.decisions import Dense, Forecast
 from ditopt.errors import AuditError, PlanMismatchError
 from ditopt.kernels.ops import ATTENTION
-from ditopt.passes._infra import PassManager, Prediction, StepPlan
+from ditopt.passes._infra import PassManager, StepPlan
 from ditopt.passes.audit import audit
 from ditopt.passes.cast import MIN_ROWS, PRODUCTS, VIEWS, cast, castable
 from ditopt.passes.verify import verify
@@ -76,8 +75,8 @@ def test_products_of_many_rows_are_cast_and_the_timesteps_are_not(program: Progr
     narrow = [node for node in products if node.meta["val"].dtype == torch.bfloat16]
     assert len(narrow) == len(castable(before)) > 0
     assert sum(node.target is ATTENTION for node in narrow) == 4
-    left = [node.meta["val"].shape[-2] for node in products if node not in narrow]
-    assert left and max(left) < MIN_ROWS, "the timestep's and the text's products keep the model's dtype"
+    left = sorted(node.meta["val"].shape[-2] for node in products if node not in narrow)
+    assert left == [1] * 5 + [64], "the timestep's products and the embedding of four channels keep the model's dtype"
     others = {
         str(node.target)
         for node in gm.graph.nodes
@@ -131,8 +130,3 @@ def test_a_model_in_bfloat16_runs_under_a_plan_and_has_nothing_to_cast() -> None
         sample = generate_in_bfloat16(model)
         assert sample.dtype == torch.bfloat16 and program.statistics.predicted_calls == 2
         assert 0 < relative_l2(sample, dense) < 0.2
-        values: dict[str, Any] = {
-            str(node.target): node.meta["val"].dtype
-            for node in program.variants.graph(StepPlan((Prediction(STEP, 2),))).graph.find_nodes(op="placeholder")
-        }
-        assert torch.bfloat16 in values.values()
