@@ -287,7 +287,8 @@ class VerifiedSearch:
         assert found.seconds is not None
         plan_seconds, dense_seconds = found.seconds
         rules = [rule for rule in found.rules if isinstance(rule.do, Dense)]
-        dtype = next((self._tuners[name].problem.dtype for name in found.solutions if rules), None)
+        dtypes = [self._tuners[name].problem.dtype for name in found.solutions]
+        dtype = next((each for each in dtypes if each is not None), None)
         share = self._share_in_dtype(found)
         steps = min(adapter.steps, math.ceil(adapter.steps * plan_seconds / (dense_seconds * share)))
         evaluator.bind(rules)

@@ -390,3 +390,11 @@ def test_a_site_that_no_graph_has_is_refused(planned: tuple[Session, Callable[..
     message = re.escape(f"lacks: {site}; the model has ranges within blocks.0..1, blocks.2..3")
     with pytest.raises(PlanMismatchError, match=message):
         session.bind(hand_written(session, *RULES, Rule(sites=site, steps=(3,), do=Reuse())))
+
+
+def test_a_block_that_a_break_cuts_is_no_site(planned: tuple[Session, Callable[..., Tensor]]) -> None:
+    session, _ = planned
+    plan = hand_written(session, Rule(sites="blocks.1", steps=(3,), do=Reuse()))
+    cut = Breaks(clock=plan.breaks["transformer"].clock, blocks=(("blocks.0",), ("blocks.2", "blocks.3")))
+    with pytest.raises(PlanMismatchError, match=r"lacks: blocks\.1; the model has ranges within blocks\.0, blocks\.2"):
+        session.bind(plan.model_copy(update={"breaks": {"transformer": cut}}))

@@ -119,3 +119,6 @@ def test_profiles_merge_by_prompts() -> None:
     assert merged.networks["transformer"].grams["step"].values.ravel().tolist() == [1, 5, 5, 5]
     assert merged.networks["transformer"].sensitivity == (4.0,)
     assert merged.sample_norm == 4.0
+    narrow = profile(1, 1.0)
+    narrow.networks["transformer"].seconds["bfloat16"] = 0.5
+    assert merge(narrow, profile(3, 5.0)).networks["transformer"].seconds == {"full": 4.0}, "timed in one of them only"

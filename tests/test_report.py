@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from ditopt.cli import app
-from ditopt.decisions import Fit, Forecast, Reuse
+from ditopt.decisions import Dense, Fit, Forecast, Reuse
 from ditopt.plan import DevicePrint, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.report import charts
 from ditopt.report.explained import Explained, side_path
@@ -164,6 +164,23 @@ def test_the_picture_follows_the_plan(plan: Plan) -> None:
     assert kinds[1] == ["dense", "reuse", HIDDEN, "dense", HIDDEN]
     assert "steps 3, 1, factors 1.5, -0.5" in picture.rows[0].cells[4].note
     assert kinds_in((picture,)) == ("dense", "reuse", "forecast2", "fit", HIDDEN)
+
+
+def test_the_picture_shows_the_dtype_of_computed_steps(plan: Plan) -> None:
+    cast = Rule(sites="step", steps=tuple(range(5)), do=Dense(dtype="bfloat16"))
+    (picture,) = pictures(plan.model_copy(update={"rules": (cast, *plan.rules)}))
+    kinds = [cell.kind for cell in picture.rows[0].cells]
+    assert kinds == ["dense-bfloat16", "dense-bfloat16", "forecast2", "dense-bfloat16", "fit"]
+    assert picture.rows[0].computed == (0, 1, 3) and "".join(cell.symbol for cell in picture.rows[0].cells) == "bb2bf"
+    assert "in bfloat16" in picture.rows[0].cells[0].note
+
+
+def test_rivals_in_a_dtype_say_so() -> None:
+    rules = [{"sites": "step", "steps": "0-4", "do": {"dense": {"dtype": "bfloat16"}}}]
+    cast = {"steps": 5, "seconds": 1.0, "psnr_db": 60.0, "worst_psnr_db": 58.0}
+    rows = {row[0]: row[1:] for row in bench_rows({**BENCH, "plan": {"rules": rules}, "dense_cast": cast})}
+    assert list(rows)[3:] == ["dense, bfloat16", "fewer steps, bfloat16"]
+    assert rows["dense, bfloat16"] == (5, 1.0, 2.0, 60.0, 58.0)
 
 
 def test_the_side_file_round_trips(tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ditopt import verify
+from ditopt.adapters import DiffusersAdapter
 from ditopt.console import Reporter
-from ditopt.decisions import Reuse
+from ditopt.decisions import Dense, Reuse
+from ditopt.outcome import Found
 from ditopt.plan import Rule
 from ditopt.quality import Quality
 from ditopt.sites import STEP
@@ -24,7 +27,7 @@ class FakeTuner:
     def __init__(self, network: str, profile: object, evaluator: object, target: Target, *rest: object) -> None:
         self.target, self.fixed, self.budget = target, (), 4
         seconds: Any = profile
-        self.problem = SimpleNamespace(seconds_full=seconds.networks[network].seconds["full"])
+        self.problem = SimpleNamespace(seconds_full=seconds.networks[network].seconds["full"], dtype=None)
         self.asked: list[float] = []
 
     finer_psnr: float | None = None
@@ -181,3 +184,82 @@ def test_graph_breaks_are_not_blamed_on_whole_steps(monkeypatch: pytest.MonkeyPa
     one = search(monkeypatch, 20.0, 0.0, {}, {"full": 1.0, "blocks.0": 0.5})
     assert kept(one) is None
     assert one.reasons == ["no plan for 20x was found: too little can be predicted between graph breaks"]
+
+
+class AimingTuner(FakeTuner):
+    """Its plans come 2 dB nearer to a finer solver's samples with every quarter of the way, from 38 dB."""
+
+    finer_psnr: float | None = 60.0
+
+    def aim(self, solution: Any, share: float) -> Any:
+        return SimpleNamespace(**{**vars(solution), "share": share, "rules": ("aimed", share)})
+
+    def finer_of(self, solution: Any) -> float | None:
+        return 38.0 + 8 * getattr(solution, "share", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("found", "held_out", "share"),
+    [
+        (43.5, {0.25: 42.5, 0.5: 41.5}, 0.25),  # 42 dB, a level of quality that it had, is not given up
+        (41.0, {0.25: 40.0, 0.5: 38.5, 0.75: 37.9}, 0.5),  # nor are more than 3 dB
+        (33.0, {0.25: 31.9}, None),  # nor the floor
+    ],
+)
+def test_a_plan_for_speed_is_aimed_within_bounds(
+    monkeypatch: pytest.MonkeyPatch, found: float, held_out: dict[float, float], share: float | None
+) -> None:
+    def quality(rules: Any, pairs: object) -> tuple[Quality, float]:
+        value = held_out[rules[1]]
+        return Quality(value, value, 0.0, (value,)), 0.0
+
+    monkeypatch.setattr(verify, "Tuner", AimingTuner)
+    evaluator: Any = SimpleNamespace(sessions={"transformer": None}, quality=quality)
+    part = SimpleNamespace(timesteps=tuple(range(10)), seconds=WHOLE_STEPS)
+    profile: Any = SimpleNamespace(networks={"transformer": part})
+    target = Target(speedup=2.0)
+    one = VerifiedSearch(evaluator, profile, target, [("a", 0)], [("b", 1)], Reporter(quiet=True), 4, 8, ("reuse",))
+    solution: Any = SimpleNamespace(rules=("plain", 0.0))
+    before = Found(solution.rules, Quality(found, found, 0.0, (found,)), {"transformer": solution}, one._tuners)
+    after = one._aim(before)
+    assert getattr(after.solutions["transformer"], "share", None) == share
+    assert after.quality.psnr == (found if share is None else held_out[share])
+
+
+class Pipeline(DiffusersAdapter):
+    """Notes with how many steps it is asked to generate."""
+
+    def __init__(self) -> None:
+        self.settings, self.accepted, self.asked = {"num_inference_steps": 30}, {"num_inference_steps": None}, []  # type: ignore[assignment,var-annotated]
+
+    def checked_rollout(self, prompt: str, seed: int, **settings: Any) -> torch.Tensor:
+        self.asked.append(settings["num_inference_steps"])
+        return torch.zeros(2)
+
+
+def test_the_rival_computes_in_the_dtype_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two networks the second runs at half its time: a generation at three quarters."""
+    monkeypatch.setattr(verify, "Tuner", FakeTuner)
+    done: list[Any] = []
+    adapter = Pipeline()
+    evaluator: Any = SimpleNamespace(
+        sessions={"one": None, "two": None},
+        adapter=adapter,
+        references={("b", 1): torch.ones(2)},
+        bind=lambda rules: done.append([rule.do for rule in rules]),
+        retarget=done.append,
+    )
+    part = SimpleNamespace(timesteps=tuple(range(15)), seconds=WHOLE_STEPS)
+    profile: Any = SimpleNamespace(networks={"one": part, "two": part})
+    one = VerifiedSearch(
+        evaluator, profile, Target(speedup=4.0), [("a", 0)], [("b", 1)], Reporter(quiet=True), 4, 8, ("reuse",)
+    )
+    cast: Any = one._tuners["two"]
+    cast.problem.seconds_full, cast.problem.dtype = 0.5, "bfloat16"
+    rules = (Rule(sites=STEP, steps=(0,), do=Dense(dtype="bfloat16")), Rule(sites=STEP, steps=(1,), do=Reuse()))
+    solutions: Any = {"one": SimpleNamespace(rules=()), "two": SimpleNamespace(rules=rules)}
+    quality = Quality(40.0, 40.0, 0.0, (40.0,))
+    (row,) = one.fewer_steps(Found(rules, quality, solutions, one._tuners, seconds=(1.5, 6.0)))
+    assert adapter.asked == [10] and row.evaluations == 10, "30 steps take 4.5 s in this dtype"
+    assert row.name == "dense, 10 steps, bfloat16" and row.dtype == "bfloat16"
+    assert done == [[Dense(dtype="bfloat16")], True, False]

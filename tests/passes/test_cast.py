@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ditopt.decisions import Dense, Forecast
 from ditopt.errors import AuditError, PlanMismatchError
@@ -17,8 +19,9 @@ from ditopt.passes.audit import audit
 from ditopt.passes.cast import MIN_ROWS, PRODUCTS, VIEWS, cast, castable
 from ditopt.passes.verify import verify
 from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint
+from ditopt.profiler import timing
 from ditopt.quality import relative_l2
-from ditopt.runtime.program import Program
+from ditopt.runtime.program import Compute, Program
 from ditopt.sites import STEP
 from tests.tiny import TinyDiT, compiled_tiny, euler, make_model, prompt_features
 
@@ -33,14 +36,33 @@ def generate(model: TinyDiT, tokens: int = MIN_ROWS) -> Tensor:
         return euler(model, "a", 0, STEPS, tokens)
 
 
-def generate_in_bfloat16(model: TinyDiT) -> Tensor:
-    """As pipelines in 16 bits do: noise and text in bfloat16, timesteps in float32."""
-    x = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
-    text = prompt_features("a").bfloat16()
+def generate_narrow(model: TinyDiT, dtype: torch.dtype) -> Tensor:
+    """As pipelines in 16 bits do: noise, text and timesteps in ``dtype``."""
+    x = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    text = prompt_features("a").to(dtype)
     with torch.no_grad():
         for now, then in pairwise((*TIMES, 0.0)):
-            x = x + (then - now) / 1000 * model(x, torch.tensor([now]).bfloat16(), text)
+            x = x + (then - now) / 1000 * model(x, torch.tensor([now], dtype=dtype), text)
     return x
+
+
+class Masked(nn.Module):
+    """Attention under a mask with one row of float32's least value throughout; angles from an outer product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer = nn.Linear(32, 32), nn.Linear(32, 4)
+        self.frequencies = nn.Parameter(torch.rand(64) * 100)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        angles = self.frequencies[:, None] @ (1 + timestep / 1000 + torch.arange(32))[None]
+        mask = torch.zeros(64, 64).index_fill(0, torch.tensor([3]), torch.finfo(torch.float32).min)
+        x = self.inner(hidden_states.repeat(1, 1, 8)) + angles.sin() + encoder_hidden_states[:, None]
+        q = x.view(1, 64, 2, 16).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(q, q, q, attn_mask=mask).transpose(1, 2).reshape(1, 64, 32)
+        out: Tensor = self.outer(mixed)
+        return out
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +144,44 @@ def test_a_dtype_is_for_whole_steps(program: Program) -> None:
         program.bind(plan(program, Rule(sites="blocks.1", steps=(1,), do=BFLOAT16)))
 
 
-def test_a_model_in_bfloat16_runs_under_a_plan_and_has_nothing_to_cast() -> None:
-    with compiled_tiny(make_model().bfloat16(), generate_in_bfloat16) as (model, program):
-        dense = generate_in_bfloat16(model)
+def test_masks_stay_finite_and_outer_products_as_they_are() -> None:
+    with compiled_tiny(Masked().eval(), generate) as (model, program):  # type: ignore[arg-type]
+        taken: list[list[Any]] = []
+
+        def keep(arguments: list[Any], compute: Compute) -> Sequence[Any]:
+            taken.append(list(arguments))
+            return compute(arguments)
+
+        program.interceptor = keep
+        generate(model)
+        program.interceptor = None
+        results = []
+        for dtype in (None, "bfloat16"):
+            variant = program.variants.get(StepPlan(dtype=dtype))
+            results.append(variant.run([taken[0][i] for i in variant.inputs if isinstance(i, int)])[0])
+        assert results[1].isfinite().all()
+        assert 1e-5 < relative_l2(results[1], results[0]) < 1e-2, "angles of up to 4,000 in bfloat16 would be noise"
+
+
+def test_a_dtype_that_does_not_run_here_has_no_time(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_variant(program: Program, plan: StepPlan, arguments: object) -> float:
+        if plan.dtype:
+            raise RuntimeError("no such type on this device")
+        return 1.0
+
+    monkeypatch.setattr(timing, "time_variant", time_variant)
+    assert timing.measure_seconds(program, (), (), ("bfloat16",)) == {"full": 1.0, "predicted": 1.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_16_bits_runs_under_a_plan_and_has_nothing_to_cast(dtype: torch.dtype) -> None:
+    def run(model: TinyDiT) -> Tensor:
+        return generate_narrow(model, dtype)
+
+    with compiled_tiny(make_model().to(dtype), run) as (model, program):
+        dense = run(model)
         assert not castable(program.variants.trace.gm)
         program.bind(plan(program, Rule(sites=STEP, steps=(3, 5), do=Forecast())))
-        sample = generate_in_bfloat16(model)
-        assert sample.dtype == torch.bfloat16 and program.statistics.predicted_calls == 2
+        sample = run(model)
+        assert sample.dtype == dtype and program.statistics.predicted_calls == 2
         assert 0 < relative_l2(sample, dense) < 0.2
