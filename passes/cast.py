@@ -68,7 +68,8 @@ def _finite_mask(gm: fx.GraphModule, mask: Argument, dtype: torch.dtype, user: f
     if not isinstance(mask, fx.Node) or not tensor_value(mask).dtype.is_floating_point:
         return mask
     with gm.graph.inserting_before(user):
-        return call(gm, aten.clamp.default, mask, torch.finfo(dtype).min, torch.finfo(dtype).max)
+        least = call(gm, aten.clamp_min.default, mask, torch.finfo(dtype).min)
+        return call(gm, aten.clamp_max.default, least, torch.finfo(dtype).max)
 
 
 def _narrow(gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype, narrowed: dict[fx.Node, fx.Node]) -> fx.Node:

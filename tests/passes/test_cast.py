@@ -158,7 +158,8 @@ def test_masks_stay_finite_and_outer_products_as_they_are() -> None:
         results = []
         for dtype in (None, "bfloat16"):
             variant = program.variants.get(StepPlan(dtype=dtype))
-            results.append(variant.run([taken[0][i] for i in variant.inputs if isinstance(i, int)])[0])
+            with torch.no_grad():
+                results.append(variant.run([taken[0][i] for i in variant.inputs if isinstance(i, int)])[0])
         assert results[1].isfinite().all()
         assert 1e-5 < relative_l2(results[1], results[0]) < 1e-2, "angles of up to 4,000 in bfloat16 would be noise"
 
