@@ -9,11 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Goal:
-    """A target, and the least speed-up over Inductor at it."""
+    """A target, and the least speed-up over Inductor at it.
+
+    ``asked`` is the speed-up that its plan is asked for: 2% more than the least, so that the noise of a clock does not
+    decide. Under guidance the first goal is what bfloat16 alone has; there more is asked for, as rivals have it too.
+    """
 
     guidance: float
     psnr_db: float
     speedup: float
+    asked: float
 
     @property
     def name(self) -> str:
@@ -26,7 +31,12 @@ class Goal:
         return 6.0 if self.guidance == 1 else 12.0
 
 
-GOALS = (Goal(1.0, 42.0, 3.0), Goal(1.0, 36.0, 4.5), Goal(4.0, 42.0, 2.0), Goal(4.0, 36.0, 2.6))
+GOALS = (
+    Goal(1.0, 42.0, 3.0, 3.06),
+    Goal(1.0, 36.0, 4.5, 4.59),
+    Goal(4.0, 42.0, 2.0, 2.4),
+    Goal(4.0, 36.0, 2.6, 2.652),
+)
 OVER_FEWER_STEPS_DB = 6.0
 OVER_SOLVERS_DB = 3.0
 ATTRIBUTE_POINTS = 0.01
