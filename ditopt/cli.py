@@ -111,7 +111,7 @@ def optimize(
     setting: Settings = None,
     seed: Annotated[int, typer.Option(help="of the first prompt's noise")] = 0,
     technique: Annotated[
-        list[str] | None, typer.Option(help="kind of decision to consider, repeatable; default: all")
+        list[str] | None, typer.Option(help="reuse, forecast, fit, ranges or precision, repeatable; default: all")
     ] = None,
     budget: Annotated[
         int | None,
