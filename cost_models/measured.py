@@ -22,8 +22,8 @@ class MeasuredCost:
         if dtype is None:
             return dict(self.seconds)
         share = self.seconds[dtype] / self.seconds["full"]
-        scaled = {name: value * share for name, value in self.seconds.items() if name not in (dtype, "predicted")}
-        return {**scaled, **{name: value for name, value in self.seconds.items() if name == "predicted"}}
+        left = {name: value for name, value in self.seconds.items() if name != dtype}
+        return {name: value if name == "predicted" else value * share for name, value in left.items()}
 
     def step_seconds(self, predicted: Collection[str], dtype: str | None = None) -> float:
         """Seconds of a step in which the sites ``predicted`` are not computed, and the rest is in ``dtype``.

@@ -203,17 +203,14 @@ def forget_compiled_code() -> None:
     torch._dynamo.reset()
 
 
-@contextlib.contextmanager
-def many_compiled_copies() -> Iterator[None]:
+def many_compiled_copies() -> contextlib.AbstractContextManager[None]:
     """While it lasts Dynamo does not give up on a forward that it has compiled for several backends (its limit is 8).
 
     Past the limit it would run that forward eagerly, without a word.
     """
     import torch._dynamo.config as settings
 
-    before = settings.recompile_limit
-    settings.recompile_limit = max(before, COPIES)
-    try:
-        yield
-    finally:
-        settings.recompile_limit = before
+    patched: contextlib.AbstractContextManager[None] = settings.patch(
+        recompile_limit=max(settings.recompile_limit, COPIES)
+    )
+    return patched

@@ -120,13 +120,13 @@ class Contest:
 
     def _enter_cast(self, entry: Entry) -> None:
         """The dense model in the plan's dtype, one for all plans of the same."""
-        rules = tuple(rule for rule in entry.plan.rules if isinstance(rule.do, Dense))
-        if not any(isinstance(rule.do, Dense) and rule.do.dtype for rule in rules):
+        computed = [(rule, rule.do.dtype) for rule in entry.plan.rules if isinstance(rule.do, Dense)]
+        if not any(dtype for _, dtype in computed):
             return
-        told = (f"{rule.network} {format_steps(rule.steps)} {getattr(rule.do, 'dtype', None)}" for rule in rules)
+        told = (f"{rule.network} {format_steps(rule.steps)} {dtype}" for rule, dtype in computed)
         name = entry.roles[CAST] = " ".join([CAST, *told])
         if name not in self.contenders:
-            cast = entry.plan.model_copy(update={"rules": rules})
+            cast = entry.plan.model_copy(update={"rules": tuple(rule for rule, _ in computed)})
             sessions = {name: Session(plan=cast, network=name, on_mismatch="retarget") for name in entry.sessions}
             self.contenders[name] = Contender(self.adapter, compiled_calls(self.adapter.networks, sessions))
 
@@ -164,6 +164,11 @@ class Contest:
         """After the warm-up: frames that Dynamo compiled, variants of the plan that Inductor compiled."""
         return self.ended.recompiles - self.warm.recompiles, entry.variants - entry.warm_variants
 
+    @property
+    def _bases(self) -> tuple[str, ...]:
+        """The contenders that run the model as rivals do, each once."""
+        return tuple(dict.fromkeys(entry.base for entry in self.entries))
+
     def _generate(self, name: str, prompt: str, seed: int, **settings: Any) -> Sample:
         chosen = self.contenders[name]
         return replace(chosen, settings={**chosen.settings, **settings}).generate(prompt, seed)
@@ -172,8 +177,8 @@ class Contest:
         return self._generate(name, self.prompts[index], self.seed + index, **settings)
 
     def _warm_up(self) -> None:
-        bases = dict.fromkeys(entry.base for entry in self.entries)
-        with self.reporter.stage("bench: warm-up", len(self.entries) + 2 + len(bases)) as stage:
+        short = dict.fromkeys([DENSE, EAGER, *self._bases])
+        with self.reporter.stage("bench: warm-up", len(self.entries) + len(short)) as stage:
             for entry in self.entries:
                 files = _cached_graphs()
                 entry.first_s = self._timed(entry.optimized, 0)[1]
@@ -185,7 +190,7 @@ class Contest:
                         entry,
                     )
                 stage.advance()
-            for name in dict.fromkeys([DENSE, EAGER, *bases]):
+            for name in short:
                 self._timed(name, 0, num_inference_steps=2)
                 stage.advance()
 
@@ -200,8 +205,7 @@ class Contest:
             for entry in self.entries:
                 entry.steps = total
             return
-        bases = dict.fromkeys(entry.base for entry in self.entries)
-        pilots = [(base, steps) for base in bases for steps in (total, short)]
+        pilots = [(base, steps) for base in self._bases for steps in (total, short)]
         pilots += [(entry.optimized, total) for entry in self.entries]
         spent: dict[tuple[str, int], list[float]] = {pilot: [] for pilot in pilots}
         with self.reporter.stage("bench: steps at equal latency", PILOT_ROUNDS * len(pilots)) as stage:

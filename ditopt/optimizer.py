@@ -78,13 +78,13 @@ class Optimizer:
         self.timings: dict[str, float] = {}
         self.reasons: list[str] = []
         chosen = tuple(self.techniques) if self.techniques is not None else ALL_TECHNIQUES
+        self.chosen = tuple(name for name in chosen if name not in (RANGES, PRECISION))
         try:
-            candidates(name for name in chosen if name not in (RANGES, PRECISION))
+            candidates(self.chosen)
         except InputError as error:
             raise InputError(str(error).replace("choose from ", f"choose from {RANGES}, {PRECISION}, ")) from None
         self.use_ranges = RANGES in chosen
         self.dtypes = DTYPES if PRECISION in chosen else ()
-        self.chosen = tuple(name for name in chosen if name not in (RANGES, PRECISION))
         self.adapter: Adapter = adapt(self.model, self.rollout, self.pipe_kwargs)
         check_writable(None if self.plan_path is None else Path(self.plan_path))
 

@@ -24,9 +24,10 @@ MAX_BYTES = 4 * 2**20
 MAX_RULES = 10_000
 MAX_STEPS = 100_000
 MAX_RULE_STEPS = 200_000
+"""Limits on the steps of one schedule, hence of one rule, and on those that all rules name together."""
 MAX_STACKS = 100
 MAX_BLOCKS = 300
-"""Limits on the steps of one schedule, hence of one rule, and on those that all rules name together."""
+"""Limits on the stacks that graph breaks leave and on the blocks of one: ranges grow with the square of it."""
 
 
 class _Part(BaseModel):

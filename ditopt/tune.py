@@ -14,9 +14,10 @@ from ditopt.cost_models.measured import MeasuredCost
 from ditopt.errors import NonFiniteError
 from ditopt.measure import Evaluator
 from ditopt.plan import Plan, Rule
+from ditopt.precision import in_dtype
 from ditopt.profile import NetworkProfile, Profile, branch_shares
 from ditopt.profiler.moves import pulled
-from ditopt.quality import LEVELS, Quality, compare
+from ditopt.quality import Quality, compare
 from ditopt.runtime.schedule import bind
 from ditopt.search import (
     Measurement,
@@ -35,7 +36,6 @@ from ditopt.search.bisect import Meets
 from ditopt.search.joint import from_kept
 from ditopt.search.refine import with_further_step
 from ditopt.search.rollouts import rules_key
-from ditopt.search.solution import dtype_rules
 from ditopt.sites import STEP
 from ditopt.steer import Steering
 from ditopt.target import Target
@@ -44,10 +44,6 @@ Pairs = Sequence[tuple[str, int]]
 
 MOST_TRIALS = 3
 """How many times the budget the trials of cheap plans may be: each refit starts the caller's loop anew."""
-DTYPE_SPEED = 0.9
-"""A dtype in which a step takes more than this share of its time is not worth its rounding."""
-DTYPE_SPARE_DB = 3.0
-"""By how much a dtype alone has to exceed the target, so that predictions have an error left to make."""
 
 
 @dataclass(frozen=True)
@@ -102,43 +98,19 @@ class Tuner:
         )
         self._bar: Stage | None = None
         self._refits: dict[tuple[str, ...], Solution] = {}
-        self._dtype_chosen = not self.dtypes
         self._steering = self._make_steering(part)
 
     def _choose_dtype(self) -> None:
-        """Compute in the first of ``dtypes`` that is faster here and, by real rollouts, good enough by itself."""
-        if self._dtype_chosen:
+        """Compute in the first of ``dtypes`` that is faster here and good enough by itself; asked once."""
+        if self.problem.dtype_tried is not None or not self.dtypes:
             return
-        self._dtype_chosen = True
         self.stage_name = "dtype"
+        part = self.profile.networks[self.network]
         for dtype in self.dtypes:
-            self.problem = self._in_dtype(dtype)
+            self.problem = in_dtype(self.problem, part.seconds, dtype, self.target, self._alone)
             if self.problem.dtype is not None:
                 break
-        self._steering = self._make_steering(self.profile.networks[self.network])
-
-    def _in_dtype(self, dtype: str) -> SearchProblem:
-        """The problem with steps computed in ``dtype``, or as it is, with what speaks against that."""
-        seconds = self.profile.networks[self.network].seconds
-        full, narrow = seconds["full"], seconds.get(dtype)
-        as_it_is = replace(self.problem, dtype_tried=dtype)
-        if self.problem.seconds_predicted is None:
-            cut = "graph breaks cut the network, and a dtype is decided for whole steps"
-            return replace(as_it_is, dtype_reason=cut)
-        if narrow is None:
-            return replace(as_it_is, dtype_reason="no float32 product of many rows, or none that runs in it here")
-        told = f"a step takes {narrow:.3g} s in {dtype}, {full:.3g} s as it is"
-        if narrow > DTYPE_SPEED * full:
-            return replace(as_it_is, dtype_reason=f"hardly faster: {told}")
-        cast = replace(as_it_is, dtype=dtype)
-        alone = self._alone(dtype_rules(cast))
-        told += f"; alone it has {alone.psnr:.1f} dB"
-        wanted = self.target if self.target.speedup is None else Target(min_psnr=max(LEVELS.values()))
-        if wanted.missing_db(alone) > -DTYPE_SPARE_DB:
-            return replace(as_it_is, dtype_reason=f"{told}, too little to spare for {wanted.to_data()}")
-        times = MeasuredCost(seconds).in_dtype(dtype)
-        ranges = {name: replace(site, seconds_saved=times[name]) for name, site in self.problem.ranges.items()}
-        return replace(cast, seconds_full=times["full"], ranges=ranges, dtype_reason=f"slower: {told}")
+        self._steering = self._make_steering(part)
 
     def _alone(self, rules: Sequence[Rule]) -> Quality:
         """What ``rules`` measure on the tuning prompts while the other networks are dense."""

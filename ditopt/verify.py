@@ -14,7 +14,7 @@ from ditopt.decisions import Dense
 from ditopt.measure import Evaluator
 from ditopt.outcome import Found, Row
 from ditopt.plan import Rule
-from ditopt.profile import Profile
+from ditopt.profile import NetworkProfile, Profile
 from ditopt.profiler.run import TUNING_PROMPTS
 from ditopt.quality import LEVELS, compare
 from ditopt.search import Solution
@@ -44,7 +44,7 @@ FLOOR_DB = min(LEVELS.values())
 
 def affordable_trials(profile: Profile) -> int:
     """How many plans to try, from 6 to 16: by the time of a generation at half the dense cost."""
-    dense = sum(len(part.timesteps) * part.seconds["full"] for part in profile.networks.values())
+    dense = sum(map(_full_seconds, profile.networks.values()))
     return min(16, max(6, round(TRIAL_SECONDS / (TUNING_PROMPTS * dense / 2 + 1e-3))))
 
 
@@ -212,13 +212,10 @@ class VerifiedSearch:
         """
         assert found.seconds is not None
         plan_seconds, dense_seconds = found.seconds
-        dense = sum(len(part.timesteps) * part.seconds["full"] for part in self.profile.networks.values())
-        planned = sum(
-            found.solutions[name].predicted_seconds
-            if name in found.solutions
-            else len(part.timesteps) * part.seconds["full"]
-            for name, part in self.profile.networks.items()
-        )
+        networks = self.profile.networks
+        dense = sum(map(_full_seconds, networks.values()))
+        others = sum(_full_seconds(part) for name, part in networks.items() if name not in found.solutions)
+        planned = others + _network_seconds(found)
         return dense / max(planned - (plan_seconds - dense_seconds / speedup), planned / 2)
 
     def _one_step_fewer(self, found: Found) -> float:
@@ -325,19 +322,22 @@ class VerifiedSearch:
 
     def _share_in_dtype(self, found: Found) -> float:
         """What a dense generation's evaluations take in the dtypes of a plan, as a share of what they take as it is."""
-        plain = computed = 0.0
-        for name, part in self.profile.networks.items():
-            full = len(part.timesteps) * part.seconds["full"]
-            plain += full
-            computed += (
-                len(part.timesteps) * self._tuners[name].problem.seconds_full if name in found.solutions else full
-            )
-        return computed / plain
+        networks = self.profile.networks
+        computed = {
+            name: len(networks[name].timesteps) * self._tuners[name].problem.seconds_full for name in found.solutions
+        }
+        plain = {name: _full_seconds(part) for name, part in networks.items()}
+        return sum({**plain, **computed}.values()) / sum(plain.values())
 
     def _note_state(self) -> None:
         """Keep the most memory that slots have taken under the plan that is bound."""
         programs = (program for session in self.evaluator.sessions.values() for program in session.programs)
         self.state_bytes = max(self.state_bytes, sum(program.statistics.peak_slot_bytes for program in programs))
+
+
+def _full_seconds(part: NetworkProfile) -> float:
+    """Seconds of all evaluations of a network in a dense generation."""
+    return len(part.timesteps) * part.seconds["full"]
 
 
 def _network_seconds(found: Found) -> float:

@@ -181,10 +181,15 @@ def _memory_order(value: Tensor) -> list[int]:
     return [next(ranked) if dim in long else dim for dim in range(value.ndim)]
 
 
+def last_input(gm: fx.GraphModule) -> fx.Node:
+    """The last placeholder, behind which the calls begin."""
+    found: fx.Node = gm.graph.find_nodes(op="placeholder")[-1]
+    return found
+
+
 def add_input(gm: fx.GraphModule, name: str, value: Tensor) -> fx.Node:
     """Append a graph input described by the fake tensor ``value``."""
-    last = gm.graph.find_nodes(op="placeholder")[-1]
-    with gm.graph.inserting_after(last):
+    with gm.graph.inserting_after(last_input(gm)):
         node = gm.graph.placeholder(name)
     node.meta["val"] = value
     return node

@@ -10,10 +10,18 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-from torch.fx.node import Argument
 
 from ditopt.kernels.ops import ATTENTION
-from ditopt.passes._infra import GraphIndex, PassResult, StepPlan, call, converted, in_memory_order, tensor_value
+from ditopt.passes._infra import (
+    GraphIndex,
+    PassResult,
+    StepPlan,
+    call,
+    converted,
+    in_memory_order,
+    last_input,
+    tensor_value,
+)
 
 aten = torch.ops.aten
 
@@ -36,10 +44,9 @@ def cast(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
     narrowed: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         value = tensor_value(node)
-        args = list(node.args)
         if node.target is ATTENTION:
-            args[MASK:] = [_finite_mask(gm, mask, dtype, node) for mask in args[MASK : MASK + 1]] + args[MASK + 1 :]
-        args = [_narrow(gm, arg, dtype, narrowed) if isinstance(arg, fx.Node) else arg for arg in args]
+            _narrow_mask(gm, node, dtype, narrowed)
+        args = [_narrow(gm, arg, dtype, narrowed) if isinstance(arg, fx.Node) else arg for arg in node.args]
         with gm.graph.inserting_before(node):
             narrow = call(gm, node.target, *args)  # type: ignore[arg-type]  # an operator
             wide = in_memory_order(gm, converted(gm, narrow, value.dtype), value)
@@ -63,13 +70,14 @@ def castable(gm: fx.GraphModule) -> list[fx.Node]:
     return found
 
 
-def _finite_mask(gm: fx.GraphModule, mask: Argument, dtype: torch.dtype, user: fx.Node) -> Argument:
-    """A mask of floats within the range of ``dtype``: a row of float32's least values must not become one of -inf."""
-    if not isinstance(mask, fx.Node) or not tensor_value(mask).dtype.is_floating_point:
-        return mask
-    with gm.graph.inserting_before(user):
-        least = call(gm, aten.clamp_min.default, mask, torch.finfo(dtype).min)
-        return call(gm, aten.clamp_max.default, least, torch.finfo(dtype).max)
+def _narrow_mask(gm: fx.GraphModule, attention: fx.Node, dtype: torch.dtype, narrowed: dict[fx.Node, fx.Node]) -> None:
+    """Put an additive mask into the range of ``dtype`` first: a row of float32's least values must not become -inf."""
+    for mask in attention.args[MASK : MASK + 1]:
+        if isinstance(mask, fx.Node) and tensor_value(mask).dtype.is_floating_point and mask not in narrowed:
+            with gm.graph.inserting_before(attention):
+                bounded = call(gm, aten.clamp_min.default, mask, torch.finfo(dtype).min)
+                bounded = call(gm, aten.clamp_max.default, bounded, torch.finfo(dtype).max)
+                narrowed[mask] = converted(gm, bounded, dtype)
 
 
 def _narrow(gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype, narrowed: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -82,12 +90,6 @@ def _narrow(gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype, narrowed: dic
             with gm.graph.inserting_after(max(node, base)):
                 narrowed[node] = call(gm, node.target, base, *node.args[1:])
         else:
-            with gm.graph.inserting_after(_last_placeholder(gm) if node.op == "placeholder" else node):
+            with gm.graph.inserting_after(last_input(gm) if node.op == "placeholder" else node):
                 narrowed[node] = converted(gm, node, dtype)
     return narrowed[node]
-
-
-def _last_placeholder(gm: fx.GraphModule) -> fx.Node:
-    """Behind which the calls begin."""
-    found: fx.Node = gm.graph.find_nodes(op="placeholder")[-1]
-    return found

@@ -252,7 +252,7 @@ def test_a_dtype_is_taken_where_it_is_faster_and_good_enough(
 ) -> None:
     full = tuner.profile.networks[tuner.network].seconds["full"]
     with_seconds(tuner, bfloat16=share * full)
-    tuner.target, tuner._dtype_chosen, tuner.dtypes = target, False, ("bfloat16",)
+    tuner.target, tuner.dtypes = target, ("bfloat16",)
     tuner._choose_dtype()
     assert tuner.problem.dtype == dtype and reason in tuner.problem.dtype_reason
     assert tuner.problem.seconds_full == pytest.approx(share * full if dtype else full)

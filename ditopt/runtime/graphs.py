@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from ditopt.errors import TraceError
 from ditopt.kernels.ops import ATTENTION
@@ -46,16 +47,8 @@ class Graphs:
     @property
     def stacks(self) -> tuple[tuple[str, ...], ...]:
         """The runs of blocks, whole in one program each, that can be decided on."""
-        found: list[tuple[str, ...]] = []
-        for part in self.parts:
-            run: list[str] = []
-            for name in (*part.variants.trace.blocks, None):
-                if name is not None and name not in self.cut:
-                    run.append(name)
-                elif run:
-                    found.append(tuple(run))
-                    run = []
-        return tuple(found)
+        runs = (groupby(part.variants.trace.blocks, self.cut.__contains__) for part in self.parts)
+        return tuple(tuple(run) for of_part in runs for is_cut, run in of_part if not is_cut)
 
     def ranges(self) -> dict[str, tuple[int, int]]:
         """The block ranges of all programs, their blocks numbered through."""

@@ -104,11 +104,11 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
         )
     named = dict.fromkeys(rule.sites for rule in rules)
     breaks = plan.breaks.get(network)
-    whole = breaks.sites if partial and breaks is not None else frozenset()
-    if whole:  # without the blocks that a break cuts
-        known &= whole
-    missing = [name for name in named if not _matches_any(name, whole or known)]
-    if missing and (whole or not partial):
+    decidable = breaks.sites if partial and breaks is not None else frozenset()
+    if decidable:  # without the blocks that a break cuts
+        known &= decidable
+    missing = [name for name in named if not _matches_any(name, decidable or known)]
+    if missing and (decidable or not partial):
         has = f"{STEP} and blocks {_stacks(ranges)}" if breaks is None else f"ranges within {_listed(breaks.blocks)}"
         raise PlanMismatchError(f"plan names sites that the model lacks: {', '.join(missing)}; the model has {has}")
     late = [t for rule in rules for t in rule.steps if t >= total]
