@@ -3,7 +3,7 @@
 Operands are rounded on the way in and results widened on the way out, so the residual stream, norms and softmax
 statistics keep the model's dtype, and Inductor fuses the casts into what stands beside them. Products of few rows
 (``MIN_ROWS``: the timestep, a pooled text) or of few terms (``MIN_TERMS``: rotary angles, patches of few channels)
-stay; they are sensitive, and take no time.
+stay, and so does the last one, which makes the output; they are sensitive, and take no time.
 """
 
 from __future__ import annotations
@@ -59,15 +59,22 @@ def cast(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
 
 
 def castable(gm: fx.GraphModule) -> list[fx.Node]:
-    """Products and attention calls on float32 tensors with at least ``MIN_ROWS`` rows of ``MIN_TERMS``, in order."""
-    found = []
-    for node in gm.graph.nodes:
+    """Products and attention calls on float32 tensors with at least ``MIN_ROWS`` rows of ``MIN_TERMS``, in order.
+
+    One that no other product follows is left out: its rounding is in the output as it is, while that of the others
+    passes norms and joins a stream. (Alone it made 0.24% of the 0.31% of the example model's 81 products.)
+    """
+    found, products, followed = [], set(), set()
+    for node in reversed(gm.graph.nodes):
+        if any(user in followed or user in products for user in node.users):
+            followed.add(node)
         if node.op != "call_function" or node.target not in PRODUCTS:
             continue
+        products.add(node)
         value, left = tensor_value(node), tensor_value(node.args[PRODUCTS[node.target]])
-        if value.dtype == WIDE and value.shape[-2] >= MIN_ROWS and left.shape[-1] >= MIN_TERMS:
+        if value.dtype == WIDE and value.shape[-2] >= MIN_ROWS and left.shape[-1] >= MIN_TERMS and node in followed:
             found.append(node)
-    return found
+    return found[::-1]
 
 
 def _narrow_mask(gm: fx.GraphModule, attention: fx.Node, dtype: torch.dtype, narrowed: dict[fx.Node, fx.Node]) -> None:
