@@ -35,8 +35,8 @@ class Goal:
 GOALS = (
     Goal(1.0, 42.0, 3.0, 3.06),
     Goal(1.0, 36.0, 4.5, 4.59),
-    Goal(4.0, 42.0, 2.0, 3.2),
-    Goal(4.0, 36.0, 2.6, 3.8),
+    Goal(4.0, 42.0, 2.0, 2.8),
+    Goal(4.0, 36.0, 2.6, 2.95),
 )
 OVER_FEWER_STEPS_DB = 6.0
 OVER_SOLVERS_DB = 3.0
