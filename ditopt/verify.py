@@ -24,7 +24,7 @@ from ditopt.tune import Tuner
 Pairs = Sequence[tuple[str, int]]
 
 VERIFY_ROUNDS = 3
-TIMED_GENERATIONS = 3
+TIMED_GENERATIONS = 5
 TRIAL_SECONDS = 170.0
 """What the plans tried by rollouts may take together where the caller sets no budget."""
 SPARE_DB = 0.7

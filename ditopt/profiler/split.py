@@ -27,7 +27,7 @@ from ditopt.profiler.observe import collected, inputs_of
 from ditopt.profiler.ranges import candidate_spans, residual_ends, residuals
 from ditopt.profiler.run import sigmas_of, step_widths
 from ditopt.profiler.sensitivity import growth_factor, interpolate, plant_steps
-from ditopt.profiler.timing import time_variant
+from ditopt.profiler.timing import prepared, time_in_turn
 from ditopt.runtime.graphs import Graphs
 from ditopt.runtime.program import Observation, Observer, Program
 from ditopt.sites import STEP
@@ -182,14 +182,16 @@ class SplitProfileRun:
             trace = part.variants.trace
             spans = {site: trace.ranges()[site] for site in sites if site in trace.ranges()}
             if not spans:
-                seconds["full"] += per_step * time_variant(part, StepPlan(), seen[number])
+                timed = time_in_turn({"full": prepared(part, StepPlan(), seen[number])})
+                seconds["full"] += per_step * timed["full"]
                 continue
             widest = _widest(spans)
-            full = time_variant(part, StepPlan((), (widest,)), seen[number])
-            saved = full - time_variant(part, StepPlan((Prediction(widest, 2),)), seen[number])
+            plans = {"full": StepPlan((), (widest,)), "rest": StepPlan((Prediction(widest, 2),))}
+            timed = time_in_turn({key: prepared(part, plan, seen[number]) for key, plan in plans.items()})
+            saved = timed["full"] - timed["rest"]
             flops = [count_flops(trace.gm, block) for block in trace.blocks]
             whole = sum(flops[spans[widest][0] : spans[widest][1] + 1])
-            seconds["full"] += per_step * full
+            seconds["full"] += per_step * timed["full"]
             for site, (first, last) in spans.items():
                 seconds[site] = per_step * saved * sum(flops[first : last + 1]) / max(whole, 1)
         return seconds

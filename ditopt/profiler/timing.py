@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +18,9 @@ from ditopt.runtime.program import Program
 from ditopt.sites import STEP
 from ditopt.trace import count_flops
 
+WARM_UPS = 2
+ROUNDS = 9
+
 
 def synchronise(tensors: Sequence[Any]) -> None:
     """Wait for the devices that hold ``tensors``."""
@@ -25,9 +28,12 @@ def synchronise(tensors: Sequence[Any]) -> None:
         torch.cuda.synchronize()
 
 
-@torch.no_grad()
-def time_variant(program: Program, plan: StepPlan, arguments: Sequence[Any], repeats: int = 5) -> float:
-    """Median seconds of one run of a variant on ``arguments`` (a call's inputs), after two warm-up runs.
+Timed = Callable[[], float]
+"""Runs a variant once; the seconds it took."""
+
+
+def prepared(program: Program, plan: StepPlan, arguments: Sequence[Any]) -> Timed:
+    """A variant on ``arguments`` (a call's inputs), compiled and run twice.
 
     Slots hold zeros of the recorded shapes: the time of a dense tensor program does not depend on values.
     """
@@ -39,14 +45,24 @@ def time_variant(program: Program, plan: StepPlan, arguments: Sequence[Any], rep
             for stream, value in enumerate(shapes):
                 added[slot_name(prediction.site, age, stream)] = value
         added[factors_name(prediction.site)] = torch.zeros(prediction.terms, device=shapes[0].device)
-    seconds = []
-    for _ in range(repeats + 2):
+
+    @torch.no_grad()
+    def timed() -> float:
         values = [arguments[i] if isinstance(i, int) else added[i] for i in variant.inputs]
         began = time.perf_counter()
         results = variant.run(values)
         synchronise(results)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[2:])
+        return time.perf_counter() - began
+
+    for _ in range(WARM_UPS):
+        timed()
+    return timed
+
+
+def time_in_turn(variants: Mapping[str, Timed]) -> dict[str, float]:
+    """Median seconds of each, run in turn ``ROUNDS`` times: what slows the machine for a while slows all of them."""
+    rounds = [{name: timed() for name, timed in variants.items()} for _ in range(ROUNDS)]
+    return {name: statistics.median(each[name] for each in rounds) for name in variants}
 
 
 def _feature_values(program: Program, site: str) -> list[Tensor]:
@@ -67,18 +83,20 @@ def measure_seconds(
     The range of all blocks is timed; others get the share of it that their FLOPs have. A dtype's time is that of a
     full step whose products are computed in it; there is none where a network has no such products or it does not run.
     """
-    trace = program.variants.trace
-    seconds = {"full": time_variant(program, StepPlan((), (STEP,)), arguments)}
-    seconds["predicted"] = time_variant(program, StepPlan((Prediction(STEP, 2),)), arguments)
-    for dtype in dtypes if castable(trace.gm) else ():
-        with suppress(RuntimeError):  # the device lacks the dtype, or the memory for weights in it
-            seconds[dtype] = time_variant(program, StepPlan((), (STEP,), dtype=dtype), arguments)
-    spans = trace.ranges()
+    trace, spans = program.variants.trace, program.variants.trace.ranges()
+    plans = {"full": StepPlan((), (STEP,)), "predicted": StepPlan((Prediction(STEP, 2),))}
     if ranges:
         everything = next(name for name, span in spans.items() if span == (0, len(trace.blocks) - 1))
-        rest = time_variant(program, StepPlan((Prediction(everything, 2),), (STEP,)), arguments)
+        plans["rest"] = StepPlan((Prediction(everything, 2),), (STEP,))
+    variants = {name: prepared(program, plan, arguments) for name, plan in plans.items()}
+    for dtype in dtypes if castable(trace.gm) else ():
+        with suppress(RuntimeError):  # the device lacks the dtype, or the memory for weights in it
+            variants[dtype] = prepared(program, StepPlan((), (STEP,), dtype=dtype), arguments)
+    seconds = time_in_turn(variants)
+    if ranges:
+        saved = seconds["full"] - seconds.pop("rest")
         flops = [count_flops(trace.gm, block) for block in trace.blocks]
         for name in ranges:
             first, last = spans[name]
-            seconds[name] = (seconds["full"] - rest) * sum(flops[first : last + 1]) / max(sum(flops), 1)
+            seconds[name] = saved * sum(flops[first : last + 1]) / max(sum(flops), 1)
     return seconds

@@ -167,12 +167,12 @@ def test_masks_stay_finite_and_outer_products_as_they_are() -> None:
 
 
 def test_a_dtype_that_does_not_run_here_has_no_time(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    def time_variant(program: Program, plan: StepPlan, arguments: object) -> float:
+    def prepared(program: Program, plan: StepPlan, arguments: object) -> timing.Timed:
         if plan.dtype:
             raise RuntimeError("no such type on this device")
-        return 1.0
+        return lambda: 1.0
 
-    monkeypatch.setattr(timing, "time_variant", time_variant)
+    monkeypatch.setattr(timing, "prepared", prepared)
     assert timing.measure_seconds(program, (), (), ("bfloat16",)) == {"full": 1.0, "predicted": 1.0}
 
 
