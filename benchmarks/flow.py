@@ -16,6 +16,7 @@ import hashlib
 import importlib.metadata
 import json
 import multiprocessing
+import shutil
 import subprocess
 import sys
 import time
@@ -257,7 +258,13 @@ class Flow:
     def _optimize(self, part: Part) -> None:
         part.folder.mkdir(parents=True, exist_ok=True)
         facts = part.plan_facts()  # of what the search begins with: sources edited meanwhile are others
-        optimize(part)
+        twin = next((other for other in self.parts if is_kept(other.plan, lambda: facts)), None)
+        if twin is None:
+            optimize(part)
+        else:
+            self.say(f"asked for in the same words as {twin.goal.name}, whose plan serves both")
+            for path in (twin.plan, twin.plan.with_suffix(".explain.json")):
+                shutil.copy(path, part.folder)
         keep(part.plan, facts)
 
     def _bench(self, parts: Sequence[Part]) -> None:
