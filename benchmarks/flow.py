@@ -263,7 +263,7 @@ class Flow:
             optimize(part)
         else:
             self.say(f"asked for in the same words as {twin.goal.name}, whose plan serves both")
-            for path in (twin.plan, twin.plan.with_suffix(".explain.json")):
+            for path in twin.folder.glob(f"{twin.plan.stem}.*"):
                 shutil.copy(path, part.folder)
         keep(part.plan, facts)
 
