@@ -89,7 +89,8 @@ class Part:
     @property
     def words(self) -> tuple[object, ...]:
         """What ``ditopt optimize`` is asked for, beside files."""
-        return "--target-speedup", self.goal.asked, "--guidance", self.goal.guidance
+        budget = () if self.goal.budget is None else ("--budget", self.goal.budget)
+        return "--target-speedup", self.goal.asked, "--guidance", self.goal.guidance, *budget
 
     def bench_facts(self) -> dict[str, Any]:
         """What the figures were made from."""
