@@ -264,7 +264,7 @@ class Flow:
             optimize(part)
         else:
             self.say(f"asked for in the same words as {twin.goal.name}, whose plan serves both")
-            for path in twin.folder.glob(f"{twin.plan.stem}.*"):
+            for path in set(twin.folder.glob(f"{twin.plan.stem}.*")) - {stamp_of(twin.plan)}:
                 shutil.copy(path, part.folder)
         keep(part.plan, facts)
 

@@ -100,7 +100,13 @@ class VerifiedSearch:
         ((name, solution),) = found.solutions.items()
         tuner = self._tuners[name]
         dense, least = tuner.finer_psnr, tuner.finer_of(solution)
-        if dense is None or least is None:
+        if dense is None:  # the profile has said why
+            return found
+        if least is None:
+            self.reasons.append(
+                "not refitted towards a second-order path: the plan's predictors are the profile's own"
+                + (", as it predicts ranges" if solution.draft.ranges else "")
+            )
             return found
         best, nearest = found, least
         reached_levels = [level for level in LEVELS.values() if level <= found.quality.psnr]

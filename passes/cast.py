@@ -48,9 +48,10 @@ def cast(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
             _narrow_mask(gm, node, dtype, narrowed)
         args = [_narrow(gm, arg, dtype, narrowed) if isinstance(arg, fx.Node) else arg for arg in node.args]
         with gm.graph.inserting_before(node):
-            narrow = call(gm, node.target, *args)  # type: ignore[arg-type]  # an operator
-            wide = in_memory_order(gm, converted(gm, narrow, value.dtype), value)
-        narrow.meta.update({key: found for key, found in node.meta.items() if key != "val"})
+            product = call(gm, node.target, *args, **node.kwargs)  # type: ignore[arg-type]  # an operator
+            narrow = in_memory_order(gm, product, value)
+            wide = converted(gm, narrow, value.dtype)
+        product.meta.update({key: found for key, found in node.meta.items() if key != "val"})
         node.replace_all_uses_with(wide)
         gm.graph.erase_node(node)
         narrowed[wide] = narrow

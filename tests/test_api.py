@@ -92,6 +92,12 @@ def test_another_scheduler_than_the_plans_is_refused(plan: Plan) -> None:
         ditopt.apply(Pipeline(tiny_wan(), dpm()), plan)
 
 
+def test_another_scheduler_is_retargeted_on_request(plan: Plan) -> None:
+    pipe = Pipeline(tiny_wan(), dpm())
+    assert ditopt.apply(pipe, plan, on_mismatch="retarget") is pipe
+    pipe()
+
+
 def test_a_scheduler_set_later_is_told_once(plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
     pipe = ditopt.apply(Pipeline(tiny_wan(), unipc()), plan)
     with caplog.at_level(logging.WARNING, "ditopt"):

@@ -58,6 +58,7 @@ class Bench:
         if part.goal.name == self.broken:
             raise subprocess.CalledProcessError(2, "ditopt optimize")
         self.plans[part.goal.name].save(part.plan)
+        part.plan.with_suffix(".explain.json").write_text(part.goal.name)
 
     def bench(self, parts: Sequence[Part]) -> None:
         self.asked.append(f"bench {' '.join(part.goal.name for part in parts)}")
@@ -113,7 +114,8 @@ def test_all_met_is_success_and_parts_of_one_guidance_share_a_benchmark(
         "optimize unguided-42", "optimize unguided-36", "bench unguided-42 unguided-36",
         "optimize guided-42", "bench guided-42 guided-36",
     ]  # fmt: skip
-    assert desk.table["guided-36"]["status"] == "met", "asked for in the same words, it shares the plan of guided-42"
+    shared = desk.folder / "out" / "guided-36" / "plan.explain.json"
+    assert shared.read_text() == "guided-42", "asked for in the same words, it shares that plan and what explains it"
     assert [part["status"] for part in desk.table.values()] == ["met"] * 4
     assert desk.markdown.count("| yes |") == 4 * 10 and "NO" not in desk.markdown
     assert "[1/6] optimize unguided-42" in capsys.readouterr().out

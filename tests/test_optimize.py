@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 
 import ditopt
 from ditopt.backend import ditopt_backend
+from ditopt.decisions import Dense
 from ditopt.errors import InputError, RolloutError, TraceError
 from ditopt.optimizer import Optimizer
 from ditopt.outcome import Result
 from ditopt.plan import Plan
+from ditopt.profiler import timing
 from ditopt.quality import psnr, relative_l2
 from ditopt.report.explained import Explained, side_path
 from ditopt.target import Target
+from ditopt.verify import VerifiedSearch
 from tests.tiny import euler, make_model
 
 PROMPTS = ("one", "two", "three", "four")
@@ -74,6 +78,51 @@ def test_flow_gives_a_plan_that_a_new_compile_repeats(tmp_path: Path) -> None:
         assert torch.equal(one, two)
         assert relative_l2(one, three) > 0
         assert psnr(one, three) > 25  # 30 was asked for on other seeds
+
+
+def test_a_dtype_is_chosen_where_it_is_faster_and_a_new_compile_repeats_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def time_in_turn(variants: Mapping[str, timing.Timed]) -> dict[str, float]:
+        measured = {name: run() for name, run in variants.items()}
+        return {**measured, "bfloat16": measured["full"] / 2}
+
+    def rollout(network: nn.Module, prompt: str, seed: int) -> Tensor:
+        return euler(network, prompt, seed, 6, 64)
+
+    monkeypatch.setattr(timing, "time_in_turn", time_in_turn)
+    monkeypatch.setattr(VerifiedSearch, "time_in_turn", lambda self, rules: (1.0, 2.0))
+    path, model = tmp_path / "plan.yaml", make_model()
+    result = run(model, rollout, plan_path=path, techniques=("reuse", "forecast", "precision"), budget=2)
+    assert result.plan is not None, result.reasons
+    assert Dense(dtype="bfloat16") in [rule.do for rule in result.plan.rules]
+    with torch.no_grad():
+        planned = rollout(model, "one", 50)
+        model._compiled_call_impl = None
+        torch._dynamo.reset()
+        fresh: Any = torch.compile(model, backend=ditopt_backend, fullgraph=True, options={"plan": str(path)})
+        assert torch.equal(rollout(fresh, "one", 50), planned)
+
+
+def test_a_plan_that_is_no_faster_is_not_handed_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(VerifiedSearch, "time_in_turn", lambda self, rules: (2.0, 1.0))
+    path = tmp_path / "plan.yaml"
+    result = run(make_model(), plan_path=path, quiet=False, budget=2, target=Target(min_psnr=15.0))
+    assert result.plan is None
+    assert result.reasons[-1] == "the plan took 2.00 s a generation, dense 1.00 s"
+    told = capsys.readouterr().out
+    table = told[told.index("whole generations, prompts not used in calibration") :]
+    assert all(row in table for row in ("dense, eager", "dense, compiled", "ditopt", "0.50x"))
+    assert not Plan.load(path).rules
+
+
+def test_a_target_that_no_plan_meets_leaves_the_model_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VerifiedSearch, "__call__", lambda self: None)
+    result = run(make_model())
+    assert result.plan is None
+    assert result.reasons[-1] == "no plan met the target on the held-out prompts"
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,25 @@ def test_a_plan_for_speed_is_aimed_within_bounds(
     assert after.quality.psnr == (found if share is None else held_out[share])
 
 
+def test_a_plan_that_cannot_be_aimed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(AimingTuner):
+        def finer_of(self, solution: Any) -> float | None:
+            return None
+
+    monkeypatch.setattr(verify, "Tuner", Plain)
+    evaluator: Any = SimpleNamespace(sessions={"transformer": None})
+    part = SimpleNamespace(timesteps=tuple(range(10)), seconds=WHOLE_STEPS)
+    profile: Any = SimpleNamespace(networks={"transformer": part})
+    target = Target(speedup=2.0)
+    one = VerifiedSearch(evaluator, profile, target, [("a", 0)], [("b", 1)], Reporter(quiet=True), 4, 8, ("reuse",))
+    solution: Any = SimpleNamespace(rules=(), draft=SimpleNamespace(ranges={"blocks.0..3": None}))
+    before = Found((), Quality(40.0, 40.0, 0.0, (40.0,)), {"transformer": solution}, one._tuners)
+    assert one._aim(before) is before
+    assert one.reasons == [
+        "not refitted towards a second-order path: the plan's predictors are the profile's own, as it predicts ranges"
+    ]
+
+
 class Pipeline(DiffusersAdapter):
     """Notes with how many steps it is asked to generate."""
 

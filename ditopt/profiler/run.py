@@ -188,7 +188,7 @@ class ProfileRun:
         program = whole_program(self.evaluator.sessions[name])
         moves = sampler_moves([paths[pair] for pair in pairs], network.step_widths, _rounding(program))
         if moves is None or not moves.is_euler:
-            self.reporter.say("  the loop is not Euler's method on a flow: fits aim at the dense path itself")
+            self.reporter.say("  no second-order paths: the loop is not Euler's method on a flow")
             return
         shares = branch_shares(network.grams[STEP].present, network.branch_weights)
         with self.reporter.stage("profile: second-order paths", len(pairs)) as stage:
@@ -198,7 +198,7 @@ class ProfileRun:
                     try:
                         found = second_order(self.evaluator, program, self.calls[name], shares, moves, pair)
                     except NonFiniteError:
-                        self.reporter.say("  a second-order path has NaN or infinite values: fits aim at the dense one")
+                        self.reporter.say("  no second-order paths: one has NaN or infinite values")
                         return
                     kept = {"outputs": found.path.outputs, "latents": found.path.latents, "sample": found.sample}
                     self.checkpoints.save(f"second_order{index}", kept)

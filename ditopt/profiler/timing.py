@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -90,8 +89,10 @@ def measure_seconds(
         plans["rest"] = StepPlan((Prediction(everything, 2),), (STEP,))
     variants = {name: prepared(program, plan, arguments) for name, plan in plans.items()}
     for dtype in dtypes if castable(trace.gm) else ():
-        with suppress(RuntimeError):  # the device lacks the dtype, or the memory for weights in it
+        try:
             variants[dtype] = prepared(program, StepPlan((), (STEP,), dtype=dtype), arguments)
+        except RuntimeError as error:  # the device lacks the dtype, or the memory for weights in it
+            program.variants.reasons.append(f"{dtype} was not tried: {error}")
     seconds = time_in_turn(variants)
     if ranges:
         saved = seconds["full"] - seconds.pop("rest")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ditopt.decisions import Dense, Forecast
@@ -62,6 +62,21 @@ class Masked(nn.Module):
         q = x.view(1, 64, 2, 16).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(q, q, q, attn_mask=mask).transpose(1, 2).reshape(1, 64, 32)
         out: Tensor = self.outer(mixed)
+        return out
+
+
+class Unfused(nn.Module):
+    """Attention by products, its scale in ``alpha`` and an addend of no weight, as diffusers' fallback has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer = nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        x = self.inner(hidden_states.repeat(1, 1, 8)) + encoder_hidden_states[:, None] + timestep / 1000
+        scores = torch.baddbmm(torch.full((1, 64, 64), 1e6), x, x.transpose(1, 2), beta=0, alpha=0.05)
+        out: Tensor = self.outer(scores.softmax(-1) @ x)
         return out
 
 
@@ -146,8 +161,9 @@ def test_a_dtype_is_for_whole_steps(program: Program) -> None:
         program.bind(plan(program, Rule(sites="blocks.1", steps=(1,), do=BFLOAT16)))
 
 
-def test_masks_stay_finite_and_outer_products_as_they_are() -> None:
-    with compiled_tiny(Masked().eval(), generate) as (model, program):  # type: ignore[arg-type]
+def dense_and_cast(model: nn.Module) -> tuple[Tensor, Tensor, fx.GraphModule]:
+    """The output of one call, that of the compiled cast graph, and the captured graph."""
+    with compiled_tiny(model.eval(), generate) as (compiled, program):  # type: ignore[arg-type]
         taken: list[list[Any]] = []
 
         def keep(arguments: list[Any], compute: Compute) -> Sequence[Any]:
@@ -155,15 +171,20 @@ def test_masks_stay_finite_and_outer_products_as_they_are() -> None:
             return compute(arguments)
 
         program.interceptor = keep
-        generate(model)
+        generate(compiled)
         program.interceptor = None
         results = []
         for dtype in (None, "bfloat16"):
             variant = program.variants.get(StepPlan(dtype=dtype))
             with torch.no_grad():
                 results.append(variant.run([taken[0][i] for i in variant.inputs if isinstance(i, int)])[0])
-        assert results[1].isfinite().all()
-        assert 1e-5 < relative_l2(results[1], results[0]) < 1e-2, "angles of up to 4,000 in bfloat16 would be noise"
+        return results[0], results[1], program.variants.trace.gm
+
+
+def test_masks_stay_finite_and_outer_products_as_they_are() -> None:
+    dense, narrow, _ = dense_and_cast(Masked())
+    assert narrow.isfinite().all()
+    assert 1e-5 < relative_l2(narrow, dense) < 1e-2, "angles of up to 4,000 in bfloat16 would be noise"
 
 
 def test_a_dtype_that_does_not_run_here_has_no_time(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +194,30 @@ def test_a_dtype_that_does_not_run_here_has_no_time(program: Program, monkeypatc
         return lambda: 1.0
 
     monkeypatch.setattr(timing, "prepared", prepared)
+    monkeypatch.setattr(program.variants, "reasons", [])
     assert timing.measure_seconds(program, (), (), ("bfloat16",)) == {"full": 1.0, "predicted": 1.0}
+    assert program.variants.reasons == ["bfloat16 was not tried: no such type on this device"]
+
+
+def test_variants_are_timed_in_turn_and_medians_count() -> None:
+    ran: list[str] = []
+
+    def timed(name: str, seconds: list[float]) -> timing.Timed:
+        def once() -> float:
+            ran.append(name)
+            return seconds[ran.count(name) - 1]
+
+        return once
+
+    slow = [9.0] * 4 + [1.0] * 5
+    found = timing.time_in_turn({"a": timed("a", slow), "b": timed("b", [2.0] * 9)})
+    assert found == {"a": 1.0, "b": 2.0} and ran == ["a", "b"] * 9
+
+
+def test_factors_of_a_product_are_kept() -> None:
+    dense, narrow, gm = dense_and_cast(Unfused())
+    assert any(node.target is torch.ops.aten.baddbmm.default and node.kwargs for node in castable(gm))
+    assert 1e-5 < relative_l2(narrow, dense) < 2e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
