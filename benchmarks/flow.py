@@ -247,10 +247,13 @@ class Flow:
         """Plans first, then one benchmark for all parts of a guidance scale."""
         for guidance in dict.fromkeys(part.goal.guidance for part in self.parts):
             group = [part for part in self.parts if part.goal.guidance == guidance]
+            searched: set[tuple[object, ...]] = set()  # a part that asks in the same words takes the plan over
             for part in group:
                 if not part.has_plan:
                     title = f"optimize {part.goal.name}"
-                    yield Task(title, (part,), 55 * part.goal.generation_s, partial(self._optimize, part))
+                    expected_s = 0.0 if part.words in searched else 55 * part.goal.generation_s
+                    yield Task(title, (part,), expected_s, partial(self._optimize, part))
+                    searched.add(part.words)
             missing = tuple(part for part in group if not (part.has_figures or part.is_dense))
             if missing:
                 title = f"bench {' and '.join(part.goal.name for part in missing)}"

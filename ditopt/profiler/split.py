@@ -27,11 +27,10 @@ from ditopt.profiler.observe import collected, inputs_of
 from ditopt.profiler.ranges import candidate_spans, residual_ends, residuals
 from ditopt.profiler.run import sigmas_of, step_widths
 from ditopt.profiler.sensitivity import growth_factor, interpolate, plant_steps
-from ditopt.profiler.timing import prepared, time_in_turn
+from ditopt.profiler.timing import prepared, shared_by_flops, time_in_turn
 from ditopt.runtime.graphs import Graphs
 from ditopt.runtime.program import Observation, Observer, Program
 from ditopt.sites import STEP
-from ditopt.trace import count_flops
 
 
 @dataclass
@@ -189,11 +188,8 @@ class SplitProfileRun:
             plans = {"full": StepPlan((), (widest,)), "rest": StepPlan((Prediction(widest, 2),))}
             timed = time_in_turn({key: prepared(part, plan, seen[number]) for key, plan in plans.items()})
             saved = timed["full"] - timed["rest"]
-            flops = [count_flops(trace.gm, block) for block in trace.blocks]
-            whole = sum(flops[spans[widest][0] : spans[widest][1] + 1])
             seconds["full"] += per_step * timed["full"]
-            for site, (first, last) in spans.items():
-                seconds[site] = per_step * saved * sum(flops[first : last + 1]) / max(whole, 1)
+            seconds |= shared_by_flops(per_step * saved, part, widest, tuple(spans))
         return seconds
 
 
