@@ -92,10 +92,20 @@ def test_another_scheduler_than_the_plans_is_refused(plan: Plan) -> None:
         ditopt.apply(Pipeline(tiny_wan(), dpm()), plan)
 
 
-def test_another_scheduler_is_retargeted_on_request(plan: Plan) -> None:
+def test_another_scheduler_is_retargeted_on_request(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Session] = []
+    from_options = Session.from_options
+
+    def noted(options: Any) -> Session:
+        made.append(from_options(options))
+        return made[-1]
+
+    monkeypatch.setattr(Session, "from_options", noted)
     pipe = Pipeline(tiny_wan(), dpm())
     assert ditopt.apply(pipe, plan, on_mismatch="retarget") is pipe
     pipe()
+    (session,) = {id(each): each for each in made}.values()
+    assert session.programs[0].statistics.predicted_calls == 1
 
 
 def test_a_scheduler_set_later_is_told_once(plan: Plan, caplog: pytest.LogCaptureFixture) -> None:

@@ -52,6 +52,20 @@ class FakeTuner:
 WHOLE_STEPS = {"full": 1.0, "predicted": 0.0}
 
 
+def searching(
+    evaluator: object,
+    target: Target,
+    steps: int = 10,
+    seconds: Mapping[str, float] = WHOLE_STEPS,
+    networks: Sequence[str] = ("transformer",),
+) -> VerifiedSearch:
+    """A search of networks with as many steps, which take as many ``seconds``."""
+    part = SimpleNamespace(timesteps=tuple(range(steps)), seconds=seconds)
+    profile: Any = SimpleNamespace(networks=dict.fromkeys(networks, part))
+    rollouts: Any = evaluator
+    return VerifiedSearch(rollouts, profile, target, [("a", 0)], [("b", 1)], Reporter(quiet=True), 4, 8, ("reuse",))
+
+
 def search(
     monkeypatch: pytest.MonkeyPatch,
     speedup: float,
@@ -70,12 +84,8 @@ def search(
 
     monkeypatch.setattr(verify, "Tuner", FakeTuner)
     monkeypatch.setattr(VerifiedSearch, "time_in_turn", time_in_turn)
-    evaluator: Any = SimpleNamespace(sessions={"transformer": None}, quality=quality)
-    part = SimpleNamespace(timesteps=tuple(range(10)), seconds=seconds)
-    profile: Any = SimpleNamespace(networks={"transformer": part})
-    return VerifiedSearch(
-        evaluator, profile, Target(speedup=speedup), [("a", 0)], [("b", 1)], Reporter(quiet=True), 4, 8, ("reuse",)
-    )
+    evaluator = SimpleNamespace(sessions={"transformer": None}, quality=quality)
+    return searching(evaluator, Target(speedup=speedup), seconds=seconds)
 
 
 def kept(search: VerifiedSearch) -> int | None:
@@ -226,11 +236,7 @@ def test_a_plan_for_speed_is_aimed_within_bounds(
         return Quality(value, value, 0.0, (value,)), 0.0
 
     monkeypatch.setattr(verify, "Tuner", AimingTuner)
-    evaluator: Any = SimpleNamespace(sessions={"transformer": None}, quality=quality)
-    part = SimpleNamespace(timesteps=tuple(range(10)), seconds=WHOLE_STEPS)
-    profile: Any = SimpleNamespace(networks={"transformer": part})
-    target = Target(speedup=2.0)
-    one = VerifiedSearch(evaluator, profile, target, [("a", 0)], [("b", 1)], Reporter(quiet=True), 4, 8, ("reuse",))
+    one = searching(SimpleNamespace(sessions={"transformer": None}, quality=quality), Target(speedup=2.0))
     solution: Any = SimpleNamespace(rules=("plain", 0.0))
     before = Found(solution.rules, Quality(found, found, 0.0, (found,)), {"transformer": solution}, one._tuners)
     after = one._aim(before)
@@ -244,11 +250,7 @@ def test_a_plan_that_cannot_be_aimed_says_why(monkeypatch: pytest.MonkeyPatch) -
             return None
 
     monkeypatch.setattr(verify, "Tuner", Plain)
-    evaluator: Any = SimpleNamespace(sessions={"transformer": None})
-    part = SimpleNamespace(timesteps=tuple(range(10)), seconds=WHOLE_STEPS)
-    profile: Any = SimpleNamespace(networks={"transformer": part})
-    target = Target(speedup=2.0)
-    one = VerifiedSearch(evaluator, profile, target, [("a", 0)], [("b", 1)], Reporter(quiet=True), 4, 8, ("reuse",))
+    one = searching(SimpleNamespace(sessions={"transformer": None}), Target(speedup=2.0))
     solution: Any = SimpleNamespace(rules=(), draft=SimpleNamespace(ranges={"blocks.0..3": None}))
     before = Found((), Quality(40.0, 40.0, 0.0, (40.0,)), {"transformer": solution}, one._tuners)
     assert one._aim(before) is before
@@ -273,18 +275,14 @@ def test_the_rival_computes_in_the_dtype_of_the_plan(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(verify, "Tuner", FakeTuner)
     done: list[Any] = []
     adapter = Pipeline()
-    evaluator: Any = SimpleNamespace(
+    evaluator = SimpleNamespace(
         sessions={"one": None, "two": None},
         adapter=adapter,
         references={("b", 1): torch.ones(2)},
         bind=lambda rules: done.append([rule.do for rule in rules]),
         retarget=done.append,
     )
-    part = SimpleNamespace(timesteps=tuple(range(15)), seconds=WHOLE_STEPS)
-    profile: Any = SimpleNamespace(networks={"one": part, "two": part})
-    one = VerifiedSearch(
-        evaluator, profile, Target(speedup=4.0), [("a", 0)], [("b", 1)], Reporter(quiet=True), 4, 8, ("reuse",)
-    )
+    one = searching(evaluator, Target(speedup=4.0), steps=15, networks=("one", "two"))
     cast: Any = one._tuners["two"]
     cast.problem.seconds_full, cast.problem.dtype = 0.5, "bfloat16"
     rules = (Rule(sites=STEP, steps=(0,), do=Dense(dtype="bfloat16")), Rule(sites=STEP, steps=(1,), do=Reuse()))
