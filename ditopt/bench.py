@@ -71,6 +71,8 @@ def run_bench(
 ) -> BenchResult:
     """Measure a plan on a diffusers pipeline against dense, fewer steps, UniPC and DPM-Solver++.
 
+    The rivals run the model as it is; where the plan computes in a dtype of its own, there is one more of each in it.
+
     Args:
         pipe: the pipeline; its networks and scheduler are left as they were.
         plan: made for this model and these settings.
@@ -114,7 +116,7 @@ def run_benches(
 ) -> list[BenchResult]:
     """Measure several plans for one setting in one interleaved run: ``run_bench`` for each, with shared dense runs.
 
-    Every plan has rivals at its own latency; a step count that two plans ask for is run once. ``recompiles`` are the
+    Every plan has rivals at its own latency; what two plans ask for is run once. ``recompiles`` are the
     frames that Dynamo and the plan's variants that Inductor compiled after the warm-up. Peak memory and what Dynamo
     counts are of the whole run.
 
@@ -178,7 +180,14 @@ def _result(contest: Contest, entry: Entry, source: str) -> BenchResult:
         values = [row[f"{role}_db"] for row in rows]
         return RivalResult(steps, medians[role], statistics.mean(values), min(values))
 
-    evaluations = contest.evaluations(entry.steps)
+    def rivals(ending: str) -> dict[str, RivalResult]:
+        steps = entry.steps[ending]
+        counts = {"fewer_steps": steps, **dict.fromkeys(SOLVERS, contest.evaluations(steps))}
+        return {name + ending: rival(name + ending, count) for name, count in counts.items()}
+
+    found = {name: figures for ending in entry.endings for name, figures in rivals(ending).items()}
+    if CAST in entry.roles:
+        found[CAST] = rival(CAST, contest.adapter.steps)
     return BenchResult(
         dense_eager_s=medians["dense_eager"],
         dense_inductor_s=medians[DENSE],
@@ -188,10 +197,7 @@ def _result(contest: Contest, entry: Entry, source: str) -> BenchResult:
         worst_psnr_db=min(row["psnr_db"] for row in rows),
         rel_l2=statistics.mean(row["rel_l2"] for row in rows),
         ssim=statistics.mean(ratings) if ratings else None,
-        fewer_steps=rival("fewer_steps", entry.steps),
-        unipc=rival("unipc", evaluations),
-        dpmpp=rival("dpmpp", evaluations),
-        dense_cast=rival(CAST, contest.adapter.steps) if CAST in entry.roles else None,
+        **found,
         converged=entry.converged,
         attribute_score=entry.attribute_score,
         graph_breaks=contest.ended.breaks - contest.cold.breaks,

@@ -33,6 +33,7 @@ CONVERGED_FACTOR = 4
 CONVERGED_PROMPTS = 5
 SHEET_PROMPTS = 4
 EAGER, DENSE, CAST = "dense_eager", "dense_inductor", "dense_cast"
+RIVALS = ("fewer_steps", *SOLVERS)
 
 
 @dataclass
@@ -40,14 +41,15 @@ class Entry:
     """A plan in the contest and what was found out about it.
 
     ``roles`` names the contender that plays each part for this plan: the two dense ones, ``optimized``, and the
-    rivals ``fewer_steps``, ``unipc`` and ``dpmpp``. ``steps`` are the own scheduler's at the plan's latency. Where the
-    plan computes in a dtype of its own the rivals do so too, and ``dense_cast`` is the dense model in it.
+    rivals ``fewer_steps``, ``unipc`` and ``dpmpp``, which run the model as it is. Where the plan computes in a dtype of
+    its own there are also ``dense_cast``, the dense model in it, and rivals that run the model so (``unipc_cast``).
+    ``steps`` are the own scheduler's at the plan's latency, by how the model is run (``endings``).
     """
 
     plan: Plan
     sessions: dict[str, Session]
     roles: dict[str, str]
-    steps: int = 0
+    steps: dict[str, int] = field(default_factory=dict)
     first_s: float = 0.0
     new_graphs: int = 0
     warm_variants: int = 0
@@ -62,9 +64,9 @@ class Entry:
         return self.roles["optimized"]
 
     @property
-    def base(self) -> str:
-        """The contender that runs the model as the rivals do."""
-        return self.roles.get(CAST, DENSE)
+    def endings(self) -> dict[str, str]:
+        """How the names of rivals' parts end, with the contender that runs the model as these do."""
+        return {"": DENSE} | ({"_cast": self.roles[CAST]} if CAST in self.roles else {})
 
     @property
     def programs(self) -> list[Program]:
@@ -167,7 +169,7 @@ class Contest:
     @property
     def _bases(self) -> tuple[str, ...]:
         """The contenders that run the model as rivals do, each once."""
-        return tuple(dict.fromkeys(entry.base for entry in self.entries))
+        return tuple(dict.fromkeys(base for entry in self.entries for base in entry.endings.values()))
 
     def _generate(self, name: str, prompt: str, seed: int, **settings: Any) -> Sample:
         chosen = self.contenders[name]
@@ -203,7 +205,7 @@ class Contest:
         short = max(1, total // 3)
         if short == total:
             for entry in self.entries:
-                entry.steps = total
+                entry.steps = dict.fromkeys(entry.endings, total)
             return
         pilots = [(base, steps) for base in self._bases for steps in (total, short)]
         pilots += [(entry.optimized, total) for entry in self.entries]
@@ -215,44 +217,47 @@ class Contest:
                     stage.advance()
         median = {pilot: statistics.median(values) for pilot, values in spent.items()}
         for entry in self.entries:
-            dense = median[entry.base, total]
-            per_step = max((dense - median[entry.base, short]) / (total - short), 1e-9)
-            left = median[entry.optimized, total] - (dense - per_step * total)
-            entry.steps = min(total, max(1, math.ceil(left / per_step - 1e-6)))
-            while entry.steps < total and not self._as_slow(entry):
-                entry.steps += 1
+            for ending, base in entry.endings.items():
+                dense = median[base, total]
+                per_step = max((dense - median[base, short]) / (total - short), 1e-9)
+                left = median[entry.optimized, total] - (dense - per_step * total)
+                steps = min(total, max(1, math.ceil(left / per_step - 1e-6)))
+                while steps < total and not self._as_slow(entry, base, steps):
+                    steps += 1
+                entry.steps[ending] = steps
 
-    def _as_slow(self, entry: Entry) -> bool:
-        """Whether the own scheduler with the entry's steps takes as long as its plan, the two timed in turns."""
+    def _as_slow(self, entry: Entry, base: str, steps: int) -> bool:
+        """Whether ``base`` takes as long with so many steps as the entry's plan, the two timed in turns."""
         rival, optimised = [], []
-        with self.reporter.stage(f"bench: {entry.steps} steps against the plan", EQUAL_ROUNDS) as stage:
+        with self.reporter.stage(f"bench: {steps} steps against the plan", EQUAL_ROUNDS) as stage:
             for _ in range(EQUAL_ROUNDS):
-                rival.append(self._timed(entry.base, 0, num_inference_steps=entry.steps)[1])
+                rival.append(self._timed(base, 0, num_inference_steps=steps)[1])
                 optimised.append(self._timed(entry.optimized, 0)[1])
                 stage.advance()
         return statistics.median(rival) >= statistics.median(optimised)
 
     def _add_rivals(self) -> None:
         for entry in self.entries:
-            solver_steps = self.evaluations(entry.steps)
-            for role, steps in (("fewer_steps", entry.steps), *((solver, solver_steps) for solver in SOLVERS)):
-                name = entry.roles[role] = f"{role} {steps}" + entry.base.removeprefix(DENSE)
-                if name not in self.contenders and name not in self.failed:
-                    self._add_rival(name, role, steps, self.contenders[entry.base].calls)
+            for ending, base in entry.endings.items():
+                for rival in RIVALS:
+                    steps = entry.steps[ending] if rival not in SOLVERS else self.evaluations(entry.steps[ending])
+                    name = entry.roles[rival + ending] = f"{rival} {steps}" + base.removeprefix(DENSE)
+                    if name not in self.contenders and name not in self.failed:
+                        self._add_rival(name, rival, steps, self.contenders[base].calls)
 
-    def _add_rival(self, name: str, role: str, steps: int, calls: Mapping[str, Any]) -> None:
+    def _add_rival(self, name: str, rival: str, steps: int, calls: Mapping[str, Any]) -> None:
         own = self.adapter.pipe.scheduler
         settings = {"num_inference_steps": steps}
         try:
-            solver = flow_solver(role, own) if role in SOLVERS else None
+            solver = flow_solver(rival, own) if rival in SOLVERS else None
             self.contenders[name] = Contender(self.adapter, calls, solver, settings)
             self._timed(name, 0)  # its warm-up
         except Exception as error:
-            if role not in SOLVERS:
+            if rival not in SOLVERS:
                 raise
             # A solver that this pipeline cannot drive is a finding, not a failure.
             self.contenders.pop(name, None)
-            self.failed[name] = f"{SOLVERS[role]} does not run in this pipeline: {type(error).__name__}: {error}"
+            self.failed[name] = f"{SOLVERS[rival]} does not run in this pipeline: {type(error).__name__}: {error}"
             self.note(self.failed[name])
 
     def _rounds(self) -> None:
@@ -280,7 +285,7 @@ class Contest:
     def _judged(self, entry: Entry, index: int, samples: Mapping[str, Tensor]) -> dict[str, Any]:
         reference, sample = samples[DENSE], samples[entry.optimized]
         pictures = reference.ndim >= 3 and reference.shape[-1] in (1, 3, 4)
-        rivals = {role: entry.roles[role] for role in (CAST, "fewer_steps", *SOLVERS) if role in entry.roles}
+        rivals = {role: name for role, name in entry.roles.items() if role not in (EAGER, DENSE, "optimized")}
         return {
             "prompt": self.prompts[index],
             "seed": self.seed + index,
@@ -354,7 +359,7 @@ class Contest:
 
     def _say_what_was_unfair(self, entry: Entry) -> None:
         optimised = statistics.median(self.seconds[entry.optimized])
-        for role in ("fewer_steps", *SOLVERS):
+        for role in (rival + ending for ending in entry.endings for rival in RIVALS):
             rival = statistics.median(self.seconds.get(entry.roles[role]) or [math.inf])
             if rival < optimised:
                 self.note(

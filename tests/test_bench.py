@@ -218,9 +218,11 @@ def test_plans_of_one_run_share_what_they_can(shared: tuple[Contest, list[BenchR
     assert one.converged["dense_db"] == two.converged["dense_db"]
     assert one.converged["optimized_db"] != two.converged["optimized_db"]
     rivals = {
-        (role, getattr(result, role).steps, result.dense_cast is None)
+        (name, found.steps, ending)
         for result in (one, two)
-        for role in ("fewer_steps", "unipc", "dpmpp")
+        for ending in ("", "_cast")
+        for name in ("fewer_steps", "unipc", "dpmpp")
+        if (found := getattr(result, name + ending)) is not None
     }
     told = [any("profit from graphs that the plans before it" in note for note in each.notes) for each in (one, two)]
     assert told == [False, True], "the second plan compiles less: said with its figures"
@@ -230,18 +232,24 @@ def test_plans_of_one_run_share_what_they_can(shared: tuple[Contest, list[BenchR
         assert result.graph_breaks == 0 and result.recompiles == 0
 
 
-def test_rivals_compute_in_the_dtype_of_the_plan(shared: tuple[Contest, list[BenchResult]]) -> None:
+def test_a_plan_with_a_dtype_has_rivals_as_the_model_is_and_in_it(
+    shared: tuple[Contest, list[BenchResult]],
+) -> None:
     contest, (one, two) = shared
-    assert one.dense_cast is None and two.dense_cast is not None
+    assert one.dense_cast is None and one.fewer_steps_cast is None and one.unipc_cast is None
+    assert two.dense_cast is not None and two.fewer_steps_cast is not None
+    assert two.unipc_cast is not None and two.dpmpp_cast is not None
     assert two.dense_cast.steps == STEPS and two.dense_cast.psnr_db is not None
     assert two.psnr_db < two.dense_cast.psnr_db < 119, "near the dense model, and not it"
     first, second = contest.entries
-    assert first.base == DENSE and second.base == second.roles[CAST]
-    assert "bfloat16" in second.roles["unipc"] and "bfloat16" not in first.roles["unipc"]
-    rival, dense = contest.contenders[second.roles["fewer_steps"]], contest.contenders[DENSE]
-    short = two.fewer_steps.steps
-    samples = [Contender(each.adapter, each.calls, None, {"num_inference_steps": short}) for each in (rival, dense)]
-    apart = relative_l2(*(each.generate(PROMPTS[0], 1000)[0] for each in samples))
+    assert first.endings == {"": DENSE} and second.endings == {"": DENSE, "_cast": second.roles[CAST]}
+    assert "bfloat16" in second.roles["unipc_cast"] and "bfloat16" not in second.roles["unipc"]
+    plain, rival = contest.contenders[second.roles["fewer_steps"]], contest.contenders[second.roles["fewer_steps_cast"]]
+    assert plain.calls is contest.contenders[DENSE].calls
+    assert plain.settings == {"num_inference_steps": two.fewer_steps.steps}
+    assert rival.settings == {"num_inference_steps": two.fewer_steps_cast.steps}
+    same = [Contender(each.adapter, each.calls, None, rival.settings) for each in (plain, rival)]
+    apart = relative_l2(*(each.generate(PROMPTS[0], 1000)[0] for each in same))
     assert 0 < apart < 0.02, "the same steps, in another dtype"
 
 

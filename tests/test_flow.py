@@ -159,6 +159,16 @@ def test_what_was_not_measured_is_missed() -> None:
     assert not any(check.met for check in checks(GOALS[0], None))
 
 
+def test_rivals_in_the_dtype_of_the_plan_are_shown_and_not_demanded(desk: Bench) -> None:
+    desk.figures["guided-42"]["fewer_steps_cast"] = {"psnr_db": 37.1}
+    desk.figures["guided-42"]["unipc_cast"] = {"psnr_db": 30.0}
+    assert desk.run() == 0
+    assert desk.table["guided-42"]["status"] == "met"
+    assert "| guided-42 | dB above fewer_steps in its dtype | 5 | ≥ 6 | NO, not demanded |" in desk.markdown
+    assert "| guided-42 | dB above unipc in its dtype | 12.1 | ≥ 3 | yes, not demanded |" in desk.markdown
+    assert "dB above dpmpp in its dtype" not in desk.markdown
+
+
 def test_no_noise_excuses_a_loss_against_converged_runs() -> None:
     figures = figures_of(GOALS[0])
     for stderr, loss, met in ((0.1, 0.0, True), (0.1, -0.2, True), (0.1, 0.01, False), (9.0, 0.01, False)):

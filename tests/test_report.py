@@ -178,9 +178,12 @@ def test_the_picture_shows_the_dtype_of_computed_steps(plan: Plan) -> None:
 def test_rivals_in_a_dtype_say_so() -> None:
     rules = [{"sites": "step", "steps": "0-4", "do": {"dense": {"dtype": "bfloat16"}}}]
     cast = {"steps": 5, "seconds": 1.0, "psnr_db": 60.0, "worst_psnr_db": 58.0}
-    rows = {row[0]: row[1:] for row in bench_rows({**BENCH, "plan": {"rules": rules}, "dense_cast": cast})}
-    assert list(rows)[3:] == ["dense, bfloat16", "fewer steps, bfloat16"]
+    fewer = {"steps": 3, "seconds": 0.5, "psnr_db": 30.0, "worst_psnr_db": 28.0}
+    bench = {**BENCH, "plan": {"rules": rules}, "dense_cast": cast, "fewer_steps_cast": fewer, "unipc_cast": None}
+    rows = {row[0]: row[1:] for row in bench_rows(bench)}
+    assert list(rows)[3:] == ["fewer steps", "dense, bfloat16", "fewer steps, bfloat16"]
     assert rows["dense, bfloat16"] == (5, 1.0, 2.0, 60.0, 58.0)
+    assert rows["fewer steps, bfloat16"] == (3, 0.5, 4.0, 30.0, 28.0)
 
 
 def test_the_side_file_round_trips(tmp_path: Path) -> None:

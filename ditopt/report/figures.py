@@ -25,7 +25,7 @@ def figure(value: Any) -> str:
 
 
 def _dtype(bench: Mapping[str, Any]) -> str | None:
-    """The dtype of its own that a benchmark's plan computes in, and its rivals with it."""
+    """The dtype of its own that a benchmark's plan computes in."""
     decisions = (rule["do"] for rule in bench.get("plan", {}).get("rules", ()))
     found = (each["dense"]["dtype"] for each in decisions if isinstance(each, Mapping) and "dense" in each)
     return next(found, None)
@@ -39,12 +39,12 @@ def bench_rows(bench: Mapping[str, Any]) -> list[tuple[str, Any, Any, Any, Any, 
         ("dense, Inductor", bench.get("steps"), dense, None, None),
         ("optimised", bench.get("kept"), bench.get("optimized_s"), bench.get("psnr_db"), bench.get("worst_psnr_db")),
     ]
-    dtype = _dtype(bench)
-    suffix = f", {dtype}" if dtype else ""
-    rivals = {"dense_cast": "dense", "fewer_steps": "fewer steps", "unipc": "UniPC", "dpmpp": "DPM-Solver++"}
-    for key, name in rivals.items():
+    names = {"fewer_steps": "fewer steps", "unipc": "UniPC", "dpmpp": "DPM-Solver++"}
+    ending = f", {_dtype(bench)}"
+    names |= {"dense_cast": "dense" + ending} | {f"{key}_cast": name + ending for key, name in names.items()}
+    for key, name in names.items():
         rival = bench.get(key) or {}
         if rival.get("seconds") is not None:
             quality = rival.get("psnr_db"), rival.get("worst_psnr_db")
-            plain.append((name + suffix, rival["steps"], rival["seconds"], *quality))
+            plain.append((name, rival["steps"], rival["seconds"], *quality))
     return [(name, n, s, dense / s if dense and s else None, db, worst) for name, n, s, db, worst in plain]

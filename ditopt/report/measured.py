@@ -25,7 +25,8 @@ class RivalResult:
 class BenchResult:
     """What a benchmark measured; seconds are medians of whole generations, decibels are means over prompts.
 
-    ``dense_cast`` is the dense model in the plan's own dtype, in which the rivals run too; None where it has none.
+    Rivals run the model as it is. Where the plan computes in a dtype of its own, ``dense_cast`` is the dense model in
+    that one, and ``fewer_steps_cast`` and so on are rivals that run the model so; None where it has none.
     """
 
     dense_eager_s: float
@@ -39,7 +40,6 @@ class BenchResult:
     fewer_steps: RivalResult
     unipc: RivalResult
     dpmpp: RivalResult
-    dense_cast: RivalResult | None
     converged: dict[str, float]
     attribute_score: dict[str, float] | None
     graph_breaks: int
@@ -59,6 +59,10 @@ class BenchResult:
     per_prompt: list[dict[str, Any]]
     seconds: dict[str, list[float]]
     notes: list[str]
+    dense_cast: RivalResult | None = None
+    fewer_steps_cast: RivalResult | None = None
+    unipc_cast: RivalResult | None = None
+    dpmpp_cast: RivalResult | None = None
 
     def to_data(self) -> dict[str, Any]:
         """The result as JSON-able data."""
