@@ -51,8 +51,9 @@ class _Pause(BaseException):
 class Steering:
     """Refits plans of whole steps for one network; ``pairs`` are the prompts and ``paths`` what to stay on.
 
-    ``shares`` ``[branches, T]`` is how branches' outputs are combined in every step. All outputs of all prompts are
-    held at once. Networks that are called in turn with this one are played back too, so their own plans start cold.
+    ``shares`` ``[branches, T]`` is how branches' outputs are combined in every step; ``weights`` are of prompts in the
+    fits, 1 where not given. All outputs of all prompts are held at once. Networks that are called in turn with this one
+    are played back too, so their own plans start cold.
     """
 
     evaluator: Evaluator
@@ -62,6 +63,7 @@ class Steering:
     shares: Array
     pairs: Sequence[tuple[str, int]]
     paths: Mapping[tuple[str, int], DensePath]
+    weights: Mapping[tuple[str, int], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         moves = sampler_moves([self.paths[pair] for pair in self.pairs], self.problem.widths)
@@ -120,9 +122,9 @@ class Steering:
             if run.latents is not None:
                 wanted = wanted + self._back[step] * (path.latents[step] - run.latents)
                 rows = [*rows, run.latents] if candidate.latents else rows
-            read = torch.stack(rows).double()
-            inner += (read @ read.T).numpy()
-            cross += (read @ wanted.double()).numpy()
+            read, weight = torch.stack(rows).double(), self.weights.get(run.pair, 1.0)
+            inner += weight * (read @ read.T).numpy()
+            cross += weight * (read @ wanted.double()).numpy()
         times = np.asarray(self.problem.times)
         prior = np.zeros(terms)
         near = np.asarray(sources[:2], dtype=np.intp)

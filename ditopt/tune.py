@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from ditopt.console import Reporter, Stage
@@ -42,6 +43,8 @@ from ditopt.target import Target
 
 Pairs = Sequence[tuple[str, int]]
 
+NO_DISTANCE = 1e-6
+"""Samples that are nearer than this are the same."""
 MOST_TRIALS = 3
 """How many times the budget the trials of cheap plans may be: each refit starts the caller's loop anew."""
 
@@ -144,8 +147,9 @@ class Tuner:
     def aim(self, solution: Solution, share: float) -> Solution | None:
         """``solution`` refitted to paths a ``share`` of the way from the dense ones to the second-order ones.
 
-        A sampler of first order has an error of its own, and that of a plan which hugs the dense path adds to it.
-        None where plans cannot be refitted, or no second-order paths are known.
+        A sampler of first order has an error of its own, and that of a plan which hugs the dense path adds to it. Every
+        prompt counts by its own such error: where it is largest the two paths are farthest apart, and fits would follow
+        that prompt alone. None where plans cannot be refitted, or no second-order paths are known.
         """
         finer = self.evaluator.finer
         if self._steering is None or solution.draft.ranges or not all(pair in finer for pair in self.pairs):
@@ -153,7 +157,9 @@ class Tuner:
         self.stage_name = "aim"
         paths = self.evaluator.paths[self.network]
         aimed = {pair: pulled(paths[pair], finer[pair].path, share) for pair in self.pairs}
-        return self._refit(replace(self._steering, paths=aimed), solution)
+        apart = {pair: float(torch.dist(self.evaluator.references[pair], finer[pair].sample)) for pair in self.pairs}
+        weights = {pair: max(distance, NO_DISTANCE) ** -2 for pair, distance in apart.items()}
+        return self._refit(replace(self._steering, paths=aimed, weights=weights), solution)
 
     def finer_of(self, solution: Solution | None) -> float | None:
         """How near, in dB, the tuning prompts' samples under a refitted plan are to the second-order ones."""

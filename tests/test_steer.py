@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ditopt
-from ditopt.decisions import Dense
+from ditopt.decisions import Dense, Fit
 from ditopt.measure import DensePath
 from ditopt.profile import branch_shares
 from ditopt.profiler.features import FeatureCollector
@@ -104,6 +104,23 @@ def test_a_refit_plan_is_nearer_to_dense(tuner: Tuner) -> None:
     before, after = (tuner.evaluator.quality(found.rules, tuner.pairs)[0] for found in (plain, refit))
     assert after.rel_l2 < 0.8 * before.rel_l2
     assert after.psnr > before.psnr + 1
+
+
+@pytest.mark.parametrize("tuner", [euler], indirect=True)
+def test_a_prompt_of_little_weight_is_hardly_fitted(tuner: Tuner) -> None:
+    steering, plain = tuner._steering, solve_kept(tuner.problem, 5)
+    assert steering is not None
+    factors = {}
+    first, *others = tuner.pairs
+    for name, changed in {
+        "alone": replace(steering, pairs=[first]),
+        "weighted": replace(steering, weights=dict.fromkeys(others, 1e-9)),
+        "even": steering,
+    }.items():
+        fits = [rule.do for rule in changed(plain)[0].rules if isinstance(rule.do, Fit)]
+        factors[name] = np.concatenate([fit.coefficients[step] for fit in fits for step in sorted(fit.coefficients)])
+    np.testing.assert_allclose(factors["weighted"], factors["alone"], atol=1e-3)
+    assert np.abs(factors["even"] - factors["alone"]).max() > 0.01
 
 
 @pytest.mark.parametrize("tuner", [guided], indirect=True)
