@@ -12,8 +12,8 @@ class Goal:
     """A target, and the least speed-up over Inductor at it.
 
     ``asked`` is the speed-up that its plan is asked for: 2% more than the least, so that the noise of a clock does not
-    decide. Under guidance bfloat16 alone has two thirds of the goals and more, and so have the rivals: there more is
-    asked for, of one plan for both goals. ``budget``: how many plans its search may try, None: as many as it sees fit.
+    decide. Under guidance bfloat16 alone has two thirds of the goals and more: there more is asked for, of one plan for
+    both goals. ``budget``: how many plans its search may try, None: as many as it sees fit.
     """
 
     guidance: float
@@ -39,8 +39,8 @@ GOALS = (
     Goal(4.0, 42.0, 2.0, 2.85, 12),
     Goal(4.0, 36.0, 2.6, 2.85, 12),
 )
-RIVALS = {"fewer_steps": 6.0, "unipc": 3.0, "dpmpp": 3.0}
-"""By how many dB a plan has to be above each."""
+MARGINS_DB = {"fewer_steps": 6.0, "unipc": 3.0, "dpmpp": 3.0}
+"""By how much a plan has to be above each rival that runs the model as it is, at equal latency."""
 ATTRIBUTE_POINTS = 0.01
 ROUNDING = 1e-9  # so that a score exactly one point lower is within one point
 
@@ -83,10 +83,10 @@ def checks(goal: Goal, figures: Mapping[str, Any] | None) -> Iterator[Check]:
     found = figures or {}
     yield Check("× Inductor", found.get("speedup_vs_inductor"), goal.speedup)
     yield Check("PSNR dB", found.get("psnr_db"), goal.psnr_db)
-    for name, margin in RIVALS.items():
+    for name, margin in MARGINS_DB.items():
         yield Check(f"dB above {name}", _above(found, name), margin)
-        if found.get(f"{name}_cast"):  # in the plan's dtype: harder than what is asked
-            yield Check(f"dB above {name} in its dtype", _above(found, f"{name}_cast"), margin, demanded=False)
+        if found.get(f"{name}_cast"):  # harder than what is asked, and worth knowing
+            yield Check(f"dB above {name} in the plan's dtype", _above(found, f"{name}_cast"), margin, demanded=False)
     converged = found.get("converged")
     gain = converged["optimized_db"] - converged["dense_db"] if converged else None
     yield Check("dB nearer to converged", gain, 0.0)  # its standard error is in the figures, and excuses nothing

@@ -116,7 +116,7 @@ def run_benches(
 ) -> list[BenchResult]:
     """Measure several plans for one setting in one interleaved run: ``run_bench`` for each, with shared dense runs.
 
-    Every plan has rivals at its own latency; what two plans ask for is run once. ``recompiles`` are the
+    Every plan has rivals at its own latency; a rival that two plans ask for is run once. ``recompiles`` are the
     frames that Dynamo and the plan's variants that Inductor compiled after the warm-up. Peak memory and what Dynamo
     counts are of the whole run.
 
@@ -161,7 +161,8 @@ def run_benches(
 
 
 def _save_sheet(path: Path, contest: Contest, entry: Entry) -> None:
-    rows = {role: entry.roles[role] for role in (DENSE, "optimized", "fewer_steps")}
+    shown_roles = (DENSE, "optimized", "fewer_steps", "fewer_steps_cast")
+    rows = {role: entry.roles[role] for role in shown_roles if role in entry.roles}
     shown = [{role: part[name] for role, name in rows.items()} for part in contest.made[:SHEET_PROMPTS]]
     save_sheet(path, contest.prompts[: len(shown)], shown)
 
@@ -181,9 +182,7 @@ def _result(contest: Contest, entry: Entry, source: str) -> BenchResult:
         return RivalResult(steps, medians[role], statistics.mean(values), min(values))
 
     def rivals(ending: str) -> dict[str, RivalResult]:
-        steps = entry.steps[ending]
-        counts = {"fewer_steps": steps, **dict.fromkeys(SOLVERS, contest.evaluations(steps))}
-        return {name + ending: rival(name + ending, count) for name, count in counts.items()}
+        return {name + ending: rival(name + ending, n) for name, n in contest.rival_steps(entry, ending).items()}
 
     found = {name: figures for ending in entry.endings for name, figures in rivals(ending).items()}
     if CAST in entry.roles:

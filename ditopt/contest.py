@@ -30,10 +30,9 @@ from ditopt.runtime.program import Program
 PILOT_ROUNDS = 3
 EQUAL_ROUNDS = 5  # that say which of two takes longer
 CONVERGED_FACTOR = 4
-CONVERGED_PROMPTS = 5
+CONVERGED_PROMPTS = 8
 SHEET_PROMPTS = 4
 EAGER, DENSE, CAST = "dense_eager", "dense_inductor", "dense_cast"
-RIVALS = ("fewer_steps", *SOLVERS)
 
 
 @dataclass
@@ -162,6 +161,11 @@ class Contest:
         """Network evaluations (per branch) of ``steps`` steps of the pipeline's own scheduler."""
         return self.order * steps - (self.order - 1)
 
+    def rival_steps(self, entry: Entry, ending: str) -> dict[str, int]:
+        """The steps of each rival of a plan; solvers evaluate the network once a step."""
+        steps = entry.steps[ending]
+        return {"fewer_steps": steps, **dict.fromkeys(SOLVERS, self.evaluations(steps))}
+
     def recompiled(self, entry: Entry) -> tuple[int, int]:
         """After the warm-up: frames that Dynamo compiled, variants of the plan that Inductor compiled."""
         return self.ended.recompiles - self.warm.recompiles, entry.variants - entry.warm_variants
@@ -197,7 +201,7 @@ class Contest:
                 stage.advance()
 
     def _choose_steps(self) -> None:
-        """Per plan the fewest steps of the own scheduler that take as long: rounded in the rivals' favour.
+        """Per plan and dtype the fewest steps of the own scheduler that take as long: rounded in the rivals' favour.
 
         Pilots say how many; one more is given as long as the rival, timed in turns with the plan, is faster than it.
         """
@@ -239,8 +243,7 @@ class Contest:
     def _add_rivals(self) -> None:
         for entry in self.entries:
             for ending, base in entry.endings.items():
-                for rival in RIVALS:
-                    steps = entry.steps[ending] if rival not in SOLVERS else self.evaluations(entry.steps[ending])
+                for rival, steps in self.rival_steps(entry, ending).items():
                     name = entry.roles[rival + ending] = f"{rival} {steps}" + base.removeprefix(DENSE)
                     if name not in self.contenders and name not in self.failed:
                         self._add_rival(name, rival, steps, self.contenders[base].calls)
@@ -257,8 +260,10 @@ class Contest:
                 raise
             # A solver that this pipeline cannot drive is a finding, not a failure.
             self.contenders.pop(name, None)
-            self.failed[name] = f"{SOLVERS[rival]} does not run in this pipeline: {type(error).__name__}: {error}"
-            self.note(self.failed[name])
+            reason = f"{SOLVERS[rival]} does not run in this pipeline: {type(error).__name__}: {error}"
+            if reason not in self.failed.values():
+                self.note(reason)
+            self.failed[name] = reason
 
     def _rounds(self) -> None:
         """Every contender on every prompt, another one first in each turn; eager only ``repeats`` times."""
@@ -359,7 +364,7 @@ class Contest:
 
     def _say_what_was_unfair(self, entry: Entry) -> None:
         optimised = statistics.median(self.seconds[entry.optimized])
-        for role in (rival + ending for ending in entry.endings for rival in RIVALS):
+        for role in (rival + ending for ending in entry.endings for rival in self.rival_steps(entry, ending)):
             rival = statistics.median(self.seconds.get(entry.roles[role]) or [math.inf])
             if rival < optimised:
                 self.note(

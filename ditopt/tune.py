@@ -43,8 +43,8 @@ from ditopt.target import Target
 
 Pairs = Sequence[tuple[str, int]]
 
-NO_DISTANCE = 1e-6
-"""Samples that are nearer than this are the same."""
+NEAR = 0.1
+"""A prompt's own error, relative to the largest, below which it does not weigh more in an aimed fit."""
 MOST_TRIALS = 3
 """How many times the budget the trials of cheap plans may be: each refit starts the caller's loop anew."""
 
@@ -147,9 +147,9 @@ class Tuner:
     def aim(self, solution: Solution, share: float) -> Solution | None:
         """``solution`` refitted to paths a ``share`` of the way from the dense ones to the second-order ones.
 
-        A sampler of first order has an error of its own, and that of a plan which hugs the dense path adds to it. Every
-        prompt counts by its own such error: where it is largest the two paths are farthest apart, and fits would follow
-        that prompt alone. None where plans cannot be refitted, or no second-order paths are known.
+        A sampler of first order has an error of its own, and that of a plan which hugs the dense path adds to it.
+        Prompts weigh by the inverse square of theirs: where it is largest the two paths are farthest apart, and fits
+        would follow that prompt alone. None where plans cannot be refitted, or no second-order paths are known.
         """
         finer = self.evaluator.finer
         if self._steering is None or solution.draft.ranges or not all(pair in finer for pair in self.pairs):
@@ -158,7 +158,8 @@ class Tuner:
         paths = self.evaluator.paths[self.network]
         aimed = {pair: pulled(paths[pair], finer[pair].path, share) for pair in self.pairs}
         apart = {pair: float(torch.dist(self.evaluator.references[pair], finer[pair].sample)) for pair in self.pairs}
-        weights = {pair: max(distance, NO_DISTANCE) ** -2 for pair, distance in apart.items()}
+        farthest = max(*apart.values(), 1e-12)
+        weights = {pair: max(distance / farthest, NEAR) ** -2 for pair, distance in apart.items()}
         return self._refit(replace(self._steering, paths=aimed, weights=weights), solution)
 
     def finer_of(self, solution: Solution | None) -> float | None:

@@ -39,7 +39,8 @@ The factors were fitted to these prompts, and second-order samples are not conve
 AIM_DB = 2.0
 """What a search for speed gives up of the PSNR to dense to come nearer to the second-order samples.
 
-Beyond it prompts that were not tuned on lose 1.5 dB and more with every further share and hardly come nearer.
+Beyond it prompts that were not tuned on lost 1.5 dB and more with every further share of the way (21 of 30 steps of the
+example model under guidance), and came 0.1 to 0.3 dB nearer to converged runs or not at all.
 """
 FLOOR_DB = min(LEVELS.values())
 """A search for speed does not go on below this mean PSNR."""
@@ -300,7 +301,8 @@ class VerifiedSearch:
     def fewer_steps(self, found: Found) -> list[Row]:
         """The honest rival: the same sampler with as many steps as the plan's time pays for (rounded up).
 
-        Where the plan computes in a dtype of its own the rival does too.
+        Where the plan computes in a dtype of its own the rival does too: of the two that ``ditopt bench`` has then, it
+        is the harder one, ``fewer_steps_cast``.
         """
         adapter, evaluator = self.evaluator.adapter, self.evaluator
         if not isinstance(adapter, DiffusersAdapter) or "num_inference_steps" not in adapter.accepted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,9 @@ from ditopt.bench import (
     settings_of,
 )
 from ditopt.cli import app
-from ditopt.contest import CAST, DENSE, Contest
+from ditopt.console import Reporter
+from ditopt.contenders import Sample
+from ditopt.contest import CAST, DENSE, Contest, Entry
 from ditopt.decisions import Dense, Forecast, Reuse
 from ditopt.errors import InputError, PlanMismatchError
 from ditopt.passes._infra import StepPlan
@@ -248,9 +251,29 @@ def test_a_plan_with_a_dtype_has_rivals_as_the_model_is_and_in_it(
     assert plain.calls is contest.contenders[DENSE].calls
     assert plain.settings == {"num_inference_steps": two.fewer_steps.steps}
     assert rival.settings == {"num_inference_steps": two.fewer_steps_cast.steps}
+    for role in ("fewer_steps_cast", "unipc_cast", "dpmpp_cast"):
+        assert contest.contenders[second.roles[role]].calls is contest.contenders[second.roles[CAST]].calls
     same = [Contender(each.adapter, each.calls, None, rival.settings) for each in (plain, rival)]
     apart = relative_l2(*(each.generate(PROMPTS[0], 1000)[0] for each in same))
     assert 0 < apart < 0.02, "the same steps, in another dtype"
+
+
+def test_rivals_have_the_steps_that_the_plan_takes_in_their_dtype(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter: Any = SimpleNamespace(steps=30)
+    contest = Contest(adapter, ("a",), 5, 0, 2, Reporter(quiet=True))
+    entry = Entry(plan, {}, {DENSE: DENSE, CAST: "cast", "optimized": "plan"})
+    contest.entries.append(entry)
+
+    def timed(name: str, index: int, num_inference_steps: int = 30) -> Sample:
+        """A second beside the network's; the plan takes 3.05 s."""
+        seconds = {DENSE: 0.2, "cast": 0.1}.get(name)
+        return torch.zeros(1), 3.05 if seconds is None else 1.0 + seconds * num_inference_steps
+
+    monkeypatch.setattr(contest, "_timed", timed)
+    contest._choose_steps()
+    assert entry.steps == {"": 11, "_cast": 21}
+    assert contest.rival_steps(entry, "") == {"fewer_steps": 11, "unipc": 21, "dpmpp": 21}
+    assert contest.rival_steps(entry, "_cast") == {"fewer_steps": 21, "unipc": 41, "dpmpp": 41}
 
 
 def test_the_score_is_over_its_own_prompts(shared: tuple[Contest, list[BenchResult]], pipe: TinyVideoPipeline) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import get_args
 
@@ -13,23 +13,22 @@ from ditopt.cost_models.measured import MeasuredCost
 from ditopt.decisions import DTYPES, KINDS, Decision, Dense, decision_from_data, decision_to_data
 from ditopt.errors import AuditError
 from ditopt.passes._infra import PassManager, StepPlan
-from ditopt.passes.audit import audit, only_needed_by
+from ditopt.passes.audit import audit
 from ditopt.passes.cast import MIN_ROWS
 from ditopt.passes.prune import prune
 from ditopt.plan import DevicePrint, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.precision import in_dtype
+from ditopt.profiler import timing
 from ditopt.quality import Quality
 from ditopt.runtime.program import Program
 from ditopt.runtime.schedule import BoundPlan, bind
 from ditopt.search import solve_kept
 from ditopt.search.solution import dtype_rules
-from ditopt.sites import STEP
 from ditopt.target import Target
 from tests.search.problems import random_problem
 from tests.tiny import compiled_tiny, euler, make_model
 
 STEPS = 6
-SECONDS: dict[str, float] = {"full": 1.0, "predicted": 0.1} | {dtype: 0.5 for dtype in DTYPES}
 CHOICES = [*(kind for kind in KINDS if kind != "dense"), *(f"dense {dtype}" for dtype in DTYPES)]
 """Whatever may be done in place of computing as the model does."""
 
@@ -40,13 +39,26 @@ def program() -> Iterator[Program]:
         yield found
 
 
-def searched(choice: str) -> tuple[Rule, ...]:
+@pytest.fixture(scope="module")
+def seconds(program: Program) -> dict[str, float]:
+    """What a profile would have timed, by a clock that tells predicted steps and dtypes from others."""
+
+    def prepared(program: Program, plan: StepPlan, arguments: object) -> timing.Timed:
+        taken = 0.1 if plan.predicted else 0.5 if plan.dtype else 1.0
+        return lambda: taken
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "prepared", prepared)
+        return timing.measure_seconds(program, (), (), DTYPES)
+
+
+def searched(choice: str, seconds: Mapping[str, float]) -> tuple[Rule, ...]:
     """The rules of a search in which nothing else may be done."""
     kind, _, dtype = choice.partition(" ")
     if not dtype:
         return solve_kept(random_problem(0, STEPS, techniques=(kind,)), STEPS - 1).rules
     flawless = Quality(90.0, 90.0, 0.0, (90.0,))
-    problem = in_dtype(random_problem(0, STEPS), SECONDS, dtype, Target(min_psnr=42.0), lambda rules: flawless)
+    problem = in_dtype(random_problem(0, STEPS), seconds, dtype, Target(min_psnr=42.0), lambda rules: flawless)
     return tuple(dtype_rules(problem))
 
 
@@ -67,33 +79,34 @@ def bound(rules: tuple[Rule, ...]) -> BoundPlan:
 
 
 def test_the_table_has_a_row_for_every_variant() -> None:
-    assert {KINDS[kind] for kind in KINDS} == set(get_args(Decision))
+    assert set(KINDS.values()) == set(get_args(Decision))
     assert all(variant.model_fields["kind"].default == kind for kind, variant in KINDS.items())
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_the_search_decides_it_and_a_plan_file_holds_it(choice: str) -> None:
+def test_the_search_decides_it_and_a_plan_file_holds_it(choice: str, seconds: dict[str, float]) -> None:
     kind, _, dtype = choice.partition(" ")
-    found = [rule.do for rule in searched(choice)]
+    found = [rule.do for rule in searched(choice, seconds)]
     assert found and all(do.kind == kind for do in found)
     assert all(do.dtype == dtype for do in found if isinstance(do, Dense))
     assert [decision_from_data(decision_to_data(do)) for do in found] == found
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_it_has_a_cost(choice: str) -> None:
-    cost = MeasuredCost(SECONDS)
-    steps = bound(searched(choice)).steps
+def test_it_has_a_cost(choice: str, seconds: dict[str, float]) -> None:
+    cost = MeasuredCost(seconds)
+    steps = bound(searched(choice, seconds)).steps
     taken = [cost.step_seconds([each.site for each in step.predictions], step.variant.dtype) for step in steps]
-    assert min(taken) < SECONDS["full"]
+    assert min(taken) < seconds["full"]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_a_pass_puts_it_into_the_graph_and_the_audit_misses_it_elsewhere(choice: str, program: Program) -> None:
+def test_a_pass_puts_it_into_the_graph_and_the_audit_refuses_one_without(
+    choice: str, program: Program, seconds: dict[str, float]
+) -> None:
     cache = program.variants
-    (variant,) = {replace(step.variant, recorded=()) for step in bound(searched(choice)).steps} - {StepPlan()}
+    (variant,) = {replace(step.variant, recorded=()) for step in bound(searched(choice, seconds)).steps} - {StepPlan()}
     cache.graph(variant)  # which audits it
     untouched = PassManager([prune]).run(cache.trace.gm, variant, cache.index)
-    dead = {STEP: only_needed_by(cache.trace.gm, cache.index, STEP, set())}
-    with pytest.raises(AuditError):
-        audit(untouched, variant, cache.index, dead)
+    with pytest.raises(AuditError, match=r"but the graph does not read factors_step|products are to run in"):
+        audit(untouched, variant, cache.index, {})

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import flow
-from benchmarks.flow import Part
+from benchmarks.flow import Flow, Part, Settings
 from benchmarks.goals import GOALS, Goal, checks
 from ditopt.plan import Plan
 
@@ -121,6 +121,13 @@ def test_all_met_is_success_and_parts_of_one_guidance_share_a_benchmark(
     assert "[1/6] optimize unguided-42" in capsys.readouterr().out
 
 
+def test_no_time_is_expected_for_a_plan_that_is_taken_over(desk: Bench) -> None:
+    parts = [Part(goal, Settings(desk.model, desk.folder / "out", 2, 4)) for goal in GOALS]
+    expected = {task.title: task.expected_s for task in Flow(parts, print).tasks()}
+    assert expected["optimize guided-42"] > 0 and expected["optimize guided-36"] == 0
+    assert expected["optimize unguided-42"] == expected["optimize unguided-36"] > 0
+
+
 def test_every_task_is_announced_with_an_eta(desk: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     desk.run()
     told = [line for line in capsys.readouterr().out.splitlines() if "ETA" in line]
@@ -164,9 +171,11 @@ def test_rivals_in_the_dtype_of_the_plan_are_shown_and_not_demanded(desk: Bench)
     desk.figures["guided-42"]["unipc_cast"] = {"psnr_db": 30.0}
     assert desk.run() == 0
     assert desk.table["guided-42"]["status"] == "met"
-    assert "| guided-42 | dB above fewer_steps in its dtype | 5 | ≥ 6 | NO, not demanded |" in desk.markdown
-    assert "| guided-42 | dB above unipc in its dtype | 12.1 | ≥ 3 | yes, not demanded |" in desk.markdown
-    assert "dB above dpmpp in its dtype" not in desk.markdown
+    assert "| guided-42 | dB above fewer_steps in the plan's dtype | 5 | ≥ 6 | NO, not demanded |" in desk.markdown
+    assert "| guided-42 | dB above unipc in the plan's dtype | 12.1 | ≥ 3 | yes, not demanded |" in desk.markdown
+    assert "dB above dpmpp in the plan's dtype" not in desk.markdown
+    short = "**met: short beyond what is demanded: dB above fewer_steps in the plan's dtype**"
+    assert f"| guided-42 | {short} |" in desk.markdown
 
 
 def test_no_noise_excuses_a_loss_against_converged_runs() -> None:

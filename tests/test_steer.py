@@ -20,10 +20,11 @@ from ditopt.profiler.moves import sampler_moves, second_order
 from ditopt.profiler.observe import observed
 from ditopt.profiler.run import ROUNDED, whole_program
 from ditopt.quality import compare
-from ditopt.search import solve_kept
+from ditopt.search import Solution, solve_kept
 from ditopt.sites import STEP
+from ditopt.steer import Steering
 from ditopt.target import Target
-from ditopt.tune import Tuner
+from ditopt.tune import NEAR, Tuner
 from ditopt.verify import VerifiedSearch
 from tests.tiny import TinyDiT, euler, make_model, prompt_features
 
@@ -239,6 +240,25 @@ def test_an_aimed_plan_is_nearer_to_the_second_order_samples(tuner: Tuner) -> No
     tuner.evaluator.bind(aimed.rules)
     samples = [tuner.evaluator.adapter.checked_rollout(*pair) for pair in tuner.pairs]
     assert compare(samples, finer).psnr == pytest.approx(after, abs=0.05), "the compiled plan does what was promised"
+
+
+@pytest.mark.parametrize("tuner", [euler], indirect=True)
+def test_prompts_far_from_the_second_order_samples_weigh_less(tuner: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Steering] = []
+
+    def refit(steering: Steering, solution: Solution) -> Solution:
+        seen.append(steering)
+        return solution
+
+    monkeypatch.setattr(tuner, "_refit", refit)
+    finer, plain = tuner.evaluator.finer, solve_kept(tuner.problem, 6)
+    for distances in ((1.0, 0.5, 0.0), (0.0, 0.0, 0.0)):
+        for pair, distance in zip(tuner.pairs, distances, strict=False):
+            finer[pair] = replace(finer[pair], sample=tuner.evaluator.references[pair] + distance)
+        tuner.aim(plain, 1.0)
+    first, second = ([steering.weights[pair] for pair in tuner.pairs[:3]] for steering in seen)
+    assert first == pytest.approx([1.0, 4.0, 1 / NEAR**2])
+    assert second[0] == second[1] == second[2] > 0
 
 
 @pytest.mark.parametrize("tuner", [guided], indirect=True)

@@ -53,7 +53,7 @@ WHOLE_STEPS = {"full": 1.0, "predicted": 0.0}
 
 
 def searching(
-    evaluator: object,
+    evaluator: Any,
     target: Target,
     steps: int = 10,
     seconds: Mapping[str, float] = WHOLE_STEPS,
@@ -62,8 +62,7 @@ def searching(
     """A search of networks with as many steps, which take as many ``seconds``."""
     part = SimpleNamespace(timesteps=tuple(range(steps)), seconds=seconds)
     profile: Any = SimpleNamespace(networks=dict.fromkeys(networks, part))
-    rollouts: Any = evaluator
-    return VerifiedSearch(rollouts, profile, target, [("a", 0)], [("b", 1)], Reporter(quiet=True), 4, 8, ("reuse",))
+    return VerifiedSearch(evaluator, profile, target, [("a", 0)], [("b", 1)], Reporter(quiet=True), 4, 8, ("reuse",))
 
 
 def search(

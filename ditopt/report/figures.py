@@ -40,8 +40,9 @@ def bench_rows(bench: Mapping[str, Any]) -> list[tuple[str, Any, Any, Any, Any, 
         ("optimised", bench.get("kept"), bench.get("optimized_s"), bench.get("psnr_db"), bench.get("worst_psnr_db")),
     ]
     names = {"fewer_steps": "fewer steps", "unipc": "UniPC", "dpmpp": "DPM-Solver++"}
-    ending = f", {_dtype(bench)}"
-    names |= {"dense_cast": "dense" + ending} | {f"{key}_cast": name + ending for key, name in names.items()}
+    if dtype := _dtype(bench):
+        cast = {f"{key}_cast": name for key, name in {"dense": "dense", **names}.items()}
+        names |= {key: f"{name}, {dtype}" for key, name in cast.items()}
     for key, name in names.items():
         rival = bench.get(key) or {}
         if rival.get("seconds") is not None:

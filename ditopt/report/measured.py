@@ -26,7 +26,7 @@ class BenchResult:
     """What a benchmark measured; seconds are medians of whole generations, decibels are means over prompts.
 
     Rivals run the model as it is. Where the plan computes in a dtype of its own, ``dense_cast`` is the dense model in
-    that one, and ``fewer_steps_cast`` and so on are rivals that run the model so; None where it has none.
+    that one, and ``fewer_steps_cast`` and so on are rivals that run the model so; otherwise they are None.
     """
 
     dense_eager_s: float
