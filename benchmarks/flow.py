@@ -95,8 +95,9 @@ class Part:
     @property
     def words(self) -> tuple[object, ...]:
         """What ``ditopt optimize`` is asked for, beside files."""
-        budget = () if self.goal.budget is None else ("--budget", self.goal.budget)
-        return "--target-speedup", self.goal.asked, "--guidance", self.goal.guidance, *budget
+        goal = self.goal
+        budget = () if goal.budget is None else ("--budget", goal.budget)
+        return "--target-speedup", goal.asked, "--min-psnr", goal.psnr_db, "--guidance", goal.guidance, *budget
 
     def bench_facts(self) -> dict[str, Any]:
         """What the figures were made from."""

@@ -42,6 +42,8 @@ def optimize(
         min_psnr: instead, the mean paired PSNR in dB to reach.
         target_speedup: instead, the least ratio of dense to optimised seconds of whole generations; the best quality
             at it is sought. Where it is missed within the rounds of search, the nearest plan is kept and that is said.
+            With ``min_psnr`` beside it no plan below that is taken, be it slower; quality that is to spare is spent on
+            being as near to converged samples as dense ones are.
         plan_path: where to write the plan (YAML); it is kept in the user's cache as well.
         pipe_kwargs: what the pipeline is called with later: steps, guidance, size.
         seed: of the first prompt's noise; prompt i uses ``seed + i``.

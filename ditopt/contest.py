@@ -22,8 +22,7 @@ from ditopt.adapters import DiffusersAdapter
 from ditopt.backend import Session
 from ditopt.console import Reporter, Stage
 from ditopt.contenders import SOLVERS, Contender, Sample, compiled_calls, flow_solver
-from ditopt.decisions import Dense
-from ditopt.plan import Plan, format_steps
+from ditopt.plan import Plan, cast_rules, format_steps
 from ditopt.quality import psnr, relative_l2, ssim
 from ditopt.runtime.program import Program
 
@@ -121,8 +120,8 @@ class Contest:
 
     def _enter_cast(self, entry: Entry) -> None:
         """The dense model in the plan's dtype, one for all plans of the same."""
-        computed = [(rule, rule.do.dtype) for rule in entry.plan.rules if isinstance(rule.do, Dense)]
-        if not any(dtype for _, dtype in computed):
+        computed = cast_rules(entry.plan.rules)
+        if not computed:
             return
         told = (f"{rule.network} {format_steps(rule.steps)} {dtype}" for rule, dtype in computed)
         name = entry.roles[CAST] = " ".join([CAST, *told])

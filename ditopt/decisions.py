@@ -22,11 +22,22 @@ class _Decision(BaseModel):
 class Dense(_Decision):
     """Compute the site as the model does; with ``dtype`` its matrix products and attention in that one.
 
-    A dtype is decided for whole steps (the site ``step``) of a float32 model.
+    ``second_order`` is a share of Adams and Bashforth's two-step formula: the sampler is handed the output plus this
+    share of ``h / (2 d)`` times its change since the computed step before, ``d`` away; ``h`` is how far the sampler
+    goes on it. With 1, Euler's method moves as a solver of second order does. The first computed step, the last step
+    and one at the sigma of the computed step before have none.
+
+    Both are decided for whole steps (the site ``step``); a dtype for those of a float32 model.
     """
 
     kind: Literal["dense"] = "dense"
     dtype: Dtype | None = None
+    second_order: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but what the model does is asked for."""
+        return self.dtype is None and self.second_order is None
 
 
 class Reuse(_Decision):

@@ -134,6 +134,14 @@ class Rule(_Part):
         return self
 
 
+def cast_rules(rules: Iterable[Rule]) -> list[tuple[Rule, str | None]]:
+    """The rules of computed steps with their dtype, and nothing else left of them; none if no step has a dtype."""
+    computed = [(rule, rule.do.dtype) for rule in rules if isinstance(rule.do, Dense)]
+    if not any(dtype for _, dtype in computed):
+        return []
+    return [(rule.model_copy(update={"do": Dense(dtype=dtype)}), dtype) for rule, dtype in computed]
+
+
 class ModelPrint(_Part):
     """Which model a plan was made for: class name, hash of the parameter structure, number of blocks."""
 

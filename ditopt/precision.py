@@ -28,7 +28,7 @@ def in_dtype(
     """The problem with steps computed in ``dtype``, or as it is, with what speaks against that.
 
     ``seconds`` are the profile's; ``measure`` are rollouts under some rules, made only where the dtype is faster. A
-    target for speed has no bound on quality: there the dtype is held to the highest level.
+    target for speed alone has no bound on quality: there the dtype is held to the highest level.
     """
     full, narrow = seconds["full"], seconds.get(dtype)
     as_it_is = replace(problem, dtype_tried=dtype)
@@ -43,7 +43,8 @@ def in_dtype(
     cast = replace(as_it_is, dtype=dtype)
     alone = measure(dtype_rules(cast))
     told += f"; alone it has {alone.psnr:.1f} dB"
-    wanted = target if target.speedup is None else Target(min_psnr=max(LEVELS.values()))
+    speed_alone = target.speedup is not None and target.min_psnr is None
+    wanted = Target(min_psnr=max(LEVELS.values())) if speed_alone else replace(target, speedup=None)
     if wanted.missing_db(alone) > -DTYPE_SPARE_DB:
         return replace(as_it_is, dtype_reason=f"{told}, too little to spare for {wanted.to_data()}")
     times = MeasuredCost(seconds).in_dtype(dtype)

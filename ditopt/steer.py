@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from ditopt.profiler.moves import sampler_moves
 from ditopt.profiler.run import whole_program
 from ditopt.runtime.program import Compute, copied
 from ditopt.search.joint import refitted
-from ditopt.search.predictors import lagrange
+from ditopt.search.predictors import lagrange, second_order_factors
 from ditopt.search.problem import SearchProblem
 from ditopt.search.solution import Solution, count_variants, dtype_rules
 from ditopt.search.space import Candidate
@@ -80,24 +81,35 @@ class Steering:
         self.evaluator.bind([*fixed, *dtype_rules(self.problem)])
         factors: dict[int, Array] = {}
         families, sources = self._families(solution)
+        combined = self._combined(solution.kept)
         for step, candidate in sorted(families.items()):
             for run in runs:
-                run.until(step, sources, factors)
+                run.until(step, sources, factors, combined)
             factors[step] = self._fit(runs, step, candidate, sources[step])
-        samples = [run.until(None, sources, factors) for run in runs]
+        samples = [run.until(None, sources, factors, combined) for run in runs]
         refit = refitted(self.problem, solution, families, {step: tuple(row) for step, row in factors.items()})
         return refit, [sample for sample in samples if sample is not None]
 
     def variants(self, solution: Solution) -> int:
         """How many graphs the refitted plan would need."""
         families, _ = self._families(solution)
-        return count_variants(self.problem.steps, replace(solution.draft, families=families))
+        draft = replace(solution.draft, families=families)
+        return count_variants(self.problem.steps, draft, self.problem.second_order is not None)
 
     def _families(self, solution: Solution) -> tuple[dict[int, Candidate], dict[int, tuple[int, ...]]]:
         """Of every predicted step, its predictor and the computed steps that it reads, newest first."""
         histories = with_histories(solution.kept, self.problem.steps)
         families = {step: self._candidate(solution, step, past) for step, past in histories.items()}
         return families, {step: tuple(past[: families[step].history]) for step, past in histories.items()}
+
+    def _combined(self, kept: Sequence[int]) -> dict[int, tuple[int, Array]]:
+        """Of every computed step of second order, the one before and the factors of both."""
+        share, found = self.problem.second_order, {}
+        for before, step in pairwise(kept):
+            factors = None if share is None else second_order_factors(share, self.problem.times, step, before)
+            if factors is not None:
+                found[step] = before, np.asarray(factors)
+        return found
 
     def _candidate(self, solution: Solution, step: int, past: Sequence[int]) -> Candidate:
         """The fit that reads all the history there is (of the same branches), and the latents if they fit."""
@@ -146,7 +158,11 @@ class _Run:
     latents: Tensor | None = None
 
     def until(
-        self, stop: int | None, sources: Mapping[int, Sequence[int]], factors: Mapping[int, Array]
+        self,
+        stop: int | None,
+        sources: Mapping[int, Sequence[int]],
+        factors: Mapping[int, Array],
+        combined: Mapping[int, tuple[int, Array]],
     ) -> Tensor | None:
         """Go on to step ``stop`` and note its latents there; None: to the end, whose sample is returned."""
         steering = self.steering
@@ -170,6 +186,9 @@ class _Run:
                 else:
                     outputs = self.full[step, branch] = tuple(compute(arguments))
                     self._note(step)
+                    before, pair = combined.get(step, (None, np.empty(0)))
+                    if before is not None and (before, branch) in self.full:
+                        outputs = self._predict(branch, (step, before), pair, arguments)
             self.played.append(outputs)
             return copied(outputs)
 

@@ -1,4 +1,4 @@
-"""What the user asks of a plan: quality to reach, or speed to reach."""
+"""What the user asks of a plan: quality to reach, speed to reach, or both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from ditopt.quality import LEVELS, Quality
 
 @dataclass(frozen=True)
 class Target:
-    """One of: mean paired PSNR in dB, mean relative L2 error, least speed-up over dense."""
+    """Mean paired PSNR in dB, mean relative L2 error, or least speed-up over dense; a PSNR beside a speed-up, too.
+
+    With both, quality is the bound and speed the aim: a plan that is faster and misses the PSNR is not taken.
+    """
 
     min_psnr: float | None = None
     max_rel_error: float | None = None
@@ -24,12 +27,14 @@ class Target:
         """The target that ``optimize``'s arguments name; ``quality`` counts where no number is given.
 
         Raises:
-            InputError: more than one number is given, one makes no sense, or the level is unknown.
+            InputError: numbers are given that do not go together, one makes no sense, or the level is unknown.
         """
         given = {"max_rel_error": max_rel_error, "min_psnr": min_psnr, "target_speedup": target_speedup}
         named = {name: value for name, value in given.items() if value is not None}
-        if len(named) > 1:
-            raise InputError(f"{' and '.join(named)} are given together; give one target")
+        if len(named) > 1 and max_rel_error is not None:
+            raise InputError(
+                f"{' and '.join(named)} are given together; give one target, or min_psnr= beside target_speedup="
+            )
         for name, value in named.items():
             least = 1.0 if name == "target_speedup" else 0.0
             if not math.isfinite(value) or value <= least:

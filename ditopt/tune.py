@@ -144,8 +144,10 @@ class Tuner:
             return None
         return compare(samples, [finer[pair].sample for pair in self.pairs]).psnr
 
-    def aim(self, solution: Solution, share: float) -> Solution | None:
+    def aim(self, solution: Solution, share: float, second_order: float | None = None) -> Solution | None:
         """``solution`` refitted to paths a ``share`` of the way from the dense ones to the second-order ones.
+
+        Its computed steps have the share ``second_order`` of that formula themselves.
 
         A sampler of first order has an error of its own, and that of a plan which hugs the dense path adds to it.
         Prompts weigh by the inverse square of theirs: where it is largest the two paths are farthest apart, and fits
@@ -160,7 +162,8 @@ class Tuner:
         apart = {pair: float(torch.dist(self.evaluator.references[pair], finer[pair].sample)) for pair in self.pairs}
         farthest = max(*apart.values(), 1e-12)
         weights = {pair: max(distance / farthest, NEAR) ** -2 for pair, distance in apart.items()}
-        return self._refit(replace(self._steering, paths=aimed, weights=weights), solution)
+        problem = replace(self.problem, second_order=second_order)
+        return self._refit(replace(self._steering, problem=problem, paths=aimed, weights=weights), solution)
 
     def finer_of(self, solution: Solution | None) -> float | None:
         """How near, in dB, the tuning prompts' samples under a refitted plan are to the second-order ones."""

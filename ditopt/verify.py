@@ -10,13 +10,12 @@ from dataclasses import dataclass, field, replace
 
 from ditopt.adapters import DiffusersAdapter
 from ditopt.console import Reporter
-from ditopt.decisions import Dense
 from ditopt.measure import Evaluator
 from ditopt.outcome import Found, Row
-from ditopt.plan import Rule
+from ditopt.plan import Rule, cast_rules
 from ditopt.profile import NetworkProfile, Profile
 from ditopt.profiler.run import TUNING_PROMPTS
-from ditopt.quality import LEVELS, compare
+from ditopt.quality import LEVELS, Quality, compare
 from ditopt.search import Solution
 from ditopt.target import Target
 from ditopt.tune import Tuner
@@ -29,17 +28,19 @@ TRIAL_SECONDS = 170.0
 """What the plans tried by rollouts may take together where the caller sets no budget."""
 SPARE_DB = 0.7
 """A plan that exceeds the target by less than this on the held-out prompts is fast enough."""
-AIM_SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Of the way from the dense path to the second-order one."""
+AIMS = ((0.25, 0.1), (0.5, 0.1), (0.5, 0.25), (0.75, 0.5), (1.0, 1.0))
+"""How far fits aim from the dense path to the second-order one, and what share of that formula computed steps have."""
 AIM_SPARE_DB = 2.0
 """How much nearer to the second-order samples than dense a plan has to be on the tuning prompts to be near enough.
 
 The factors were fitted to these prompts, and second-order samples are not converged ones.
 """
 AIM_DB = 3.0
-"""What a search for speed gives up of the PSNR to dense to come nearer to the second-order samples."""
+"""What a search for speed alone gives up of the PSNR to dense to come nearer to the second-order samples."""
+NEAR_DB = 9.0
+"""A plan this much nearer to dense than dense is to the second-order samples has more than that to give up."""
 FLOOR_DB = min(LEVELS.values())
-"""A search for speed does not go on below this mean PSNR."""
+"""A search for speed does not go on below this mean PSNR, where none is asked for."""
 
 
 def affordable_trials(profile: Profile) -> int:
@@ -85,15 +86,22 @@ class VerifiedSearch:
     def __call__(self) -> Found | None:
         """The plan that met the target on the held-out prompts (for speed: the one that came nearest), or None."""
         found = self._for_quality() if self.target.speedup is None else self._for_speed(self.target.speedup)
+        if found is not None and self.target.missing_db(found.quality) > 0:  # speed was asked for beside quality
+            self._say(f"the fastest plan of {self.target.min_psnr:g} dB takes its place")
+            for tuner in self._tuners.values():
+                tuner.target = replace(self.target, speedup=None)
+            self._allow_more()
+            found = self._for_quality()
         return None if found is None else self._aim(found)
 
     def _aim(self, found: Found) -> Found:
         """Spend what quality there is to spare on samples as near to a second-order solver's as the dense ones are.
 
         Where the dense samples have an error of their own, that of a plan adds to it. The same schedule is refitted to
-        paths further and further towards the second-order ones, until the tuning prompts' samples are nearer to these
-        than dense ones are (by ``AIM_SPARE_DB``), or the held-out prompts would have too little left: the target; for
-        speed ``AIM_DB`` less than before, and the quality level that was reached.
+        paths further and further towards the second-order ones, and its computed steps get a share of that formula
+        themselves, until the tuning prompts' samples are nearer to these than dense ones are (by ``AIM_SPARE_DB``), or
+        the held-out prompts would have too little left: the target, by a standard error of their mean where that is a
+        PSNR; for speed alone what ``_least_psnr`` says.
         """
         if len(found.solutions) != 1 or len(self._tuners) != 1:
             return found
@@ -109,19 +117,17 @@ class VerifiedSearch:
             )
             return found
         best, nearest = found, least
-        reached_levels = [level for level in LEVELS.values() if level <= found.quality.psnr]
-        floor = max([found.quality.psnr - AIM_DB, *reached_levels])
-        with self.reporter.stage("aim: towards a second-order path", len(AIM_SHARES)) as stage:
-            for share in AIM_SHARES:
+        with self.reporter.stage("aim: towards a second-order path", len(AIMS)) as stage:
+            for share, second_order in AIMS:
                 if nearest >= dense + AIM_SPARE_DB:
                     break
-                aimed = tuner.aim(solution, share)
+                aimed = tuner.aim(solution, share, second_order)
                 reached = tuner.finer_of(aimed)
                 if aimed is None or reached is None or reached <= nearest:
                     break
                 quality, _ = self.evaluator.quality(aimed.rules, self.held_out)
                 stage.advance(f"{reached:.1f} dB to it, dense {dense:.1f}")
-                if self.target.missing_db(quality) > 0 or (self.target.speedup is not None and quality.psnr < floor):
+                if self.target.missing_db(quality) > 0 or quality.psnr < self._least_psnr(quality, found, dense):
                     break
                 best, nearest = replace(found, rules=aimed.rules, quality=quality, solutions={name: aimed}), reached
         if best is not found:
@@ -130,6 +136,21 @@ class VerifiedSearch:
                 f"{dense:.1f}; held-out prompts: {best.quality.psnr:.1f} dB"
             )
         return best
+
+    def _least_psnr(self, quality: Quality, found: Found, dense: float) -> float:
+        """What an aimed plan of ``quality``, that was ``found`` before, has to have; ``dense`` is near to second order.
+
+        Other prompts than the held-out ones will have another mean, so a target for PSNR is held with its standard
+        error. For speed alone: the quality level that was reached, and ``AIM_DB`` less than before, or ``NEAR_DB`` more
+        than ``dense`` where that is less still.
+        """
+        if self.target.min_psnr is not None:
+            spread = statistics.stdev(quality.per_prompt) if len(quality.per_prompt) > 1 else 0.0
+            return self.target.min_psnr + spread / math.sqrt(max(len(quality.per_prompt), 1))
+        if self.target.speedup is None:
+            return -math.inf
+        reached_levels = [level for level in LEVELS.values() if level <= found.quality.psnr]
+        return max([min(found.quality.psnr - AIM_DB, dense + NEAR_DB), *reached_levels])
 
     def _for_quality(self) -> Found | None:
         """Where the held-out prompts miss the target, aim higher and search again; where they exceed it, lower."""
@@ -169,8 +190,10 @@ class VerifiedSearch:
         """Where whole generations are slower than asked for, aim at more speed and search again.
 
         Every search aims at one computed step fewer than the last plan has, or at more where the shortfall asks for it.
-        None follows on a plan below ``FLOOR_DB``, and such a plan does not take the place of one above it.
+        None follows on a plan below the floor (``FLOOR_DB``, or the PSNR asked for as well), and such a plan does not
+        take the place of one above it.
         """
+        floor = self._floor
         best: Found | None = None
         last: Found | None = None
         wanted, searches = speedup, 0
@@ -183,10 +206,10 @@ class VerifiedSearch:
             if found is None:
                 ended = "no faster plan was found"
                 break
-            below = found.quality.psnr < FLOOR_DB
+            below = found.quality.psnr < floor
             if below and best is not None:
-                ended = f"the next plan had {found.quality.psnr:.1f} dB, below the floor of {FLOOR_DB:g} dB"
-                self.reporter.say(f"  that is below the floor of {FLOOR_DB:g} dB: the plan before it stays")
+                ended = f"the next plan had {found.quality.psnr:.1f} dB, below the floor of {floor:g} dB"
+                self.reporter.say(f"  that is below the floor of {floor:g} dB: the plan before it stays")
                 break
             same = last is not None and found.rules == last.rules
             if last is not None and same:
@@ -198,7 +221,7 @@ class VerifiedSearch:
             if last.speedup >= speedup:
                 break
             if below:
-                ended = f"the search ends below the floor of {FLOOR_DB:g} dB"
+                ended = f"the search ends below the floor of {floor:g} dB"
                 break
             further = wanted * 1.02 * speedup / last.speedup if same else self._without_excess(last, speedup)
             wanted = max(further, self._one_step_fewer(last))
@@ -210,6 +233,11 @@ class VerifiedSearch:
                 self._allow_more()
         self._say_what_speed_cost(speedup, best, searches, ended)
         return best
+
+    @property
+    def _floor(self) -> float:
+        """The least mean PSNR that a search for speed goes down to."""
+        return FLOOR_DB if self.target.min_psnr is None else self.target.min_psnr
 
     def _without_excess(self, found: Found, speedup: float) -> float:
         """The speed-up of the networks at which generations would have been as fast as asked for.
@@ -249,11 +277,15 @@ class VerifiedSearch:
                 f"asked for {speedup:g}x, measured {best.speedup:.2f}x over whole generations; after {searches} "
                 f"search{'es' if searches > 1 else ''}: {ended}"
             )
-        if best is not None and best.quality.psnr < FLOOR_DB:
-            said.append(f"at this speed the held-out prompts have {best.quality.psnr:.1f} dB, below {FLOOR_DB:g} dB")
+        if best is not None and best.quality.psnr < self._floor:
+            said.append(f"at this speed the held-out prompts have {best.quality.psnr:.1f} dB, below {self._floor:g} dB")
         for text in said:
-            self.reasons.append(text)
-            self.reporter.say(f"  {text}")
+            self._say(text)
+
+    def _say(self, reason: str) -> None:
+        """Keep a reason, and tell it now."""
+        self.reasons.append(reason)
+        self.reporter.say(f"  {reason}")
 
     def _search(self, margin: float) -> Found | None:
         """One search of every network, with ``margin`` dB in hand, judged on the held-out prompts."""
@@ -308,7 +340,7 @@ class VerifiedSearch:
             return []
         assert found.seconds is not None
         plan_seconds, dense_seconds = found.seconds
-        rules = [rule for rule in found.rules if isinstance(rule.do, Dense)]
+        rules = [rule for rule, _ in cast_rules(found.rules)]
         dtypes = [self._tuners[name].problem.dtype for name in found.solutions]
         dtype = next((each for each in dtypes if each is not None), None)
         share = self._share_in_dtype(found)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-LATENTS = "latents"
-
 
 @dataclass(frozen=True)
 class Boundary:
@@ -48,13 +46,15 @@ class StepPlan:
     """What one straight-line graph does: which sites it predicts, and which features it hands on.
 
     ``boundaries`` asks for the residual stream at every edge between blocks (for profiling); ``dtype`` names the one
-    that products are computed in, where that is not the model's.
+    that products are computed in, where that is not the model's. ``second_order``: what is returned of a computed step
+    is combined with the computed step before.
     """
 
     predicted: tuple[Prediction, ...] = ()
     recorded: tuple[str, ...] = ()
     boundaries: bool = False
     dtype: str | None = None
+    second_order: bool = False
 
 
 @dataclass(frozen=True)

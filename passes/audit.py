@@ -7,8 +7,9 @@ from torch import fx
 from ditopt.errors import AuditError
 from ditopt.passes._infra import GraphIndex, StepPlan
 from ditopt.passes.cast import castable
+from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.features import user_outputs
-from ditopt.passes.predict import factors_name, slot_name
+from ditopt.passes.second_order import SECOND_ORDER
 from ditopt.sites import STEP
 
 
@@ -43,6 +44,10 @@ def audit(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, dead: dict[str,
         left = [node.name for node in castable(gm)]
         if left:
             raise AuditError(f"products are to run in {plan.dtype}, but {len(left)} do not, e.g. {left[0]}")
+    if plan.second_order:
+        unread = {factors_name(SECOND_ORDER), slot_name(STEP, 0, 0)} - inputs
+        if unread:
+            raise AuditError(f"{STEP}: second order by the plan, but the graph does not read {sorted(unread)[0]}")
     extra = len(gm.graph.output_node().args[0]) - user_outputs(gm)  # type: ignore[arg-type]
     if plan.recorded and extra < len(plan.recorded):
         raise AuditError(

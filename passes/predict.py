@@ -10,21 +10,18 @@ import torch
 from torch import fx
 
 from ditopt.passes._infra import (
-    LATENTS,
     GraphIndex,
     PassResult,
-    Prediction,
     StepPlan,
     add_input,
     call,
-    converted,
     find,
-    in_layout_of,
     latents_part,
     outputs,
     set_outputs,
     tensor_value,
 )
+from ditopt.passes.combine import combine, factors_input, like, slot_name
 from ditopt.passes.features import Feature, feature, user_outputs
 from ditopt.sites import STEP
 
@@ -48,59 +45,19 @@ def predict(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult
         modified = True
         edge = gm.graph.output_node() if wanted.site == STEP else _after_edge(gm, index, wanted.site)
         for stream, (end, start) in enumerate(zip(found.ends, found.starts, strict=True)):
-            slots = [add_input(gm, slot_name(wanted.site, age, stream), _like(end)) for age in range(wanted.history)]
-            factors = _factors_input(gm, wanted, end)
+            slots = [add_input(gm, slot_name(wanted.site, age, stream), like(end)) for age in range(wanted.history)]
+            factors = factors_input(gm, wanted.site, wanted.terms, end)
             terms = list(slots)
             with gm.graph.inserting_before(edge):
                 if wanted.latents and index.latents is not None:
                     terms.append(_latents_term(gm, index.latents, end))
-                value = _combine(gm, factors, terms, end, start)
+                value = combine(gm, factors, terms, end, start)
             if wanted.site == STEP:
                 kept = [value if node is end else node for node in outputs(gm)]
                 set_outputs(gm, kept)
             else:
                 _replace_after(gm, end, value, edge)
     return PassResult(gm, modified, tuple(reasons))
-
-
-def slot_name(site: str, age: int, stream: int) -> str:
-    """The input that carries stream ``stream`` of the feature ``age`` computations ago."""
-    return f"slot_{_word(site)}_age{age}_stream{stream}"
-
-
-def factors_name(site: str) -> str:
-    """The input that carries a prediction's coefficients ``[terms]`` float32."""
-    return f"factors_{_word(site)}"
-
-
-def _word(site: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in site)
-
-
-def _like(node: fx.Node) -> torch.Tensor:
-    value = tensor_value(node)
-    return value.new_empty(value.shape)
-
-
-def _factors_input(gm: fx.GraphModule, wanted: Prediction, end: fx.Node) -> fx.Node:
-    name = factors_name(wanted.site)
-    found: fx.Node | None = next((n for n in gm.graph.find_nodes(op="placeholder") if n.target == name), None)
-    return found or add_input(gm, name, tensor_value(end).new_empty((wanted.terms,), dtype=torch.float32))
-
-
-def _combine(
-    gm: fx.GraphModule, factors: fx.Node, terms: list[fx.Node], end: fx.Node, start: fx.Node | None
-) -> fx.Node:
-    """``sum_i factors[i] * terms[i] (+ start)``, summed in float32, in the dtype of ``end``."""
-    total: fx.Node | None = None
-    for i, term in enumerate(terms):
-        factor = call(gm, aten.select.int, factors, 0, i)
-        wide = converted(gm, term, torch.float32)
-        product = call(gm, aten.mul.Tensor, wide, factor)
-        total = product if total is None else call(gm, aten.add.Tensor, total, product)
-    assert total is not None
-    total = converted(gm, total, tensor_value(end).dtype)
-    return in_layout_of(gm, total if start is None else call(gm, aten.add.Tensor, start, total), end)
 
 
 def _position(index: GraphIndex, site: str) -> int:
@@ -137,6 +94,3 @@ def _replace_after(gm: fx.GraphModule, old: fx.Node, new: fx.Node, edge: fx.Node
         behind.add(node)
         node = node.next
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user in behind, propagate_meta=False)
-
-
-__all__ = ["LATENTS", "factors_name", "predict", "slot_name"]

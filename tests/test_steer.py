@@ -20,6 +20,7 @@ from ditopt.profiler.moves import sampler_moves, second_order
 from ditopt.profiler.observe import observed
 from ditopt.profiler.run import ROUNDED, whole_program
 from ditopt.quality import compare
+from ditopt.runtime.schedule import bind
 from ditopt.search import Solution, solve_kept
 from ditopt.sites import STEP
 from ditopt.steer import Steering
@@ -87,12 +88,15 @@ def tuner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_the_compiled_plan_does_what_the_refit_promised(tuner: Tuner) -> None:
     assert tuner._steering is not None
-    for count in (8, 5):
+    for count, share in ((8, None), (5, None), (8, 0.5)):
         plain = solve_kept(tuner.problem, count)
-        refit, samples = tuner._steering(plain)
+        refit, samples = replace(tuner._steering, problem=replace(tuner.problem, second_order=share))(plain)
         assert refit.kept == plain.kept
-        assert refit.variants <= 8
-        tuner.evaluator.bind(refit.rules)
+        plan = tuner.evaluator.bind(refit.rules)
+        bound = bind(plan, tuner.network, {})
+        assert len(bound.variants) <= refit.variants <= 8
+        led = [step for step, each in enumerate(bound.steps) if each.second_order]
+        assert led == ([] if share is None else [step for step in plain.kept[1:] if step + 1 < tuner.problem.steps])
         for pair, promised in zip(tuner.pairs, samples, strict=True):
             torch.testing.assert_close(tuner.evaluator.adapter.checked_rollout(*pair), promised, rtol=1e-4, atol=1e-5)
 

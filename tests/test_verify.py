@@ -212,7 +212,7 @@ class AimingTuner(FakeTuner):
 
     finer_psnr: float | None = 60.0
 
-    def aim(self, solution: Any, share: float) -> Any:
+    def aim(self, solution: Any, share: float, second_order: float) -> Any:
         return SimpleNamespace(**{**vars(solution), "share": share, "rules": ("aimed", share)})
 
     def finer_of(self, solution: Any) -> float | None:

@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from ditopt.calls import NetworkCalls
 from ditopt.passes._infra import Prediction, StepPlan
+from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.features import feature
-from ditopt.passes.predict import factors_name, slot_name
 from ditopt.profiler.sensitivity import interpolate
 from ditopt.runtime.program import Observation, Program
 

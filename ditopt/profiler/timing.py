@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditopt.passes._infra import Prediction, StepPlan
 from ditopt.passes.cast import castable
-from ditopt.passes.predict import factors_name, slot_name
+from ditopt.passes.combine import factors_name, slot_name
 from ditopt.runtime.program import Program
 from ditopt.sites import STEP
 from ditopt.trace import count_flops

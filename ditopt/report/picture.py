@@ -59,10 +59,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Picture:
-    """One network's schedule; the first row is the whole step, the others the sites that rules name."""
+    """One network's schedule; the first row is the whole step, the others the sites that rules name.
+
+    ``second_order`` are the shares of that formula that computed steps have.
+    """
 
     network: str
     rows: tuple[Row, ...]
+    second_order: tuple[float, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -73,7 +77,9 @@ class Picture:
     def summary(self) -> str:
         """How many steps run the network, and which."""
         kept = self.rows[0].computed
-        return f"{self.network}: {len(kept)} of {self.steps} steps computed ({format_steps(kept)})"
+        shares = " and ".join(f"{share:g}" for share in self.second_order)
+        finer = f", with {shares} of the second-order formula" if shares else ""
+        return f"{self.network}: {len(kept)} of {self.steps} steps computed ({format_steps(kept)}){finer}"
 
 
 def pictures(plan: Plan) -> tuple[Picture, ...]:
@@ -112,7 +118,9 @@ def _picture(plan: Plan, network: str) -> Picture:
             else:
                 cells.append(Cell(kind_of(decisions[site]), f"step {step}: {_words(decisions[site], step)}"))
         rows.append(Row(site, tuple(cells)))
-    return Picture(network, tuple(rows))
+    whole_steps = [decisions[STEP] for decisions in table]
+    shares = {each.second_order for each in whole_steps if isinstance(each, Dense) and each.second_order is not None}
+    return Picture(network, tuple(rows), tuple(sorted(shares)))
 
 
 def _words(decision: Decision, step: int) -> str:
@@ -123,4 +131,6 @@ def _words(decision: Decision, step: int) -> str:
         sources = ", ".join(map(str, decision.sources.get(step, ())))
         latents = " and the latents" if decision.latents else ""
         text = f"fitted from steps {sources}{latents}, factors {factors}"
+    elif isinstance(decision, Dense) and decision.second_order is not None:
+        text = f"{text}, returned with {decision.second_order:g} of the second-order formula"
     return text

@@ -6,7 +6,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ from torch import Tensor
 
 from ditopt.errors import DitoptError, PlanMismatchError
 from ditopt.passes._infra import StepPlan
-from ditopt.passes.predict import factors_name, slot_name
+from ditopt.passes.combine import factors_name, slot_name
+from ditopt.passes.second_order import SECOND_ORDER
 from ditopt.plan import Plan
 from ditopt.runtime.clock import ScheduleCache, StepClock, read_timestep
 from ditopt.runtime.moment import Moment, Place, announce, take
-from ditopt.runtime.schedule import BoundPlan, BoundPrediction, adapted_factors, bind
+from ditopt.runtime.schedule import BoundPlan, BoundPrediction, BoundSecondOrder, adapted_factors, bind
 from ditopt.runtime.slots import StreamState
 from ditopt.runtime.streams import StreamTable, current_context_name, watch_contexts
 from ditopt.runtime.variants import Variant, VariantCache
+from ditopt.sites import STEP
 
 log = logging.getLogger("ditopt")
 
@@ -253,12 +255,15 @@ class Program:
         """Run step ``number`` of the plan at sigma ``time``; ``state``, which keeps its features, is ``owner``'s."""
         step = bound.steps[number]
         added = self._added_inputs(step.predictions, state, bound, number, time)
+        does = bound.full if added is None else step.variant
         if added is None:
             self.statistics.cold_calls += 1
         elif step.predictions:
             self.statistics.predicted_calls += 1
-        variant = self.variants.get(bound.full if added is None else step.variant)
-        outputs, features = self._run(variant, arguments, added or {})
+        if added is not None and step.second_order is not None:
+            read = self._second_order_inputs(step.second_order, state, bound, number, time)
+            does, added = (replace(does, second_order=False), added) if read is None else (does, {**added, **read})
+        outputs, features = self._run(self.variants.get(does), arguments, added or {})
         for site, tensors in features.items():
             state.store(site, number, time, tensors)
         owner._note_peak()
@@ -314,6 +319,20 @@ class Program:
                     added[slot_name(found.site, age, stream)] = tensor
             added[factors_name(found.site)] = self._factors_tensor(factors, held[0].tensors[0])
         return added
+
+    def _second_order_inputs(
+        self, combined: BoundSecondOrder, state: StreamState, bound: BoundPlan, step: int, time: float
+    ) -> dict[str, Tensor] | None:
+        """Slots and factors of a computed step; None at other sigmas than planned, or where the one before is not held.
+
+        How far the sampler goes on a step at another sigma is not known.
+        """
+        held = next(iter(state.history.get(STEP, [])), None)
+        planned = (combined.source, bound.times[combined.source])
+        if time != bound.times[step] or held is None or (held.step, held.time) != planned:
+            return None
+        slots = {slot_name(STEP, 0, stream): tensor for stream, tensor in enumerate(held.tensors)}
+        return {**slots, factors_name(SECOND_ORDER): self._factors_tensor(combined.factors, held.tensors[0])}
 
     def _factors_tensor(self, factors: tuple[float, ...], like: Tensor) -> Tensor:
         found = self._factors.get(factors)

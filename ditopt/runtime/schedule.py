@@ -11,7 +11,7 @@ from ditopt.decisions import Decision, Dense, Fit, Forecast, Predictor
 from ditopt.errors import PlanMismatchError
 from ditopt.passes._infra import Prediction, StepPlan
 from ditopt.plan import Plan, format_steps
-from ditopt.search.predictors import predictor_coefficients
+from ditopt.search.predictors import predictor_coefficients, second_order_factors
 from ditopt.sites import STEP, range_name
 
 
@@ -31,12 +31,21 @@ class BoundPrediction:
 
 
 @dataclass(frozen=True)
+class BoundSecondOrder:
+    """What a computed step's output is combined with: that of ``source``, by two ``factors``."""
+
+    source: int
+    factors: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class BoundStep:
     """One step of a bound plan. ``live`` are the (site, step) features that later steps still read."""
 
     predictions: tuple[BoundPrediction, ...]
     variant: StepPlan
     live: frozenset[tuple[str, int]]
+    second_order: BoundSecondOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +82,9 @@ class BoundPlan:
 
     @property
     def depth(self) -> int:
-        """The longest history that any prediction reads."""
-        return max((p.decision.history for step in self.steps for p in step.predictions), default=0)
+        """The longest history that any step reads."""
+        predictions = (p.decision.history for step in self.steps for p in step.predictions)
+        return max([*predictions, *(1 for step in self.steps if step.second_order)], default=0)
 
 
 def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, partial: bool = False) -> BoundPlan:
@@ -97,11 +107,12 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
             f"plan decides whole steps of {network}, which graph breaks cut into several graphs; only ranges of "
             "blocks within one of them can be predicted"
         )
-    cast = next((rule for rule in rules if isinstance(rule.do, Dense) and rule.do.dtype and rule.sites != STEP), None)
-    if cast is not None:
-        raise PlanMismatchError(
-            f"plan computes {cast.sites} in a dtype of its own; a dtype is decided for whole steps, write sites: {STEP}"
-        )
+    for rule in rules:
+        if isinstance(rule.do, Dense) and not rule.do.is_plain and rule.sites != STEP:
+            what = "in a dtype of its own; a dtype" if rule.do.dtype else "with a share of second order, which"
+            raise PlanMismatchError(
+                f"plan computes {rule.sites} {what} is decided for whole steps, write sites: {STEP}"
+            )
     named = dict.fromkeys(rule.sites for rule in rules)
     breaks = plan.breaks.get(network)
     decidable = breaks.sites if partial and breaks is not None else frozenset()
@@ -117,7 +128,8 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
     sites = _sites_in_use(plan, network, total, known)
     table = [plan.decisions(t, sites, network) for t in range(total)]
     predicted = [_active(decisions, ranges) for decisions in table]
-    used = tuple(site for site in sites if any(site in step for step in predicted))
+    finer = _second_order(plan, network, predicted, times)
+    used = tuple(site for site in sites if any(site in step for step in predicted) or (site == STEP and any(finer)))
     history: dict[str, list[int]] = {site: [] for site in used}
     bound: list[tuple[BoundPrediction, ...]] = []
     for t, active in enumerate(predicted):
@@ -145,7 +157,7 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
     dtypes = [_dtype(plan.decisions(t, [STEP], network)[STEP]) for t in range(total)]
     computed = {dtype for dtype, active in zip(dtypes, predicted, strict=True) if STEP not in active}
     full = StepPlan((), used, dtype=computed.pop() if len(computed) == 1 else None)
-    return BoundPlan(_with_liveness(bound, used, ranges, dtypes), full, times, plan.sampler.timesteps[network])
+    return BoundPlan(_with_liveness(bound, used, ranges, dtypes, finer), full, times, plan.sampler.timesteps[network])
 
 
 def adapted_factors(
@@ -171,26 +183,51 @@ def _dtype(decision: Decision) -> str | None:
     return decision.dtype if isinstance(decision, Dense) else None
 
 
+def _second_order(
+    plan: Plan, network: str, predicted: Sequence[Mapping[str, Decision]], times: Sequence[float]
+) -> list[BoundSecondOrder | None]:
+    """Of every step, what its output is combined with; the first computed step and the last one have nothing."""
+    found: list[BoundSecondOrder | None] = []
+    before: int | None = None
+    for step, active in enumerate(predicted):
+        decision = plan.decisions(step, [STEP], network)[STEP]
+        combined = None
+        if isinstance(decision, Dense) and decision.second_order is not None and before is not None:
+            factors = second_order_factors(decision.second_order, times, step, before)
+            combined = None if factors is None else BoundSecondOrder(before, factors)
+        found.append(combined)
+        before = before if STEP in active else step
+    return found
+
+
 def _with_liveness(
     bound: Sequence[tuple[BoundPrediction, ...]],
     used: tuple[str, ...],
     ranges: Mapping[str, tuple[int, int]],
     dtypes: Sequence[str | None],
+    finer: Sequence[BoundSecondOrder | None],
 ) -> tuple[BoundStep, ...]:
     steps: list[BoundStep] = []
     live: frozenset[tuple[str, int]] = frozenset()
-    for found, dtype in zip(reversed(bound), reversed(dtypes), strict=True):
+    for found, dtype, combined in zip(reversed(bound), reversed(dtypes), reversed(finer), strict=True):
         active = {p.site: p.decision for p in found}
-        variant = StepPlan(tuple(p.prediction for p in found), _recorded(used, active, ranges), dtype=dtype)
-        steps.append(BoundStep(found, variant, live))
+        predictions, recorded = tuple(p.prediction for p in found), _recorded(used, active, ranges)
+        variant = StepPlan(predictions, recorded, dtype=dtype, second_order=combined is not None)
+        steps.append(BoundStep(found, variant, live, combined))
         live = live | {(p.site, source) for p in found for source in p.sources}
+        live = live | ({(STEP, combined.source)} if combined else set())
     return tuple(reversed(steps))
 
 
 def _sites_in_use(plan: Plan, network: str, total: int, known: set[str]) -> tuple[str, ...]:
     ordered = sorted(known, key=lambda site: (site != STEP, site))
     table = [plan.decisions(t, ordered, network) for t in range(total)]
-    return tuple(site for site in ordered if any(not isinstance(decisions[site], Dense) for decisions in table))
+    return tuple(site for site in ordered if any(_reads(decisions[site]) for decisions in table))
+
+
+def _reads(decision: Decision) -> bool:
+    """Whether a decision may read features of earlier steps."""
+    return not isinstance(decision, Dense) or decision.second_order is not None
 
 
 def _active(decisions: Mapping[str, Decision], ranges: Mapping[str, tuple[int, int]]) -> dict[str, Decision]:

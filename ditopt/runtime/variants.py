@@ -18,6 +18,7 @@ from ditopt.passes.lower_attention import lower_attention_with
 from ditopt.passes.predict import predict
 from ditopt.passes.prune import prune
 from ditopt.passes.record import record
+from ditopt.passes.second_order import second_order
 from ditopt.passes.verify import verify
 from ditopt.trace import Trace
 
@@ -59,7 +60,7 @@ class VariantCache:
     def graph(self, plan: StepPlan) -> fx.GraphModule:
         """The rewritten graph of a step's plan, audited, attention still opaque."""
         # A recorded feature starts where the block before ends, be that predicted or not: record first.
-        manager = PassManager([record, predict, prune, cast], verify if self.check_passes else None)
+        manager = PassManager([record, predict, second_order, prune, cast], verify if self.check_passes else None)
         gm = manager.run(self.trace.gm, plan, self.index)
         self.reasons += [reason for reason in manager.reasons if reason not in self.reasons]
         changing = {node.name for node in self.trace.changing()}

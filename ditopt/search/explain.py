@@ -15,6 +15,8 @@ from ditopt.sites import STEP
 
 COMPUTE = "compute"
 OWN_DTYPE = "the model's dtype"
+OWN_ORDER = "outputs as computed"
+NEARER = "farther from what a solver of second order makes of the tuning prompts"
 
 _OTHERWISE = "the whole schedule's error, the limit of {} variants, a block range, or what was measured decided"
 
@@ -46,6 +48,9 @@ def explain(
         chosen, other = (problem.dtype, OWN_DTYPE) if problem.dtype else (OWN_DTYPE, problem.dtype_tried)
         rival = Rival(other, np.nan, np.nan, problem.dtype_reason)
         found.append(Explanation(None, STEP, chosen, objective, (rival,)))
+    if problem.second_order is not None:
+        rival = Rival(OWN_ORDER, np.nan, np.nan, NEARER)
+        found.append(Explanation(None, STEP, f"{problem.second_order:g} of second order", objective, (rival,)))
     for name in problem.ranges:
         if name not in draft.ranges:
             found.append(Explanation(None, name, COMPUTE, objective, (_unused(problem, draft, name, objective, lam),)))

@@ -67,6 +67,22 @@ def predictor_coefficients(
     return tuple(float(weight) for weight in lagrange(nodes, np.array([times[step]], dtype=float))[0])
 
 
+def second_order_factors(share: float, times: Sequence[float], step: int, source: int) -> tuple[float, float] | None:
+    """Factors of the output of ``step`` and of that of ``source``, the computed step before, for ``share`` of AB2.
+
+    ``F + share * h / (2 d) * (F - F_source)`` with ``h = times[step + 1] - times[step]`` and ``d = times[step] -
+    times[source]``: Adams and Bashforth's two-step formula at true distances. None in the last step, which shows no
+    ``h``, and where both have one time.
+    """
+    if step + 1 >= len(times):
+        return None
+    width, distance = times[step + 1] - times[step], times[step] - times[source]
+    if abs(distance) <= SAME_TIME * max(map(abs, times)):
+        return None
+    change = share * width / (2 * distance)
+    return 1 + change, -change
+
+
 def regressors(steps: Index, sources: Index, total: int, latents: bool) -> Index:
     """Gram rows ``[M, k]`` that the predictions read: ``sources`` ``[M, h]``, then the latents of ``steps`` ``[M]``."""
     return np.column_stack([sources, total + steps]) if latents else sources

@@ -60,6 +60,7 @@ class SearchProblem:
         dtype: what computed steps' products run in, None where that is the model's own dtype.
         dtype_tried: the dtype that was considered; None where there was no choice.
         dtype_reason: what speaks against the one not taken.
+        second_order: share of the second-order formula in computed steps, as ``Dense.second_order``.
     """
 
     times: tuple[float, ...]
@@ -78,6 +79,7 @@ class SearchProblem:
     dtype: str | None = None
     dtype_tried: str | None = None
     dtype_reason: str = ""
+    second_order: float | None = None
 
     def __post_init__(self) -> None:
         """Check the shapes. Raises InputError naming what disagrees."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from ditopt.decisions import Dense
 from ditopt.plan import Rule
@@ -93,13 +94,16 @@ class Solution:
     draft: Draft
 
 
+COMBINED: Shape = (0, False)
+"""Stands for what a computed step of second order reads: the output of the one before. No predictor has this shape."""
 Signature = tuple[frozenset[tuple[str, Shape]], frozenset[str]]
 
 
-def signatures(steps: int, draft: Draft) -> list[Signature]:
+def signatures(steps: int, draft: Draft, second_order: bool = False) -> list[Signature]:
     """What tells the graphs of two steps apart: the shapes predicted, and the sites recorded for later.
 
-    Factors are inputs of a graph, so ``reuse`` and a fit of one feature share one.
+    Factors are inputs of a graph, so ``reuse`` and a fit of one feature share one. ``second_order``: computed steps
+    but the first one and the last step read the one before.
     """
     predicted: list[set[tuple[str, Shape]]] = [set() for _ in range(steps)]
     recorded: list[set[str]] = [set() for _ in range(steps)]
@@ -108,12 +112,16 @@ def signatures(steps: int, draft: Draft) -> list[Signature]:
             predicted[step].add((site, families[step].shape))
             for source in history[: families[step].history]:
                 recorded[source].add(site)
+    if second_order:
+        for before, step in pairwise(step for step in draft.kept if step < steps - 1):
+            predicted[step].add((STEP, COMBINED))
+            recorded[before].add(STEP)
     return [(frozenset(a), frozenset(b)) for a, b in zip(predicted, recorded, strict=True)]
 
 
-def count_variants(steps: int, draft: Draft) -> int:
+def count_variants(steps: int, draft: Draft, second_order: bool = False) -> int:
     """Number of distinct graphs that ``draft`` needs."""
-    return len(set(signatures(steps, draft)))
+    return len(set(signatures(steps, draft, second_order)))
 
 
 def step_choices(
@@ -141,7 +149,7 @@ def step_choices(
 
 def to_rules(problem: SearchProblem, choices: Mapping[str, Sequence[StepChoice]]) -> tuple[Rule, ...]:
     """A rule for every site and candidate, in order of its first step; computed steps need none but for their dtype."""
-    rules = dtype_rules(problem)
+    rules = computed_rules(problem)
     for site, made in choices.items():
         by_candidate: dict[Candidate, list[StepChoice]] = {}
         for choice in made:
@@ -153,9 +161,14 @@ def to_rules(problem: SearchProblem, choices: Mapping[str, Sequence[StepChoice]]
     return tuple(rules)
 
 
-def dtype_rules(problem: SearchProblem) -> list[Rule]:
-    """The rule that computed steps run in the problem's dtype, if it has one; those of predictions come after it."""
-    if problem.dtype is None:
+def computed_rules(problem: SearchProblem) -> list[Rule]:
+    """The rule of what is done in computed steps, if it is not what the model does; those of predictions follow it."""
+    decision = Dense.model_validate({"dtype": problem.dtype, "second_order": problem.second_order})
+    if decision.is_plain:
         return []
-    decision = Dense.model_validate({"dtype": problem.dtype})
     return [Rule(sites=STEP, steps=tuple(range(problem.steps)), do=decision, network=problem.network)]
+
+
+def dtype_rules(problem: SearchProblem) -> list[Rule]:
+    """The rule that computed steps run in the problem's dtype, if it has one, and nothing else is done in them."""
+    return computed_rules(replace(problem, second_order=None))

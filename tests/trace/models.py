@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from ditopt.backend import Session, ditopt_backend
 from ditopt.passes._infra import Prediction, StepPlan
-from ditopt.passes.predict import factors_name, slot_name
+from ditopt.passes.combine import factors_name, slot_name
 from ditopt.runtime.program import Program
 
 
