@@ -16,7 +16,6 @@ import hashlib
 import importlib.metadata
 import json
 import multiprocessing
-import shutil
 import subprocess
 import sys
 import time
@@ -97,7 +96,7 @@ class Part:
         """What ``ditopt optimize`` is asked for, beside files."""
         goal = self.goal
         budget = () if goal.budget is None else ("--budget", goal.budget)
-        return "--target-speedup", goal.asked, "--min-psnr", goal.psnr_db, "--guidance", goal.guidance, *budget
+        return "--target-speedup", goal.asked, "--min-psnr", goal.asked_db, "--guidance", goal.guidance, *budget
 
     def bench_facts(self) -> dict[str, Any]:
         """What the figures were made from."""
@@ -256,13 +255,10 @@ class Flow:
         """Plans first, then one benchmark for all parts of a guidance scale."""
         for guidance in dict.fromkeys(part.goal.guidance for part in self.parts):
             group = [part for part in self.parts if part.goal.guidance == guidance]
-            known: set[tuple[object, ...]] = set()  # a part that asks in the same words takes the plan over
             for part in group:
                 if not part.has_plan:
                     title = f"optimize {part.goal.name}"
-                    expected_s = 0.0 if part.words in known else 55 * part.goal.generation_s
-                    yield Task(title, (part,), expected_s, partial(self._optimize, part))
-                known.add(part.words)
+                    yield Task(title, (part,), 55 * part.goal.generation_s, partial(self._optimize, part))
             missing = tuple(part for part in group if not (part.has_figures or part.is_dense))
             if missing:
                 title = f"bench {' and '.join(part.goal.name for part in missing)}"
@@ -271,13 +267,7 @@ class Flow:
     def _optimize(self, part: Part) -> None:
         part.folder.mkdir(parents=True, exist_ok=True)
         facts = part.plan_facts()  # of what the search begins with: sources edited meanwhile are others
-        twin = next((other for other in self.parts if is_kept(other.plan, lambda: facts)), None)
-        if twin is None:
-            optimize(part)
-        else:
-            self.say(f"asked for in the same words as {twin.goal.name}, whose plan serves both")
-            for path in set(twin.folder.glob(f"{twin.plan.stem}.*")) - {stamp_of(twin.plan)}:
-                shutil.copy(path, part.folder)
+        optimize(part)
         keep(part.plan, facts)
 
     def _bench(self, parts: Sequence[Part]) -> None:

@@ -47,8 +47,9 @@ from ditopt.search.space import candidates
 from ditopt.target import Target
 from ditopt.verify import VerifiedSearch, affordable_trials
 
-RANGES, PRECISION = "ranges", "precision"
-ALL_TECHNIQUES = (*TECHNIQUES, RANGES, PRECISION)
+OTHERS = RANGES, PRECISION, SECOND_ORDER = "ranges", "precision", "second_order"
+"""Kinds of decision that are no predictors of a step."""
+ALL_TECHNIQUES = (*TECHNIQUES, *OTHERS)
 SAME_RUN = 1e-3  # relative L2 between two compiled runs of one prompt and seed, by differently fused kernels
 
 
@@ -78,12 +79,13 @@ class Optimizer:
         self.timings: dict[str, float] = {}
         self.reasons: list[str] = []
         chosen = tuple(self.techniques) if self.techniques is not None else ALL_TECHNIQUES
-        self.chosen = tuple(name for name in chosen if name not in (RANGES, PRECISION))
+        self.chosen = tuple(name for name in chosen if name not in OTHERS)
         try:
             candidates(self.chosen)
         except InputError as error:
-            raise InputError(str(error).replace("choose from ", f"choose from {RANGES}, {PRECISION}, ")) from None
+            raise InputError(str(error).replace("choose from ", f"choose from {', '.join(OTHERS)}, ")) from None
         self.use_ranges = RANGES in chosen
+        self.use_second_order = SECOND_ORDER in chosen
         self.dtypes = DTYPES if PRECISION in chosen else ()
         self.adapter: Adapter = adapt(self.model, self.rollout, self.pipe_kwargs)
         check_writable(None if self.plan_path is None else Path(self.plan_path))
@@ -174,6 +176,7 @@ class Optimizer:
             self.max_variants,
             self.chosen,
             self.dtypes,
+            self.use_second_order,
             self.reasons,
         )
         with self._timed("search and verify"):

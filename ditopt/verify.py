@@ -28,7 +28,7 @@ TRIAL_SECONDS = 170.0
 """What the plans tried by rollouts may take together where the caller sets no budget."""
 SPARE_DB = 0.7
 """A plan that exceeds the target by less than this on the held-out prompts is fast enough."""
-AIMS = ((0.25, 0.1), (0.5, 0.1), (0.5, 0.25), (0.75, 0.5), (1.0, 1.0))
+AIMS = ((0.25, 0.1), (0.5, 0.1), (0.5, 0.25), (0.6, 0.35), (0.75, 0.5), (1.0, 1.0))
 """How far fits aim from the dense path to the second-order one, and what share of that formula computed steps have."""
 AIM_SPARE_DB = 2.0
 """How much nearer to the second-order samples than dense a plan has to be on the tuning prompts to be near enough.
@@ -51,7 +51,10 @@ def affordable_trials(profile: Profile) -> int:
 
 @dataclass
 class VerifiedSearch:
-    """Searches network after network for one target; ``reasons`` says what was missed, ``state_bytes`` of slots."""
+    """Searches network after network for one target; ``reasons`` says what was missed, ``state_bytes`` of slots.
+
+    ``second_order``: whether computed steps may have a share of that formula.
+    """
 
     evaluator: Evaluator
     profile: Profile
@@ -63,6 +66,7 @@ class VerifiedSearch:
     max_variants: int
     techniques: tuple[str, ...]
     dtypes: tuple[str, ...] = ()
+    second_order: bool = True
     reasons: list[str] = field(default_factory=list)
     state_bytes: int = 0
 
@@ -117,14 +121,18 @@ class VerifiedSearch:
             )
             return found
         best, nearest = found, least
-        with self.reporter.stage("aim: towards a second-order path", len(AIMS)) as stage:
-            for share, second_order in AIMS:
+        aims = dict.fromkeys((share, part if self.second_order else None) for share, part in AIMS)
+        with self.reporter.stage("aim: towards a second-order path", len(aims)) as stage:
+            for share, second_order in aims:
                 if nearest >= dense + AIM_SPARE_DB:
                     break
                 aimed = tuner.aim(solution, share, second_order)
                 reached = tuner.finer_of(aimed)
-                if aimed is None or reached is None or reached <= nearest:
+                if aimed is None or reached is None:
                     break
+                if reached <= nearest:
+                    stage.advance(f"{reached:.1f} dB to it, no nearer")
+                    continue
                 quality, _ = self.evaluator.quality(aimed.rules, self.held_out)
                 stage.advance(f"{reached:.1f} dB to it, dense {dense:.1f}")
                 if self.target.missing_db(quality) > 0 or quality.psnr < self._least_psnr(quality, found, dense):

@@ -144,8 +144,12 @@ def test_prompts_that_cannot_be_used_are_named(prompts: Any, message: str) -> No
     [
         ({"quality": "best"}, "quality='best' is unknown; use one of high"),
         ({"min_psnr": 40, "max_rel_error": 0.1}, "max_rel_error and min_psnr are given together"),
+        ({"target_speedup": 2.0, "max_rel_error": 0.1}, "max_rel_error and target_speedup are given together"),
         ({"target_speedup": 0.5}, "target_speedup=0.5 makes no sense; give a number above 1"),
-        ({"techniques": ["magic"]}, r"techniques \['magic'\] are unknown; choose from ranges, precision, reuse"),
+        (
+            {"techniques": ["magic"]},
+            r"techniques \['magic'\] are unknown; choose from ranges, precision, second_order, reuse",
+        ),
         ({"rollout": None}, "TinyDiT is a bare module: give rollout"),
         ({"rollout": 3}, "rollout=3 is not callable"),
         ({"pipe_kwargs": {"steps": 3}}, "pipe_kwargs= is for diffusers pipelines"),

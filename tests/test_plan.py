@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditopt.decisions import Decision, Dense, Fit, Forecast, Reuse
+from ditopt.decisions import Decision, Dense, Fit, Forecast, Reuse, decision_to_data
 from ditopt.errors import PlanError
 from ditopt.plan import (
     MAX_BYTES,
@@ -20,6 +20,7 @@ from ditopt.plan import (
     Plan,
     Rule,
     SamplerPrint,
+    cast_rules,
     diff_plans,
     format_steps,
     parse_steps,
@@ -194,3 +195,18 @@ def test_a_fit_covers_its_steps() -> None:
         Rule(sites="step", steps=(1, 2), do=Fit(**broken))
     with pytest.raises(ValueError, match="step 1 has 1 coefficients and 2 sources"):
         Fit(history=2, coefficients={1: (1.0,)}, sources={1: (0, 0)})
+
+
+def test_the_model_cast_keeps_the_dtype_of_computed_steps_alone() -> None:
+    both = Rule(sites="step", steps=(0, 1, 2, 3), do=Dense(dtype="bfloat16", second_order=0.25))
+    plain, reuse = Rule(sites="step", steps=(3,), do=Dense()), Rule(sites="step", steps=(2,), do=Reuse())
+    cast = cast_rules([both, plain, reuse])
+    assert cast == [(both.model_copy(update={"do": Dense(dtype="bfloat16")}), "bfloat16"), (plain, None)]
+    assert cast_rules([both.model_copy(update={"do": Dense(second_order=0.25)}), reuse]) == []
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.01, float("nan")])
+def test_a_share_of_second_order_is_between_0_and_1(share: float) -> None:
+    with pytest.raises(ValueError, match="second_order"):
+        Dense(second_order=share)
+    assert decision_to_data(Dense(second_order=0.5)) == {"dense": {"second_order": 0.5}}

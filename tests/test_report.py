@@ -175,6 +175,14 @@ def test_the_picture_shows_the_dtype_of_computed_steps(plan: Plan) -> None:
     assert "in bfloat16" in picture.rows[0].cells[0].note
 
 
+def test_the_picture_tells_the_share_of_second_order(plan: Plan) -> None:
+    finer = Rule(sites="step", steps=tuple(range(5)), do=Dense(second_order=0.25))
+    (before,), (after,) = pictures(plan), pictures(plan.model_copy(update={"rules": (finer, *plan.rules)}))
+    assert after.summary == before.summary + ", with 0.25 of the second-order formula"
+    assert after.rows[0].cells[0].note == "step 0: computed, returned with 0.25 of the second-order formula"
+    assert [cell.kind for cell in after.rows[0].cells] == [cell.kind for cell in before.rows[0].cells]
+
+
 def test_rivals_in_a_dtype_say_so() -> None:
     rules = [{"sites": "step", "steps": "0-4", "do": {"dense": {"dtype": "bfloat16"}}}]
     cast = {"steps": 5, "seconds": 1.0, "psnr_db": 60.0, "worst_psnr_db": 58.0}

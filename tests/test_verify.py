@@ -30,7 +30,7 @@ class FakeTuner:
     """Predicts the steps that the speed asked for needs of ten, each free of charge."""
 
     def __init__(self, network: str, profile: object, evaluator: object, target: Target, *rest: object) -> None:
-        self.target, self.fixed, self.budget = target, (), 4
+        self.target, self.fixed, self.budget, self.refused = target, (), 4, 0
         seconds: Any = profile
         self.problem = SimpleNamespace(seconds_full=seconds.networks[network].seconds["full"], dtype=None)
         self.asked: list[float] = []
@@ -40,10 +40,16 @@ class FakeTuner:
     def finer_of(self, solution: object) -> float | None:
         return None
 
+    def missing_db(self, solution: object) -> float:
+        return 0.0
+
+    def refuse(self, solution: object) -> None:
+        self.refused += 1
+
     def find(self, margin: float) -> Any:
-        assert self.target.speedup is not None
-        self.asked.append(self.target.speedup)
-        kept = int(10 / self.target.speedup)
+        if self.target.speedup is not None:
+            self.asked.append(self.target.speedup)
+        kept = 6 + self.refused if self.target.speedup is None else int(10 / self.target.speedup)
         if kept < 1:
             return None
         return SimpleNamespace(rules=(rule_for(kept),), kept=tuple(range(kept)), predicted_seconds=float(kept))
@@ -71,6 +77,7 @@ def search(
     overhead: float,
     psnr: Mapping[int, float],
     seconds: Mapping[str, float] = WHOLE_STEPS,
+    min_psnr: float | None = None,
 ) -> VerifiedSearch:
     """Ten steps of a second each and ``overhead`` seconds; ``psnr`` by the number of computed steps (else 40 dB)."""
 
@@ -84,7 +91,7 @@ def search(
     monkeypatch.setattr(verify, "Tuner", FakeTuner)
     monkeypatch.setattr(VerifiedSearch, "time_in_turn", time_in_turn)
     evaluator = SimpleNamespace(sessions={"transformer": None}, quality=quality)
-    return searching(evaluator, Target(speedup=speedup), seconds=seconds)
+    return searching(evaluator, Target(min_psnr, speedup=speedup), seconds=seconds)
 
 
 def kept(search: VerifiedSearch) -> int | None:
@@ -207,40 +214,100 @@ def test_graph_breaks_are_not_blamed_on_whole_steps(monkeypatch: pytest.MonkeyPa
     assert one.reasons == ["no plan for 20x was found: too little can be predicted between graph breaks"]
 
 
-class AimingTuner(FakeTuner):
-    """Its plans come 2 dB nearer to a finer solver's samples with every quarter of the way, from 38 dB."""
+def test_a_speed_that_misses_the_psnr_beside_it_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = search(monkeypatch, 4.0, 0.0, {2: 30.0, 6: 35.9, 7: 36.4}, min_psnr=36.0)
+    assert kept(one) == 7 and asked(one) == [4.0]
+    assert one.reasons == [
+        "at this speed the held-out prompts have 30.0 dB, below 36 dB",
+        "the fastest plan of 36 dB takes its place",
+    ]
 
-    finer_psnr: float | None = 60.0
+
+def test_a_speed_that_has_the_psnr_beside_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = search(monkeypatch, 4.0, 0.0, {2: 36.5}, min_psnr=36.0)
+    assert kept(one) == 2 and not one.reasons
+
+
+def test_no_search_follows_on_a_plan_below_the_psnr_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = search(monkeypatch, 4.0, 1.0, {2: 36.5, 1: 35.0}, min_psnr=36.0)
+    assert kept(one) == 2 and len(asked(one)) == 2
+    assert "the next plan had 35.0 dB, below the floor of 36 dB" in one.reasons[0]
+
+
+SPEED = Target(speedup=2.0)
+
+
+class AimingTuner(FakeTuner):
+    """Its plans come half a dB nearer to a finer solver's samples with each rung of ``AIMS``, from 38 dB."""
+
+    finer_psnr: float | None = 38.0
 
     def aim(self, solution: Any, share: float, second_order: float) -> Any:
-        return SimpleNamespace(**{**vars(solution), "share": share, "rules": ("aimed", share)})
+        rung = verify.AIMS.index((share, second_order)) + 1
+        return SimpleNamespace(**{**vars(solution), "rung": rung, "rules": ("aimed", rung)})
 
     def finer_of(self, solution: Any) -> float | None:
-        return 38.0 + 8 * getattr(solution, "share", 0.0)
+        return 38.0 + getattr(solution, "rung", 0) / 2
 
 
 @pytest.mark.parametrize(
-    ("found", "held_out", "share"),
+    ("found", "held_out", "rung", "target"),
     [
-        (43.5, {0.25: 42.5, 0.5: 41.5}, 0.25),  # 42 dB, a level of quality that it had, is not given up
-        (41.0, {0.25: 40.0, 0.5: 38.5, 0.75: 37.9}, 0.5),  # nor are more than 3 dB
-        (33.0, {0.25: 31.9}, None),  # nor the floor
+        (43.5, (42.5, 41.5), 1, SPEED),  # 42 dB, a level of quality that it had, is not given up
+        (41.0, (40.0, 38.5, 37.9), 2, SPEED),  # nor are more than 3 dB
+        (33.0, (31.9,), 0, SPEED),  # nor the floor
+        (54.0, (52.0, 48.0, 46.9), 2, SPEED),  # but where 9 dB more than dense has (38) are left, more are
+        (44.0, (42.0, 39.0, 36.9), 2, Target(36.0, speedup=2.0)),  # 36 dB by a standard error
+        (37.5, (36.9,), 0, Target(36.0)),
+        (37.5, (37.1, 36.9), 1, Target(36.0)),
+        (50.0, (50.0, 49.0, 48.0, 47.0, 46.9), 4, SPEED),  # with 2 dB more than dense it is near enough
     ],
 )
-def test_a_plan_for_speed_is_aimed_within_bounds(
-    monkeypatch: pytest.MonkeyPatch, found: float, held_out: dict[float, float], share: float | None
+def test_a_plan_is_aimed_within_bounds(
+    monkeypatch: pytest.MonkeyPatch, found: float, held_out: Sequence[float], rung: int, target: Target
 ) -> None:
     def quality(rules: Any, pairs: object) -> tuple[Quality, float]:
-        value = held_out[rules[1]]
-        return Quality(value, value, 0.0, (value,)), 0.0
+        value = held_out[rules[1] - 1]
+        return Quality(value, value - 1, 0.0, (value - 1, value + 1)), 0.0  # their mean has a standard error of 1 dB
 
     monkeypatch.setattr(verify, "Tuner", AimingTuner)
-    one = searching(SimpleNamespace(sessions={"transformer": None}, quality=quality), Target(speedup=2.0))
-    solution: Any = SimpleNamespace(rules=("plain", 0.0))
+    one = searching(SimpleNamespace(sessions={"transformer": None}, quality=quality), target)
+    solution: Any = SimpleNamespace(rules=("plain", 0))
     before = Found(solution.rules, Quality(found, found, 0.0, (found,)), {"transformer": solution}, one._tuners)
     after = one._aim(before)
-    assert getattr(after.solutions["transformer"], "share", None) == share
-    assert after.quality.psnr == (found if share is None else held_out[share])
+    assert getattr(after.solutions["transformer"], "rung", 0) == rung
+    assert after.quality.psnr == (held_out[rung - 1] if rung else found)
+
+
+def test_a_rung_that_comes_no_nearer_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stumbling(AimingTuner):
+        def finer_of(self, solution: Any) -> float | None:
+            rung = getattr(solution, "rung", 0)
+            return 37.0 if rung == 2 else 38.0 + rung / 2
+
+    monkeypatch.setattr(verify, "Tuner", Stumbling)
+    quality = Quality(60.0, 60.0, 0.0, (60.0,))
+    one = searching(SimpleNamespace(sessions={"transformer": None}, quality=lambda *_: (quality, 0.0)), SPEED)
+    solution: Any = SimpleNamespace(rules=("plain", 0))
+    after = one._aim(Found(solution.rules, quality, {"transformer": solution}, one._tuners))
+    assert getattr(after.solutions["transformer"], "rung", 0) == 4
+
+
+def test_fits_alone_are_aimed_where_second_order_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[float, float | None]] = []
+
+    class Alone(AimingTuner):
+        def aim(self, solution: Any, share: float, second_order: float | None) -> Any:
+            asked.append((share, second_order))
+            return super().aim(solution, *verify.AIMS[len(asked) - 1])
+
+    monkeypatch.setattr(verify, "Tuner", Alone)
+    quality = Quality(60.0, 60.0, 0.0, (60.0,))
+    one = searching(SimpleNamespace(sessions={"transformer": None}, quality=lambda *_: (quality, 0.0)), SPEED)
+    one.second_order = False
+    solution: Any = SimpleNamespace(rules=("plain", 0))
+    one._aim(Found(solution.rules, quality, {"transformer": solution}, one._tuners))
+    assert asked == [(0.25, None), (0.5, None), (0.6, None), (0.75, None)]
 
 
 def test_a_plan_that_cannot_be_aimed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

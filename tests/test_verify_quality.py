@@ -129,7 +129,7 @@ def test_what_is_to_spare_is_spent_on_samples_nearer_to_a_finer_solvers(
 ) -> None:
     asked: list[float] = []
 
-    def aim(self: AimingTuner, solution: Any, share: float) -> Any:
+    def aim(self: AimingTuner, solution: Any, share: float, second_order: float) -> Any:
         asked.append(share)
         return SimpleNamespace(**{**vars(solution), "share": share})
 

@@ -223,6 +223,35 @@ def test_the_audit_catches_work_that_was_not_removed(site: str, gm: fx.GraphModu
         audit(PassManager([keep_one, predict, prune]).run(gm, plan, cache.index), plan, cache.index, {site: names})
 
 
+def test_second_order_changes_what_is_returned_and_not_what_is_recorded(cache: VariantCache) -> None:
+    plain, finer = (cache.graph(StepPlan((), (STEP,), second_order=share)) for share in (False, True))
+    added = [name for name in finer.meta["ditopt_inputs"] if isinstance(name, str)]
+    assert added == ["slot_step_age0_stream0", "factors_second_order"]
+    (_, recorded), (returned, still_recorded) = outputs(plain), outputs(finer)
+    assert still_recorded is not None and recorded is not None and returned is not None
+    assert still_recorded.name == recorded.name
+    read = {str(node.target) for node in _ancestors(returned)}
+    assert set(added) <= read and not set(added) & {str(node.target) for node in _ancestors(still_recorded)}
+
+
+def test_the_audit_catches_outputs_that_were_not_combined(cache: VariantCache) -> None:
+    plan = StepPlan((), (STEP,), second_order=True)
+    untouched = PassManager([record, prune]).run(cache.trace.gm, plan, cache.index)
+    with pytest.raises(AuditError, match="second order by the plan, but the graph does not read factors_second_order"):
+        audit(untouched, plan, cache.index, {})
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        here = waiting.pop()
+        if here not in found:
+            found.add(here)
+            waiting += here.all_input_nodes
+    return found
+
+
 def test_the_audit_catches_a_feature_that_is_not_handed_on(gm: fx.GraphModule, cache: VariantCache) -> None:
     plan = StepPlan((), (STEP, "blocks.0"))
     with pytest.raises(AuditError, match="2 features are to be recorded"):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ditopt._torch import compile_counts
 from ditopt.backend import Session
-from ditopt.decisions import Fit, Forecast, Reuse
+from ditopt.decisions import Dense, Fit, Forecast, Reuse
 from ditopt.errors import PlanError, PlanMismatchError
 from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.runtime.program import Program
@@ -104,20 +104,28 @@ def generate(
 
 
 class Literal:
-    """The same in plain Python: calls the eager model, keeps what ``site`` gave, and predicts it by ``predict``."""
+    """The same in plain Python: calls the eager model, keeps what ``site`` gave, and predicts it by ``predict``.
 
-    def __init__(self, model: nn.Module, predict: Predict, site: tuple[int, int] | None = None) -> None:
-        self.model, self.predict, self.site = model, predict, site
+    Computed steps answer with ``share`` of Adams and Bashforth's formula.
+    """
+
+    def __init__(
+        self, model: nn.Module, predict: Predict, site: tuple[int, int] | None = None, share: float = 0.0
+    ) -> None:
+        self.model, self.predict, self.site, self.share = model, predict, site, share
         self.held: dict[int, list[tuple[int, Tensor]]] = {}
+        self.before: dict[int, tuple[int, Tensor]] = {}
 
     def __call__(
         self, *, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool
     ) -> tuple[Tensor]:
         held = self.held.setdefault(id(encoder_hidden_states), [])
         step = next(i for i, t in enumerate(schedule()[0]) if float(t) == float(timestep))
+        sigmas = schedule()[1]
         if step == 0:
             held.clear()
-        found = self.predict(step, held, hidden_states, schedule()[1])
+            self.before.pop(id(encoder_hidden_states), None)
+        found = self.predict(step, held, hidden_states, sigmas)
         if self.site is None:
             output = found if found is not None else self._model(hidden_states, timestep, encoder_hidden_states)
             feature = output
@@ -125,7 +133,14 @@ class Literal:
             output, feature = self._with_range(found, hidden_states, timestep, encoder_hidden_states)
         if found is None:
             held.insert(0, (step, feature.clone()))
-        return (output,)
+        if found is not None and self.site is None:
+            return (output,)
+        earlier = self.before.get(id(encoder_hidden_states))
+        self.before[id(encoder_hidden_states)] = (step, output)
+        if earlier is None or step + 1 == STEPS:
+            return (output,)
+        ahead, behind = sigmas[step + 1] - sigmas[step], sigmas[step] - sigmas[earlier[0]]
+        return (output + self.share * ahead / (2 * behind) * (output - earlier[1]),)
 
     def _model(self, *arguments: Tensor) -> Tensor:
         output: Tensor = self.model(*arguments, return_dict=False)[0]
@@ -236,6 +251,46 @@ def test_a_generation_equals_its_literal_transcription(
     torch.testing.assert_close(generate(bench.forward, prompt, noise()), expected, rtol=1e-5, atol=1e-5)
     assert (program.statistics.predicted_calls, program.statistics.cold_calls) == (len(rule.steps), 0)
     assert not torch.allclose(expected, generate(bench.model, prompt, noise()), atol=1e-4), "the plan does something"
+
+
+WITH_SECOND_ORDER = Rule(sites=STEP, steps=tuple(range(STEPS)), do=Dense(second_order=0.6))
+
+
+@pytest.mark.parametrize("name", ["order 1", "fit", "range order 1", "nothing predicted"])
+def test_computed_steps_with_a_share_of_second_order(
+    name: str, bench: SimpleNamespace, bound: Callable[..., Program]
+) -> None:
+    rule, predict, site = PLANS.get(name, (None, polynomial((), 0), None))
+    rules = [WITH_SECOND_ORDER] if rule is None else [WITH_SECOND_ORDER, rule]
+    prompt, other = embeds(1), embeds(2)
+    for interval in (None, range(3, 6)) if rule is None else (None,):
+        program = bound(*rules)
+        literal = Literal(bench.model, predict, site, share=0.6)
+        expected = generate(literal, prompt, noise(), other=other, interval=interval)
+        found = generate(bench.forward, prompt, noise(), other=other, interval=interval)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+        assert program.statistics.cold_calls == 0
+        if interval is None:  # the second branch does not end early
+            assert all(state.held_bytes == 0 for state in program._states), "nothing is held behind the last reader"
+        plain = generate(Literal(bench.model, predict, site), prompt, noise(), other=other, interval=interval)
+        assert not torch.allclose(expected, plain, atol=1e-4), "the share does something"
+
+
+def test_a_share_of_second_order_is_for_whole_steps(bench: SimpleNamespace) -> None:
+    wrong = WITH_SECOND_ORDER.model_copy(update={"sites": "blocks.1"})
+    with pytest.raises(PlanMismatchError, match=r"blocks\.1 with a share of second order, .* write sites: step"):
+        bench.session.bind(make_plan(bench.structure, wrong))
+    bench.session.bind(None)
+
+
+def test_other_step_counts_have_no_share_of_second_order(bench: SimpleNamespace, bound: Callable[..., Program]) -> None:
+    """How far the sampler goes from there is not in the plan."""
+    prompt, found = embeds(1), []
+    rule = Rule(sites=STEP, steps=PREDICTED, do=Forecast())
+    for rules in ([WITH_SECOND_ORDER.model_copy(update={"steps": tuple(range(30))}), rule], [rule]):
+        bound(*rules, steps=30, on_mismatch="retarget")
+        found.append(generate(bench.forward, prompt, noise(), steps=20))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("name", ["order 1", "range order 1"])
@@ -485,10 +540,10 @@ def test_retargeting_leaves_the_planned_schedule_as_it_is(
     bench: SimpleNamespace, bound: Callable[..., Program]
 ) -> None:
     prompt = embeds(1)
-    for rule, _, _ in (PLANS["fit"], PLANS["range order 1"]):
-        bound(rule)
+    for rules in ([PLANS["fit"][0]], [PLANS["range order 1"][0]], [WITH_SECOND_ORDER, PLANS["fit"][0]]):
+        bound(*rules)
         planned = generate(bench.forward, prompt, noise())
-        program = bound(rule, on_mismatch="retarget")
+        program = bound(*rules, on_mismatch="retarget")
         assert torch.equal(generate(bench.forward, prompt, noise()), planned)
         assert program.statistics.unplanned_calls == 0
 

@@ -9,11 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ditopt.decisions import Dense
 from ditopt.errors import InputError
+from ditopt.plan import Rule
 from ditopt.profile import FeatureGram, NetworkProfile
 from ditopt.search import CANDIDATES, SearchProblem, least_kept, solve, solve_kept
 from ditopt.search.brute import brute_joint
 from ditopt.search.joint import best_disjoint
+from ditopt.sites import STEP
 from tests.search.problems import SEEDS, random_problem
 
 QUICK = settings(deadline=None, max_examples=20)
@@ -69,6 +72,17 @@ def test_no_rival_of_the_optimum_has_a_better_objective(seed: int) -> None:
     solution = solve(random_problem(seed, 8), 0.1, max_variants=99)
     for explanation in solution.explanations:
         assert all(rival.objective >= explanation.objective - 1e-9 for rival in explanation.rivals)
+
+
+def test_a_share_of_second_order_is_a_rule_a_reason_and_a_graph_more() -> None:
+    problem = random_problem(1, 9)
+    plain = solve_kept(problem, 4)
+    finer = solve_kept(dataclasses.replace(problem, second_order=0.25), 4)
+    assert (finer.kept, finer.rules[1:]) == (plain.kept, plain.rules)
+    assert finer.rules[0] == Rule(sites=STEP, steps=tuple(range(9)), do=Dense(second_order=0.25))
+    assert plain.variants < finer.variants <= plain.variants + 2
+    (told,) = (each for each in finer.explanations if each.step is None)
+    assert told.chosen == "0.25 of second order" and told.rivals[0].name == "outputs as computed"
 
 
 @pytest.mark.parametrize("count", [1, 4, 9])
