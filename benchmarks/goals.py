@@ -12,8 +12,9 @@ class Goal:
     """A target, and the least speed-up over Inductor at it.
 
     ``asked`` and ``asked_db`` are what its plan is asked for: 2% more speed than the least, so that the noise of a
-    clock does not decide, and more under guidance, where bfloat16 alone has two thirds of the goals and more; at 36 dB
-    some more quality, as there is. ``budget``: how many plans its search may try, None: as many as it sees fit.
+    clock does not decide, and more under guidance, where bfloat16 alone has two thirds of the goals and more; and more
+    quality where there is more, as the mean of other prompts can be 2 to 4 dB below that of an optimisation's held-out
+    ones. ``budget``: how many plans its search may try, None: as many as it sees fit.
     """
 
     guidance: float
@@ -37,7 +38,7 @@ class Goal:
 GOALS = (
     Goal(1.0, 42.0, 3.0, 3.06, 42.0),
     Goal(1.0, 36.0, 4.5, 4.59, 40.0),
-    Goal(4.0, 42.0, 2.0, 2.5, 42.0, 12),
+    Goal(4.0, 42.0, 2.0, 2.4, 44.0, 12),
     Goal(4.0, 36.0, 2.6, 2.85, 40.0, 12),
 )
 MARGINS_DB = {"fewer_steps": 6.0, "unipc": 3.0, "dpmpp": 3.0}

@@ -111,7 +111,8 @@ def optimize(
     setting: Settings = None,
     seed: Annotated[int, typer.Option(help="of the first prompt's noise")] = 0,
     technique: Annotated[
-        list[str] | None, typer.Option(help="reuse, forecast, fit, ranges or precision, repeatable; default: all")
+        list[str] | None,
+        typer.Option(help="reuse, forecast, fit, ranges, precision or second_order, repeatable; default: all"),
     ] = None,
     budget: Annotated[
         int | None,

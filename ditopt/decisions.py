@@ -24,8 +24,9 @@ class Dense(_Decision):
 
     ``second_order`` is a share of Adams and Bashforth's two-step formula: the sampler is handed the output plus this
     share of ``h / (2 d)`` times its change since the computed step before, ``d`` away; ``h`` is how far the sampler
-    goes on it. With 1, Euler's method moves as a solver of second order does. The first computed step, the last step
-    and one at the sigma of the computed step before have none.
+    goes on it. With 1, Euler's method moves as a solver of second order does, but for the first computed step, the last
+    step and one at the sigma of the computed step before, which have none. It is for samplers of first order: others
+    do something of the kind themselves.
 
     Both are decided for whole steps (the site ``step``); a dtype for those of a float32 model.
     """

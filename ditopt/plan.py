@@ -135,11 +135,19 @@ class Rule(_Part):
 
 
 def cast_rules(rules: Iterable[Rule]) -> list[tuple[Rule, str | None]]:
-    """The rules of computed steps with their dtype, and nothing else left of them; none if no step has a dtype."""
-    computed = [(rule, rule.do.dtype) for rule in rules if isinstance(rule.do, Dense)]
-    if not any(dtype for _, dtype in computed):
-        return []
-    return [(rule.model_copy(update={"do": Dense(dtype=dtype)}), dtype) for rule, dtype in computed]
+    """The rules of computed steps with their dtype, and nothing else left of them; none if no step has a dtype.
+
+    One that then says what the one before it says is left out, so that plans of one dtype have the same.
+    """
+    found: list[tuple[Rule, str | None]] = []
+    for rule in rules:
+        if isinstance(rule.do, Dense):
+            dtype = rule.do.dtype
+            bare = rule.model_copy(update={"do": Dense(dtype=dtype)})
+            last = found[-1][0] if found else None
+            if last is None or last.model_copy(update={"steps": bare.steps}) != bare or {*bare.steps} - {*last.steps}:
+                found.append((bare, dtype))
+    return found if any(each for _, each in found) else []
 
 
 class ModelPrint(_Part):

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -34,9 +33,9 @@ from ditopt.profiler.moves import sampler_moves
 from ditopt.profiler.run import whole_program
 from ditopt.runtime.program import Compute, copied
 from ditopt.search.joint import refitted
-from ditopt.search.predictors import lagrange, second_order_factors
+from ditopt.search.predictors import lagrange
 from ditopt.search.problem import SearchProblem
-from ditopt.search.solution import Solution, count_variants, dtype_rules
+from ditopt.search.solution import Solution, combined_steps, count_variants, dtype_rules
 from ditopt.search.space import Candidate
 from ditopt.search.table import with_histories
 
@@ -81,7 +80,7 @@ class Steering:
         self.evaluator.bind([*fixed, *dtype_rules(self.problem)])
         factors: dict[int, Array] = {}
         families, sources = self._families(solution)
-        combined = self._combined(solution.kept)
+        combined = combined_steps(self.problem, solution.kept)
         for step, candidate in sorted(families.items()):
             for run in runs:
                 run.until(step, sources, factors, combined)
@@ -93,23 +92,13 @@ class Steering:
     def variants(self, solution: Solution) -> int:
         """How many graphs the refitted plan would need."""
         families, _ = self._families(solution)
-        draft = replace(solution.draft, families=families)
-        return count_variants(self.problem.steps, draft, self.problem.second_order is not None)
+        return count_variants(self.problem, replace(solution.draft, families=families))
 
     def _families(self, solution: Solution) -> tuple[dict[int, Candidate], dict[int, tuple[int, ...]]]:
         """Of every predicted step, its predictor and the computed steps that it reads, newest first."""
         histories = with_histories(solution.kept, self.problem.steps)
         families = {step: self._candidate(solution, step, past) for step, past in histories.items()}
         return families, {step: tuple(past[: families[step].history]) for step, past in histories.items()}
-
-    def _combined(self, kept: Sequence[int]) -> dict[int, tuple[int, Array]]:
-        """Of every computed step of second order, the one before and the factors of both."""
-        share, found = self.problem.second_order, {}
-        for before, step in pairwise(kept):
-            factors = None if share is None else second_order_factors(share, self.problem.times, step, before)
-            if factors is not None:
-                found[step] = before, np.asarray(factors)
-        return found
 
     def _candidate(self, solution: Solution, step: int, past: Sequence[int]) -> Candidate:
         """The fit that reads all the history there is (of the same branches), and the latents if they fit."""
@@ -162,7 +151,7 @@ class _Run:
         stop: int | None,
         sources: Mapping[int, Sequence[int]],
         factors: Mapping[int, Array],
-        combined: Mapping[int, tuple[int, Array]],
+        combined: Mapping[int, tuple[int, tuple[float, float]]],
     ) -> Tensor | None:
         """Go on to step ``stop`` and note its latents there; None: to the end, whose sample is returned."""
         steering = self.steering
@@ -186,9 +175,8 @@ class _Run:
                 else:
                     outputs = self.full[step, branch] = tuple(compute(arguments))
                     self._note(step)
-                    before, pair = combined.get(step, (None, np.empty(0)))
-                    if before is not None and (before, branch) in self.full:
-                        outputs = self._predict(branch, (step, before), pair, arguments)
+                    if step in combined:
+                        outputs = self._combine(branch, step, *combined[step], arguments)
             self.played.append(outputs)
             return copied(outputs)
 
@@ -204,7 +192,7 @@ class _Run:
                 program.interceptor = None
 
     def _predict(
-        self, branch: int, sources: Sequence[int], factors: Array, arguments: Sequence[Any]
+        self, branch: int, sources: Sequence[int], factors: Array | Sequence[float], arguments: Sequence[Any]
     ) -> tuple[Any, ...]:
         """The outputs of a call as the compiled plan will form them."""
         held = [self.full[source, branch] for source in sources]
@@ -221,6 +209,17 @@ class _Run:
             assert isinstance(total, Tensor)
             found.append(total.to(parts[0].dtype))
         return tuple(found)
+
+    def _combine(
+        self, branch: int, step: int, before: int, factors: tuple[float, float], arguments: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        """What a computed step hands the sampler: with a share of second order, where the branch ran before."""
+        outputs = self.full[step, branch]
+        if (before, branch) not in self.full:
+            return outputs
+        combined = self._predict(branch, (step, before), factors, arguments)
+        pairs = zip(outputs, combined, strict=True)
+        return tuple(new if isinstance(old, Tensor) and old.is_floating_point() else old for old, new in pairs)
 
     def _note(self, step: int) -> None:
         """Combine a computed step's branches once all of them are there."""

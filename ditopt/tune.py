@@ -151,7 +151,8 @@ class Tuner:
 
         A sampler of first order has an error of its own, and that of a plan which hugs the dense path adds to it.
         Prompts weigh by the inverse square of theirs: where it is largest the two paths are farthest apart, and fits
-        would follow that prompt alone. None where plans cannot be refitted, or no second-order paths are known.
+        would follow that prompt alone. None where plans cannot be refitted (nor so, within ``max_variants``), or no
+        second-order paths are known.
         """
         finer = self.evaluator.finer
         if self._steering is None or solution.draft.ranges or not all(pair in finer for pair in self.pairs):
@@ -163,7 +164,8 @@ class Tuner:
         farthest = max(*apart.values(), 1e-12)
         weights = {pair: max(distance / farthest, NEAR) ** -2 for pair, distance in apart.items()}
         problem = replace(self.problem, second_order=second_order)
-        return self._refit(replace(self._steering, problem=problem, paths=aimed, weights=weights), solution)
+        refit = self._refit(replace(self._steering, problem=problem, paths=aimed, weights=weights), solution)
+        return None if refit is solution else refit
 
     def finer_of(self, solution: Solution | None) -> float | None:
         """How near, in dB, the tuning prompts' samples under a refitted plan are to the second-order ones."""

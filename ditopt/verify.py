@@ -90,13 +90,21 @@ class VerifiedSearch:
     def __call__(self) -> Found | None:
         """The plan that met the target on the held-out prompts (for speed: the one that came nearest), or None."""
         found = self._for_quality() if self.target.speedup is None else self._for_speed(self.target.speedup)
-        if found is not None and self.target.missing_db(found.quality) > 0:  # speed was asked for beside quality
-            self._say(f"the fastest plan of {self.target.min_psnr:g} dB takes its place")
-            for tuner in self._tuners.values():
-                tuner.target = replace(self.target, speedup=None)
-            self._allow_more()
-            found = self._for_quality()
+        both = self.target.speedup is not None and self.target.min_psnr is not None
+        if both and (found is None or self.target.missing_db(found.quality) > 0):
+            found = self._for_quality_instead()
         return None if found is None else self._aim(found)
+
+    def _for_quality_instead(self) -> Found | None:
+        """Where no plan has the speed that was asked for at the PSNR beside it: the fastest that has the PSNR."""
+        self.reporter.say(f"  searching for the fastest plan of {self.target.min_psnr:g} dB")
+        for tuner in self._tuners.values():
+            tuner.target = replace(self.target, speedup=None)
+            tuner.budget += self.budget
+        found = self._for_quality()
+        if found is not None:
+            self._say(f"the fastest plan of {self.target.min_psnr:g} dB was taken")
+        return found
 
     def _aim(self, found: Found) -> Found:
         """Spend what quality there is to spare on samples as near to a second-order solver's as the dense ones are.
@@ -127,8 +135,14 @@ class VerifiedSearch:
                 if nearest >= dense + AIM_SPARE_DB:
                     break
                 aimed = tuner.aim(solution, share, second_order)
+                if aimed is None and second_order is not None:  # which takes a graph more
+                    aimed = tuner.aim(solution, share, None)
                 reached = tuner.finer_of(aimed)
                 if aimed is None or reached is None:
+                    self.reasons.append(
+                        f"not refitted {share:g} of the way to a second-order path: more than {self.max_variants} "
+                        "graphs would be needed, or a generation had NaN or infinite values"
+                    )
                     break
                 if reached <= nearest:
                     stage.advance(f"{reached:.1f} dB to it, no nearer")
@@ -137,7 +151,8 @@ class VerifiedSearch:
                 stage.advance(f"{reached:.1f} dB to it, dense {dense:.1f}")
                 if self.target.missing_db(quality) > 0 or quality.psnr < self._least_psnr(quality, found, dense):
                     break
-                best, nearest = replace(found, rules=aimed.rules, quality=quality, solutions={name: aimed}), reached
+                best = replace(found, rules=aimed.rules, quality=quality, solutions={name: aimed}, seconds=None)
+                nearest = reached
         if best is not found:
             self.reporter.say(
                 f"  refitted towards a second-order path: {least:.1f} dB to it before, {nearest:.1f} now, dense "
@@ -150,7 +165,7 @@ class VerifiedSearch:
 
         Other prompts than the held-out ones will have another mean, so a target for PSNR is held with its standard
         error. For speed alone: the quality level that was reached, and ``AIM_DB`` less than before, or ``NEAR_DB`` more
-        than ``dense`` where that is less still.
+        than ``dense`` (of the tuning prompts, so a rough bound) where that is less still.
         """
         if self.target.min_psnr is not None:
             spread = statistics.stdev(quality.per_prompt) if len(quality.per_prompt) > 1 else 0.0

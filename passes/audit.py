@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from ditopt.errors import AuditError
-from ditopt.passes._infra import GraphIndex, StepPlan
+from ditopt.passes._infra import GraphIndex, StepPlan, outputs, tensor_value
 from ditopt.passes.cast import castable
 from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.features import user_outputs
@@ -45,14 +45,40 @@ def audit(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, dead: dict[str,
         if left:
             raise AuditError(f"products are to run in {plan.dtype}, but {len(left)} do not, e.g. {left[0]}")
     if plan.second_order:
-        unread = {factors_name(SECOND_ORDER), slot_name(STEP, 0, 0)} - inputs
-        if unread:
-            raise AuditError(f"{STEP}: second order by the plan, but the graph does not read {sorted(unread)[0]}")
+        _check_second_order(gm)
     extra = len(gm.graph.output_node().args[0]) - user_outputs(gm)  # type: ignore[arg-type]
     if plan.recorded and extra < len(plan.recorded):
         raise AuditError(
             f"{len(plan.recorded)} features are to be recorded ({', '.join(plan.recorded)}), the graph hands on {extra}"
         )
+
+
+def _check_second_order(gm: fx.GraphModule) -> None:
+    """Every output of the user's that holds floats reads the one before and the factors; what is recorded does not."""
+    returned = [node for node in outputs(gm)[: user_outputs(gm)] if node is not None]
+    factors = factors_name(SECOND_ORDER)
+    for stream, node in enumerate(returned):
+        first = returned.index(node)
+        unread = {factors, slot_name(STEP, 0, first)} - _inputs_of(node)
+        if unread and tensor_value(node).dtype.is_floating_point:
+            raise AuditError(
+                f"{STEP}: second order by the plan, but output {stream} of the graph does not read {sorted(unread)[0]}"
+            )
+    for recorded in outputs(gm)[user_outputs(gm) :]:
+        if recorded is not None and factors in _inputs_of(recorded):
+            raise AuditError(f"{STEP}: {recorded.name} is recorded as the sampler gets it, not as computed")
+
+
+def _inputs_of(node: fx.Node) -> set[str]:
+    """Names of the graph inputs that a value is made from."""
+    seen: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        here = waiting.pop()
+        if here not in seen:
+            seen.add(here)
+            waiting += here.all_input_nodes
+    return {str(each.target) for each in seen if each.op == "placeholder"}
 
 
 def only_needed_by(gm: fx.GraphModule, index: GraphIndex, site: str, changing: set[str]) -> tuple[str, ...]:

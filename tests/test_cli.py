@@ -14,6 +14,7 @@ import ditopt.report.doctor
 from ditopt.cli import app, pipe_settings, read_prompts
 from ditopt.decisions import Fit, Forecast, Reuse
 from ditopt.errors import InputError, PlanError
+from ditopt.optimizer import ALL_TECHNIQUES
 from ditopt.plan import DevicePrint, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.report.doctor import Finding
 
@@ -219,7 +220,8 @@ def test_optimize_hands_everything_on(prompts: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(ditopt.api, "optimize", lambda *given, **named: seen.update(named, given=given))
     out = tmp_path / "out.yaml"
     done = run(
-        "optimize", "DIR", "--prompts", prompts, "-o", out, "--min-psnr", "42", "--steps", "30", "--guidance", "1",
+        "optimize", "DIR", "--prompts", prompts, "-o", out, "--min-psnr", "42",
+        "--target-speedup", "2.5", "--steps", "30", "--guidance", "1",
         "--set", "height=64", "--set", "negative_prompt=''", "--seed", "7", "--budget", "9", "--max-variants", "4",
         "--on-mismatch", "dense", "--no-resume", "--trust-remote-code", "--dtype", "bfloat16", "--technique", "reuse",
     )  # fmt: skip
@@ -227,11 +229,16 @@ def test_optimize_hands_everything_on(prompts: Path, tmp_path: Path, monkeypatch
     assert seen.pop("given") == ("pipe", ["a red circle", "a blue square"])
     settings = {"num_inference_steps": 30, "guidance_scale": 1.0, "height": 64, "negative_prompt": ""}
     assert seen == {
-        "quality": "balanced", "max_rel_error": None, "min_psnr": 42.0, "target_speedup": None, "plan_path": out,
+        "quality": "balanced", "max_rel_error": None, "min_psnr": 42.0, "target_speedup": 2.5, "plan_path": out,
         "pipe_kwargs": settings, "seed": 7, "techniques": ["reuse"], "max_variants": 4, "budget": 9,
         "on_mismatch": "dense", "resume": False,
     }  # fmt: skip
     assert loaded == [("DIR", True, "bfloat16", None)]
+
+
+def test_the_help_names_every_technique() -> None:
+    help_text = " ".join(run("optimize", "--help").stdout.replace("│", " ").split())
+    assert all(name in help_text for name in ALL_TECHNIQUES)
 
 
 def test_errors_of_the_flow_are_one_line(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

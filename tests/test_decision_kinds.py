@@ -23,7 +23,7 @@ from ditopt.quality import Quality
 from ditopt.runtime.program import Program
 from ditopt.runtime.schedule import BoundPlan, bind
 from ditopt.search import solve_kept
-from ditopt.search.solution import computed_rules
+from ditopt.search.solution import dtype_rules
 from ditopt.target import Target
 from tests.search.problems import random_problem
 from tests.tiny import compiled_tiny, euler, make_model
@@ -58,12 +58,12 @@ def searched(choice: str, seconds: Mapping[str, float]) -> tuple[Rule, ...]:
     """The rules of a search in which nothing else may be done."""
     kind, _, dtype = choice.partition(" ")
     if choice == SECOND_ORDER:
-        return tuple(computed_rules(replace(random_problem(0, STEPS), second_order=0.25)))
+        return solve_kept(replace(random_problem(0, STEPS), second_order=0.25), STEPS).rules
     if not dtype:
         return solve_kept(random_problem(0, STEPS, techniques=(kind,)), STEPS - 1).rules
     flawless = Quality(90.0, 90.0, 0.0, (90.0,))
     problem = in_dtype(random_problem(0, STEPS), seconds, dtype, Target(min_psnr=42.0), lambda rules: flawless)
-    return tuple(computed_rules(problem))
+    return tuple(dtype_rules(problem))
 
 
 def bound(rules: tuple[Rule, ...]) -> BoundPlan:
@@ -97,12 +97,12 @@ def test_the_search_decides_it_and_a_plan_file_holds_it(choice: str, seconds: di
     assert [decision_from_data(decision_to_data(do)) for do in found] == found
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", FASTER)  # a share of second order is two operations on the output, and free
 def test_it_has_a_cost(choice: str, seconds: dict[str, float]) -> None:
     cost = MeasuredCost(seconds)
     steps = bound(searched(choice, seconds)).steps
     taken = [cost.step_seconds([each.site for each in step.predictions], step.variant.dtype) for step in steps]
-    assert (min(taken) < seconds["full"]) if choice in FASTER else set(taken) == {seconds["full"]}
+    assert min(taken) < seconds["full"]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -113,5 +113,5 @@ def test_a_pass_puts_it_into_the_graph_and_the_audit_refuses_one_without(
     (variant,) = {replace(step.variant, recorded=()) for step in bound(searched(choice, seconds)).steps} - {StepPlan()}
     cache.graph(variant)  # which audits it
     untouched = PassManager([prune]).run(cache.trace.gm, variant, cache.index)
-    with pytest.raises(AuditError, match=r"the graph does not read factors_(step|second_order)|products are to run in"):
+    with pytest.raises(AuditError, match=r"does not read factors_(step|second_order)|products are to run in"):
         audit(untouched, variant, cache.index, {})

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import flow
-from benchmarks.flow import Part
+from benchmarks.flow import Part, Settings
 from benchmarks.goals import GOALS, Goal, checks
 from ditopt.plan import Plan
 
@@ -58,7 +58,6 @@ class Bench:
         if part.goal.name == self.broken:
             raise subprocess.CalledProcessError(2, "ditopt optimize")
         self.plans[part.goal.name].save(part.plan)
-        part.plan.with_suffix(".explain.json").write_text(part.goal.name)
 
     def bench(self, parts: Sequence[Part]) -> None:
         self.asked.append(f"bench {' '.join(part.goal.name for part in parts)}")
@@ -104,6 +103,14 @@ def test_the_goals_are_those_of_the_issue() -> None:
         "guided-42": (4.0, 42.0, 2.0),
         "guided-36": (4.0, 36.0, 2.6),
     }
+
+
+def test_a_plan_is_asked_for_speed_and_quality(desk: Bench) -> None:
+    told = [Part(goal, Settings(desk.model, desk.folder / "out", 2, 4)).words for goal in GOALS]
+    assert told[0] == ("--target-speedup", 3.06, "--min-psnr", 42.0, "--guidance", 1.0)
+    assert told[3] == ("--target-speedup", 2.85, "--min-psnr", 40.0, "--guidance", 4.0, "--budget", 12)
+    for goal in GOALS:
+        assert goal.asked > goal.speedup and goal.asked_db >= goal.psnr_db
 
 
 def test_all_met_is_success_and_parts_of_one_guidance_share_a_benchmark(

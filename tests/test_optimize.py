@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ditopt
+from ditopt import verify
 from ditopt.backend import ditopt_backend
 from ditopt.decisions import Dense
 from ditopt.errors import InputError, RolloutError, TraceError
@@ -96,6 +97,33 @@ def test_a_dtype_is_chosen_where_it_is_faster_and_a_new_compile_repeats_it(
     result = run(model, rollout, plan_path=path, techniques=("reuse", "forecast", "precision"), budget=2)
     assert result.plan is not None, result.reasons
     assert Dense(dtype="bfloat16") in [rule.do for rule in result.plan.rules]
+    with torch.no_grad():
+        planned = rollout(model, "one", 50)
+        model._compiled_call_impl = None
+        torch._dynamo.reset()
+        fresh: Any = torch.compile(model, backend=ditopt_backend, fullgraph=True, options={"plan": str(path)})
+        assert torch.equal(rollout(fresh, "one", 50), planned)
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_a_share_of_second_order_is_chosen_and_a_new_compile_repeats_it(
+    left_out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VerifiedSearch, "time_in_turn", lambda self, rules: (1.0, 2.0))
+    monkeypatch.setattr(verify, "AIMS", ((1.0, 1.0),))
+    monkeypatch.setattr(verify, "AIM_SPARE_DB", 99.0)
+
+    def rollout(network: nn.Module, prompt: str, seed: int) -> Tensor:
+        return euler(network, prompt, seed, 12, 64)
+
+    path, model = tmp_path / "plan.yaml", make_model()
+    techniques = ("reuse", "forecast", "fit", *(() if left_out else ("second_order",)))
+    target = Target.from_arguments("balanced", None, 10.0, 1.5)
+    result = run(model, rollout, plan_path=path, techniques=techniques, target=target, budget=2)
+    assert result.plan is not None, result.reasons
+    assert result.plan.target == {"min_psnr": 10.0, "speedup": 1.5}
+    shares = [rule.do.second_order for rule in result.plan.rules if isinstance(rule.do, Dense)]
+    assert shares == ([] if left_out else [1.0])
     with torch.no_grad():
         planned = rollout(model, "one", 50)
         model._compiled_call_impl = None

@@ -198,10 +198,12 @@ def test_a_fit_covers_its_steps() -> None:
 
 
 def test_the_model_cast_keeps_the_dtype_of_computed_steps_alone() -> None:
-    both = Rule(sites="step", steps=(0, 1, 2, 3), do=Dense(dtype="bfloat16", second_order=0.25))
+    narrow = Rule(sites="step", steps=(0, 1, 2, 3), do=Dense(dtype="bfloat16"))
+    both = Rule(sites="step", steps=(1, 2), do=Dense(dtype="bfloat16", second_order=0.25))
     plain, reuse = Rule(sites="step", steps=(3,), do=Dense()), Rule(sites="step", steps=(2,), do=Reuse())
-    cast = cast_rules([both, plain, reuse])
-    assert cast == [(both.model_copy(update={"do": Dense(dtype="bfloat16")}), "bfloat16"), (plain, None)]
+    assert cast_rules([narrow, both, plain, reuse]) == [(narrow, "bfloat16"), (plain, None)]
+    bare = both.model_copy(update={"do": Dense(dtype="bfloat16")})
+    assert cast_rules([plain, both, narrow]) == [(plain, None), (bare, "bfloat16"), (narrow, "bfloat16")]
     assert cast_rules([both.model_copy(update={"do": Dense(second_order=0.25)}), reuse]) == []
 
 

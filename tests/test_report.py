@@ -179,12 +179,16 @@ def test_the_picture_tells_the_share_of_second_order(plan: Plan) -> None:
     finer = Rule(sites="step", steps=tuple(range(5)), do=Dense(second_order=0.25))
     (before,), (after,) = pictures(plan), pictures(plan.model_copy(update={"rules": (finer, *plan.rules)}))
     assert after.summary == before.summary + ", with 0.25 of the second-order formula"
-    assert after.rows[0].cells[0].note == "step 0: computed, returned with 0.25 of the second-order formula"
+    told = [step for step, cell in enumerate(after.rows[0].cells) if "second-order" in cell.note]
+    assert told == [1, 3], "neither in the first computed step nor where a step is predicted"
+    assert after.rows[0].cells[1].note == "step 1: computed, returned with 0.25 of the second-order formula"
     assert [cell.kind for cell in after.rows[0].cells] == [cell.kind for cell in before.rows[0].cells]
 
 
 def test_rivals_in_a_dtype_say_so() -> None:
-    rules = [{"sites": "step", "steps": "0-4", "do": {"dense": {"dtype": "bfloat16"}}}]
+    rules: list[dict[str, Any]] = [{"sites": "step", "steps": "1", "do": {"dense": {"second_order": 0.25}}}]
+    assert bench_rows({"plan": {"rules": rules}})[-1][0] == "optimised", "no dtype of its own, no rivals in one"
+    rules += [{"sites": "step", "steps": "0-4", "do": {"dense": {"dtype": "bfloat16"}}}]
     cast = {"steps": 5, "seconds": 1.0, "psnr_db": 60.0, "worst_psnr_db": 58.0}
     fewer = {"steps": 3, "seconds": 0.5, "psnr_db": 30.0, "worst_psnr_db": 28.0}
     bench = {**BENCH, "plan": {"rules": rules}, "dense_cast": cast, "fewer_steps_cast": fewer, "unipc_cast": None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,9 @@ def test_the_compiled_plan_does_what_the_refit_promised(tuner: Tuner) -> None:
         bound = bind(plan, tuner.network, {})
         assert len(bound.variants) <= refit.variants <= 8
         led = [step for step, each in enumerate(bound.steps) if each.second_order]
-        assert led == ([] if share is None else [step for step in plain.kept[1:] if step + 1 < tuner.problem.steps])
+        groups = tuner.problem.groups
+        alike = [(one, two) for one, two in pairwise(plain.kept) if groups[one] == groups[two]]
+        assert led == ([] if share is None else [step for _, step in alike if step + 1 < tuner.problem.steps])
         for pair, promised in zip(tuner.pairs, samples, strict=True):
             torch.testing.assert_close(tuner.evaluator.adapter.checked_rollout(*pair), promised, rtol=1e-4, atol=1e-5)
 
@@ -244,6 +247,13 @@ def test_an_aimed_plan_is_nearer_to_the_second_order_samples(tuner: Tuner) -> No
     tuner.evaluator.bind(aimed.rules)
     samples = [tuner.evaluator.adapter.checked_rollout(*pair) for pair in tuner.pairs]
     assert compare(samples, finer).psnr == pytest.approx(after, abs=0.05), "the compiled plan does what was promised"
+
+
+@pytest.mark.parametrize("tuner", [euler], indirect=True)
+def test_a_plan_that_would_need_too_many_graphs_is_not_aimed(tuner: Tuner) -> None:
+    plain = tuner._improve(solve_kept(tuner.problem, 6))
+    tuner.max_variants = plain.variants
+    assert tuner.aim(plain, 0.5, 0.5) is None and tuner.aim(plain, 0.5) is not None
 
 
 @pytest.mark.parametrize("tuner", [euler], indirect=True)

@@ -219,7 +219,13 @@ def test_a_speed_that_misses_the_psnr_beside_it_gives_way(monkeypatch: pytest.Mo
     assert kept(one) == 7 and asked(one) == [4.0]
     assert one.reasons == [
         "at this speed the held-out prompts have 30.0 dB, below 36 dB",
-        "the fastest plan of 36 dB takes its place",
+        "the fastest plan of 36 dB was taken",
+    ]
+    one = search(monkeypatch, 20.0, 0.0, {}, min_psnr=36.0)
+    assert kept(one) == 6
+    assert one.reasons == [
+        "no plan for 20x was found: even one computed step takes too long",
+        "the fastest plan of 36 dB was taken",
     ]
 
 
@@ -308,6 +314,23 @@ def test_fits_alone_are_aimed_where_second_order_is_left_out(monkeypatch: pytest
     solution: Any = SimpleNamespace(rules=("plain", 0))
     one._aim(Found(solution.rules, quality, {"transformer": solution}, one._tuners))
     assert asked == [(0.25, None), (0.5, None), (0.6, None), (0.75, None)]
+
+
+def test_a_plan_without_room_for_second_order_is_aimed_by_its_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(AimingTuner):
+        def aim(self, solution: Any, share: float, second_order: float | None) -> Any:
+            fits = second_order is None and share < 0.75
+            return super().aim(solution, share, dict(verify.AIMS)[share]) if fits else None
+
+    monkeypatch.setattr(verify, "Tuner", Full)
+    monkeypatch.setattr(verify, "AIMS", verify.AIMS[2:])
+    quality = Quality(60.0, 60.0, 0.0, (60.0,))
+    one = searching(SimpleNamespace(sessions={"transformer": None}, quality=lambda *_: (quality, 0.0)), SPEED)
+    solution: Any = SimpleNamespace(rules=("plain", 0))
+    after = one._aim(Found(solution.rules, quality, {"transformer": solution}, one._tuners))
+    assert getattr(after.solutions["transformer"], "rung", 0) == 2
+    (reason,) = one.reasons
+    assert "not refitted 0.75 of the way to a second-order path: more than 8 graphs would be needed" in reason
 
 
 def test_a_plan_that_cannot_be_aimed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,8 @@ def figure(value: Any) -> str:
 def _dtype(bench: Mapping[str, Any]) -> str | None:
     """The dtype of its own that a benchmark's plan computes in."""
     decisions = (rule["do"] for rule in bench.get("plan", {}).get("rules", ()))
-    found = (each["dense"]["dtype"] for each in decisions if isinstance(each, Mapping) and "dense" in each)
-    return next(found, None)
+    found = (each["dense"].get("dtype") for each in decisions if isinstance(each, Mapping) and "dense" in each)
+    return next((dtype for dtype in found if dtype is not None), None)
 
 
 def bench_rows(bench: Mapping[str, Any]) -> list[tuple[str, Any, Any, Any, Any, Any]]:

@@ -109,6 +109,7 @@ def _picture(plan: Plan, network: str) -> Picture:
     sites = [STEP, *(site for site in dict.fromkeys(named) if site != STEP)]
     table = [plan.decisions(step, sites, network) for step in range(len(plan.sampler.timesteps[network]))]
     whole = [not isinstance(decisions[STEP], Dense) for decisions in table]
+    combined = [step for step, predicted in enumerate(whole[:-1]) if not predicted][1:]  # with the computed step before
     rows = []
     for site in sites:
         cells = []
@@ -116,14 +117,15 @@ def _picture(plan: Plan, network: str) -> Picture:
             if site != STEP and whole[step]:
                 cells.append(Cell(HIDDEN, f"step {step}: {MEANINGS[HIDDEN]}"))
             else:
-                cells.append(Cell(kind_of(decisions[site]), f"step {step}: {_words(decisions[site], step)}"))
+                finer = site == STEP and step in combined
+                cells.append(Cell(kind_of(decisions[site]), f"step {step}: {_words(decisions[site], step, finer)}"))
         rows.append(Row(site, tuple(cells)))
-    whole_steps = [decisions[STEP] for decisions in table]
-    shares = {each.second_order for each in whole_steps if isinstance(each, Dense) and each.second_order is not None}
+    led = [table[step][STEP] for step in combined]
+    shares = {each.second_order for each in led if isinstance(each, Dense) and each.second_order is not None}
     return Picture(network, tuple(rows), tuple(sorted(shares)))
 
 
-def _words(decision: Decision, step: int) -> str:
+def _words(decision: Decision, step: int, combined: bool) -> str:
     kind = kind_of(decision)
     text = MEANINGS.get(kind, kind)
     if isinstance(decision, Fit):
@@ -131,6 +133,6 @@ def _words(decision: Decision, step: int) -> str:
         sources = ", ".join(map(str, decision.sources.get(step, ())))
         latents = " and the latents" if decision.latents else ""
         text = f"fitted from steps {sources}{latents}, factors {factors}"
-    elif isinstance(decision, Dense) and decision.second_order is not None:
+    elif isinstance(decision, Dense) and decision.second_order is not None and combined:
         text = f"{text}, returned with {decision.second_order:g} of the second-order formula"
     return text

@@ -254,6 +254,7 @@ class Program:
     ) -> Sequence[Any]:
         """Run step ``number`` of the plan at sigma ``time``; ``state``, which keeps its features, is ``owner``'s."""
         step = bound.steps[number]
+        in_turn, state.last_step = state.last_step == number - 1, number
         added = self._added_inputs(step.predictions, state, bound, number, time)
         does = bound.full if added is None else step.variant
         if added is None:
@@ -261,7 +262,7 @@ class Program:
         elif step.predictions:
             self.statistics.predicted_calls += 1
         if added is not None and step.second_order is not None:
-            read = self._second_order_inputs(step.second_order, state, bound, number, time)
+            read = self._second_order_inputs(step.second_order, state, bound, number, time) if in_turn else None
             does, added = (replace(does, second_order=False), added) if read is None else (does, {**added, **read})
         outputs, features = self._run(self.variants.get(does), arguments, added or {})
         for site, tensors in features.items():
@@ -325,7 +326,7 @@ class Program:
     ) -> dict[str, Tensor] | None:
         """Slots and factors of a computed step; None at other sigmas than planned, or where the one before is not held.
 
-        How far the sampler goes on a step at another sigma is not known.
+        How far the sampler goes on a step at another sigma is not known, nor where it passes planned steps over.
         """
         held = next(iter(state.history.get(STEP, [])), None)
         planned = (combined.source, bound.times[combined.source])

@@ -23,13 +23,14 @@ class Held:
 class StreamState:
     """What one guidance branch of one generation carries from call to call; newest features first.
 
-    ``held_bytes`` is the memory of all features held.
+    ``held_bytes`` is the memory of all features held; ``last_value`` and ``last_step`` are those of the latest call.
     """
 
     clock: StepClock
     history: dict[str, list[Held]] = field(default_factory=dict)
     held_bytes: int = 0
     last_value: float | None = None
+    last_step: int | None = None
 
     def reset(self) -> None:
         """Forget all features: a new generation begins."""

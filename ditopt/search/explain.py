@@ -16,7 +16,7 @@ from ditopt.sites import STEP
 COMPUTE = "compute"
 OWN_DTYPE = "the model's dtype"
 OWN_ORDER = "outputs as computed"
-NEARER = "farther from what a solver of second order makes of the tuning prompts"
+NOT_AIMED = "before fits and computed steps were aimed so, samples were farther from those of a second-order solver"
 
 _OTHERWISE = "the whole schedule's error, the limit of {} variants, a block range, or what was measured decided"
 
@@ -49,7 +49,7 @@ def explain(
         rival = Rival(other, np.nan, np.nan, problem.dtype_reason)
         found.append(Explanation(None, STEP, chosen, objective, (rival,)))
     if problem.second_order is not None:
-        rival = Rival(OWN_ORDER, np.nan, np.nan, NEARER)
+        rival = Rival(OWN_ORDER, np.nan, np.nan, NOT_AIMED)
         found.append(Explanation(None, STEP, f"{problem.second_order:g} of second order", objective, (rival,)))
     for name in problem.ranges:
         if name not in draft.ranges:

@@ -265,7 +265,7 @@ def finish(problem: SearchProblem, draft: Draft, lam: float | None, max_variants
         predicted_error=error,
         predicted_seconds=seconds,
         explanations=explain(problem, draft, choices, growth, relief, objective, lam, max_variants),
-        variants=count_variants(problem.steps, draft, problem.second_order is not None),
+        variants=count_variants(problem, draft),
         objective=objective,
         additive_error=additive,
         lam=lam,

@@ -72,12 +72,12 @@ def second_order_factors(share: float, times: Sequence[float], step: int, source
 
     ``F + share * h / (2 d) * (F - F_source)`` with ``h = times[step + 1] - times[step]`` and ``d = times[step] -
     times[source]``: Adams and Bashforth's two-step formula at true distances. None in the last step, which shows no
-    ``h``, and where both have one time.
+    ``h``, and where the times are the same.
     """
     if step + 1 >= len(times):
         return None
     width, distance = times[step + 1] - times[step], times[step] - times[source]
-    if abs(distance) <= SAME_TIME * max(map(abs, times)):
+    if min(abs(width), abs(distance)) <= SAME_TIME * max(map(abs, times)):
         return None
     change = share * width / (2 * distance)
     return 1 + change, -change

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ditopt.decisions import Dense
 from ditopt.plan import Rule
+from ditopt.search.predictors import second_order_factors
 from ditopt.search.problem import SearchProblem
 from ditopt.search.space import Candidate, Shape, StepChoice
 from ditopt.search.table import with_histories
@@ -99,29 +100,43 @@ COMBINED: Shape = (0, False)
 Signature = tuple[frozenset[tuple[str, Shape]], frozenset[str]]
 
 
-def signatures(steps: int, draft: Draft, second_order: bool = False) -> list[Signature]:
-    """What tells the graphs of two steps apart: the shapes predicted, and the sites recorded for later.
+def combined_steps(problem: SearchProblem, kept: Sequence[int]) -> dict[int, tuple[int, tuple[float, float]]]:
+    """Of every computed step that has a share of second order, the computed step before and the factors of both.
 
-    Factors are inputs of a graph, so ``reuse`` and a fit of one feature share one. ``second_order``: computed steps
-    but the first one and the last step read the one before.
+    Steps that run other branches than the one before have none: guidance would weigh the branches' shares.
     """
-    predicted: list[set[tuple[str, Shape]]] = [set() for _ in range(steps)]
+    share, groups = problem.second_order, problem.groups or (0,) * problem.steps
+    found = {}
+    for before, step in pairwise(kept):
+        if share is not None and groups[before] == groups[step]:
+            factors = second_order_factors(share, problem.times, step, before)
+            if factors is not None:
+                found[step] = before, factors
+    return found
+
+
+def signatures(problem: SearchProblem, draft: Draft) -> list[Signature]:
+    """What tells the graphs of two steps apart: what they read of earlier steps, and the sites recorded for later.
+
+    Factors are inputs of a graph, so ``reuse`` and a fit of one feature share one.
+    """
+    steps = problem.steps
+    read: list[set[tuple[str, Shape]]] = [set() for _ in range(steps)]
     recorded: list[set[str]] = [set() for _ in range(steps)]
     for site, computed, families, among in draft.sites(steps):
         for step, history in with_histories(computed, among).items():
-            predicted[step].add((site, families[step].shape))
+            read[step].add((site, families[step].shape))
             for source in history[: families[step].history]:
                 recorded[source].add(site)
-    if second_order:
-        for before, step in pairwise(step for step in draft.kept if step < steps - 1):
-            predicted[step].add((STEP, COMBINED))
-            recorded[before].add(STEP)
-    return [(frozenset(a), frozenset(b)) for a, b in zip(predicted, recorded, strict=True)]
+    for step, (before, _) in combined_steps(problem, draft.kept).items():
+        read[step].add((STEP, COMBINED))
+        recorded[before].add(STEP)
+    return [(frozenset(a), frozenset(b)) for a, b in zip(read, recorded, strict=True)]
 
 
-def count_variants(steps: int, draft: Draft, second_order: bool = False) -> int:
+def count_variants(problem: SearchProblem, draft: Draft) -> int:
     """Number of distinct graphs that ``draft`` needs."""
-    return len(set(signatures(steps, draft, second_order)))
+    return len(set(signatures(problem, draft)))
 
 
 def step_choices(
@@ -148,8 +163,9 @@ def step_choices(
 
 
 def to_rules(problem: SearchProblem, choices: Mapping[str, Sequence[StepChoice]]) -> tuple[Rule, ...]:
-    """A rule for every site and candidate, in order of its first step; computed steps need none but for their dtype."""
-    rules = computed_rules(problem)
+    """A rule for every site and candidate, in order of its first step, behind those of computed steps."""
+    kept = [choice.step for choice in choices.get(STEP, ()) if choice.candidate is None]
+    rules = [*dtype_rules(problem), *second_order_rules(problem, kept)]
     for site, made in choices.items():
         by_candidate: dict[Candidate, list[StepChoice]] = {}
         for choice in made:
@@ -161,14 +177,18 @@ def to_rules(problem: SearchProblem, choices: Mapping[str, Sequence[StepChoice]]
     return tuple(rules)
 
 
-def computed_rules(problem: SearchProblem) -> list[Rule]:
-    """The rule of what is done in computed steps, if it is not what the model does; those of predictions follow it."""
-    decision = Dense.model_validate({"dtype": problem.dtype, "second_order": problem.second_order})
-    if decision.is_plain:
+def dtype_rules(problem: SearchProblem) -> list[Rule]:
+    """The rule that computed steps run in the problem's dtype, if it has one; those of predictions come after it."""
+    if problem.dtype is None:
         return []
+    decision = Dense.model_validate({"dtype": problem.dtype})
     return [Rule(sites=STEP, steps=tuple(range(problem.steps)), do=decision, network=problem.network)]
 
 
-def dtype_rules(problem: SearchProblem) -> list[Rule]:
-    """The rule that computed steps run in the problem's dtype, if it has one, and nothing else is done in them."""
-    return computed_rules(replace(problem, second_order=None))
+def second_order_rules(problem: SearchProblem, kept: Sequence[int]) -> list[Rule]:
+    """The rule that computed steps have the problem's share of second order, in its dtype, if it has one."""
+    steps = tuple(combined_steps(problem, kept))
+    if not steps:
+        return []
+    decision = Dense.model_validate({"dtype": problem.dtype, "second_order": problem.second_order})
+    return [Rule(sites=STEP, steps=steps, do=decision, network=problem.network)]

@@ -43,7 +43,7 @@ def reduce_variants(
     """
     allowed: Allowed = {STEP: frozenset(candidate.name for candidate in problem.candidates)}
     allowed |= {name: frozenset(candidate.name for candidate in problem.range_candidates) for name in draft.ranges}
-    variants = count_variants(problem.steps, draft)
+    variants = count_variants(problem, draft)
     value = _objective(account(problem, draft), lam)
     while variants > limit:
         options: list[tuple[float, float, int, Draft, Allowed]] = []
@@ -53,7 +53,7 @@ def reduce_variants(
                 trial = _again(problem, draft, trial_allowed, lam, with_ranges, site == STEP)
                 if trial is None:
                     continue
-                count = count_variants(problem.steps, trial)
+                count = count_variants(problem, trial)
                 worse = _objective(account(problem, trial), lam) - value
                 rate = worse / (variants - count) if count < variants else np.inf
                 options.append((rate, worse, len(options), trial, trial_allowed))
@@ -61,7 +61,7 @@ def reduce_variants(
             return Draft(tuple(range(problem.steps)), {})
         _, worse, _, draft, allowed = min(options, key=lambda option: option[:3])
         value += worse
-        variants = count_variants(problem.steps, draft)
+        variants = count_variants(problem, draft)
     return draft
 
 

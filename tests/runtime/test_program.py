@@ -293,6 +293,20 @@ def test_other_step_counts_have_no_share_of_second_order(bench: SimpleNamespace,
     assert torch.equal(*found)
 
 
+@torch.no_grad()
+def test_a_loop_that_passes_planned_steps_over_has_no_share_of_second_order(
+    bench: SimpleNamespace, bound: Callable[..., Program]
+) -> None:
+    """It meets planned sigmas alone, and goes twice as far on each."""
+    bound(WITH_SECOND_ORDER, Rule(sites=STEP, steps=(1, 3, 5), do=Reuse()), on_mismatch="retarget")
+    prompt, latents = embeds(1), noise()
+    for t in schedule()[0][:6:2]:
+        given = {"hidden_states": latents, "timestep": t.expand(1), "encoder_hidden_states": prompt}
+        found, expected = (model(**given, return_dict=False)[0] for model in (bench.forward, bench.model))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        latents = latents - 0.1 * expected
+
+
 @pytest.mark.parametrize("name", ["order 1", "range order 1"])
 def test_two_branches_by_separate_calls(name: str, bench: SimpleNamespace, bound: Callable[..., Program]) -> None:
     rule, predict, site = PLANS[name]

@@ -16,6 +16,7 @@ from ditopt.profile import FeatureGram, NetworkProfile
 from ditopt.search import CANDIDATES, SearchProblem, least_kept, solve, solve_kept
 from ditopt.search.brute import brute_joint
 from ditopt.search.joint import best_disjoint
+from ditopt.search.solution import combined_steps
 from ditopt.sites import STEP
 from tests.search.problems import SEEDS, random_problem
 
@@ -79,10 +80,20 @@ def test_a_share_of_second_order_is_a_rule_a_reason_and_a_graph_more() -> None:
     plain = solve_kept(problem, 4)
     finer = solve_kept(dataclasses.replace(problem, second_order=0.25), 4)
     assert (finer.kept, finer.rules[1:]) == (plain.kept, plain.rules)
-    assert finer.rules[0] == Rule(sites=STEP, steps=tuple(range(9)), do=Dense(second_order=0.25))
+    led = tuple(step for step in finer.kept[1:] if step < 8)
+    assert finer.rules[0] == Rule(sites=STEP, steps=led, do=Dense(second_order=0.25))
     assert plain.variants < finer.variants <= plain.variants + 2
+    for limit in (4, 5):  # computing every step takes up to four
+        assert solve_kept(dataclasses.replace(problem, second_order=0.25), 4, limit).variants <= limit
     (told,) = (each for each in finer.explanations if each.step is None)
     assert told.chosen == "0.25 of second order" and told.rivals[0].name == "outputs as computed"
+
+
+def test_steps_of_other_branches_than_the_computed_step_before_have_no_share() -> None:
+    problem = dataclasses.replace(random_problem(1, 6), second_order=0.5, groups=(0, 0, 1, 1, 0, 0))
+    assert set(combined_steps(problem, range(6))) == {1, 3}
+    assert set(combined_steps(problem, (0, 1, 3, 4))) == {1}
+    assert not combined_steps(dataclasses.replace(problem, second_order=None), range(6))
 
 
 @pytest.mark.parametrize("count", [1, 4, 9])
