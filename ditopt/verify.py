@@ -28,7 +28,7 @@ TRIAL_SECONDS = 170.0
 """What the plans tried by rollouts may take together where the caller sets no budget."""
 SPARE_DB = 0.7
 """A plan that exceeds the target by less than this on the held-out prompts is fast enough."""
-AIMS = ((0.25, 0.1), (0.5, 0.1), (0.5, 0.25), (0.6, 0.35), (0.75, 0.5), (1.0, 1.0))
+AIMS = ((0.1, 0.05), (0.25, 0.1), (0.5, 0.1), (0.5, 0.25), (0.6, 0.35), (0.75, 0.5), (1.0, 1.0))
 """How far fits aim from the dense path to the second-order one, and what share of that formula computed steps have."""
 AIM_SPARE_DB = 2.0
 """How much nearer to the second-order samples than dense a plan has to be on the tuning prompts to be near enough.

@@ -313,7 +313,7 @@ def test_fits_alone_are_aimed_where_second_order_is_left_out(monkeypatch: pytest
     one.second_order = False
     solution: Any = SimpleNamespace(rules=("plain", 0))
     one._aim(Found(solution.rules, quality, {"transformer": solution}, one._tuners))
-    assert asked == [(0.25, None), (0.5, None), (0.6, None), (0.75, None)]
+    assert asked == [(0.1, None), (0.25, None), (0.5, None), (0.6, None)]
 
 
 def test_a_plan_without_room_for_second_order_is_aimed_by_its_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +323,7 @@ def test_a_plan_without_room_for_second_order_is_aimed_by_its_fits(monkeypatch: 
             return super().aim(solution, share, dict(verify.AIMS)[share]) if fits else None
 
     monkeypatch.setattr(verify, "Tuner", Full)
-    monkeypatch.setattr(verify, "AIMS", verify.AIMS[2:])
+    monkeypatch.setattr(verify, "AIMS", verify.AIMS[3:])
     quality = Quality(60.0, 60.0, 0.0, (60.0,))
     one = searching(SimpleNamespace(sessions={"transformer": None}, quality=lambda *_: (quality, 0.0)), SPEED)
     solution: Any = SimpleNamespace(rules=("plain", 0))

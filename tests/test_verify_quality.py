@@ -119,9 +119,9 @@ class AimingTuner(FakeTuner):
 @pytest.mark.parametrize(
     ("held_out", "share"),
     [
-        ({0.0: 42.4, 0.25: 42.3, 0.5: 42.2, 0.75: 42.1}, 0.5),  # 42 dB to the finer samples, dense has 40
-        ({0.0: 42.4, 0.25: 42.1, 0.5: 41.9}, 0.25),  # the target holds no further
-        ({0.0: 42.4, 0.25: 41.9}, 0.0),
+        ({0.0: 42.4, 0.1: 42.3, 0.25: 42.3, 0.5: 42.2, 0.75: 42.1}, 0.5),  # 42 dB to the finer samples, dense has 40
+        ({0.0: 42.4, 0.1: 42.3, 0.25: 42.1, 0.5: 41.9}, 0.25),  # the target holds no further
+        ({0.0: 42.4, 0.1: 41.9}, 0.0),
     ],
 )
 def test_what_is_to_spare_is_spent_on_samples_nearer_to_a_finer_solvers(
