@@ -46,6 +46,16 @@ def run(model: nn.Module, rollout: Any = euler, **settings: Any) -> Result:
     return Optimizer(model, PROMPTS, rollout=rollout, **given).run()
 
 
+def assert_a_new_compile_repeats(model: nn.Module, rollout: Any, path: Path) -> None:
+    """The plan file, compiled anew, generates what the optimised model does."""
+    with torch.no_grad():
+        planned = rollout(model, "one", 50)
+        model._compiled_call_impl = None
+        torch._dynamo.reset()
+        fresh: Any = torch.compile(model, backend=ditopt_backend, fullgraph=True, options={"plan": str(path)})
+        assert torch.equal(rollout(fresh, "one", 50), planned)
+
+
 def test_flow_gives_a_plan_that_a_new_compile_repeats(tmp_path: Path) -> None:
     model = make_model(width=96)
     model.embed = nn.Linear(4, 96)
@@ -97,12 +107,7 @@ def test_a_dtype_is_chosen_where_it_is_faster_and_a_new_compile_repeats_it(
     result = run(model, rollout, plan_path=path, techniques=("reuse", "forecast", "precision"), budget=2)
     assert result.plan is not None, result.reasons
     assert Dense(dtype="bfloat16") in [rule.do for rule in result.plan.rules]
-    with torch.no_grad():
-        planned = rollout(model, "one", 50)
-        model._compiled_call_impl = None
-        torch._dynamo.reset()
-        fresh: Any = torch.compile(model, backend=ditopt_backend, fullgraph=True, options={"plan": str(path)})
-        assert torch.equal(rollout(fresh, "one", 50), planned)
+    assert_a_new_compile_repeats(model, rollout, path)
 
 
 @pytest.mark.parametrize("left_out", [False, True])
@@ -124,12 +129,7 @@ def test_a_share_of_second_order_is_chosen_and_a_new_compile_repeats_it(
     assert result.plan.target == {"min_psnr": 10.0, "speedup": 1.5}
     shares = [rule.do.second_order for rule in result.plan.rules if isinstance(rule.do, Dense)]
     assert shares == ([] if left_out else [1.0])
-    with torch.no_grad():
-        planned = rollout(model, "one", 50)
-        model._compiled_call_impl = None
-        torch._dynamo.reset()
-        fresh: Any = torch.compile(model, backend=ditopt_backend, fullgraph=True, options={"plan": str(path)})
-        assert torch.equal(rollout(fresh, "one", 50), planned)
+    assert_a_new_compile_repeats(model, rollout, path)
 
 
 def test_a_plan_that_is_no_faster_is_not_handed_out(

@@ -128,7 +128,8 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
     sites = _sites_in_use(plan, network, total, known)
     table = [plan.decisions(t, sites, network) for t in range(total)]
     predicted = [_active(decisions, ranges) for decisions in table]
-    finer = _second_order(plan, network, predicted, times)
+    whole = [plan.decisions(t, [STEP], network)[STEP] for t in range(total)]
+    finer = _second_order(whole, predicted, times)
     used = tuple(site for site in sites if any(site in step for step in predicted) or (site == STEP and any(finer)))
     history: dict[str, list[int]] = {site: [] for site in used}
     bound: list[tuple[BoundPrediction, ...]] = []
@@ -154,7 +155,7 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
         bound.append(tuple(found))
         for site in _recorded(used, active, ranges):
             history[site].insert(0, t)
-    dtypes = [_dtype(plan.decisions(t, [STEP], network)[STEP]) for t in range(total)]
+    dtypes = [_dtype(decision) for decision in whole]
     computed = {dtype for dtype, active in zip(dtypes, predicted, strict=True) if STEP not in active}
     full = StepPlan((), used, dtype=computed.pop() if len(computed) == 1 else None)
     return BoundPlan(_with_liveness(bound, used, ranges, dtypes, finer), full, times, plan.sampler.timesteps[network])
@@ -184,13 +185,12 @@ def _dtype(decision: Decision) -> str | None:
 
 
 def _second_order(
-    plan: Plan, network: str, predicted: Sequence[Mapping[str, Decision]], times: Sequence[float]
+    whole: Sequence[Decision], predicted: Sequence[Mapping[str, Decision]], times: Sequence[float]
 ) -> list[BoundSecondOrder | None]:
-    """Of every step, what its output is combined with; the first computed step and the last one have nothing."""
+    """Of every step what its output is combined with; the first computed one and the last have nothing."""
     found: list[BoundSecondOrder | None] = []
     before: int | None = None
-    for step, active in enumerate(predicted):
-        decision = plan.decisions(step, [STEP], network)[STEP]
+    for step, (decision, active) in enumerate(zip(whole, predicted, strict=True)):
         combined = None
         if isinstance(decision, Dense) and decision.second_order is not None and before is not None:
             factors = second_order_factors(decision.second_order, times, step, before)
