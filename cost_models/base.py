@@ -9,9 +9,9 @@ from typing import Protocol
 class CostModel(Protocol):
     """Prices one step of one network."""
 
-    def step_seconds(self, predicted: Collection[str], dtype: str | None = None) -> float:
-        """Seconds of a step in which ``predicted`` (``step`` or block ranges) are not computed, the rest in ``dtype``.
+    def step_seconds(self, predicted: Collection[str], dtype: str | None = None, simplify: bool = False) -> float:
+        """Seconds of a step in which ``predicted`` (``step`` or block ranges) are not computed.
 
-        None is the model's own dtype.
+        The rest is computed in ``dtype`` (None: the model's own), ``simplify``-ed or as the model has it.
         """
         ...

@@ -48,7 +48,7 @@ def optimize(
         pipe_kwargs: what the pipeline is called with later: steps, guidance, size.
         seed: of the first prompt's noise; prompt i uses ``seed + i``.
         techniques: kinds of decision to consider; default all (``reuse``, ``forecast``, ``fit``, ``ranges``,
-            ``precision`` and ``second_order``).
+            ``simplify``, ``precision`` and ``second_order``).
         max_variants: the most distinct graphs to compile.
         budget: how many plans to try by real rollouts in the first search, a quarter more in each after it; plans that
             compute less than half of the steps count less, down to a third. Default: some minutes' worth, 6 to 16.

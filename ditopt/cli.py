@@ -112,7 +112,9 @@ def optimize(
     seed: Annotated[int, typer.Option(help="of the first prompt's noise")] = 0,
     technique: Annotated[
         list[str] | None,
-        typer.Option(help="reuse, forecast, fit, ranges, precision or second_order, repeatable; default: all"),
+        typer.Option(
+            help="reuse, forecast, fit, ranges, simplify, precision or second_order, repeatable; default: all"
+        ),
     ] = None,
     budget: Annotated[
         int | None,

@@ -28,17 +28,21 @@ class Dense(_Decision):
     step and one at the sigma of the computed step before, which have none. It is for samplers of first order: others
     do something of the kind themselves.
 
-    Both are decided for whole steps (the site ``step``); a dtype for those of a float32 model.
+    ``simplify`` rewrites what is slow as the model has it (rotary embeddings by strided writes, hyperbolic tangents),
+    exactly but for rounding.
+
+    All three are decided for whole steps (the site ``step``); a dtype for those of a float32 model.
     """
 
     kind: Literal["dense"] = "dense"
     dtype: Dtype | None = None
     second_order: Annotated[float, Field(gt=0, le=1)] | None = None
+    simplify: bool = False
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing but what the model does is asked for."""
-        return self.dtype is None and self.second_order is None
+        return self == Dense()
 
 
 class Reuse(_Decision):
@@ -111,7 +115,7 @@ KINDS: dict[str, type[Dense] | type[Reuse] | type[Forecast] | type[Fit]] = {
 def decision_to_data(decision: Decision) -> str | dict[str, Any]:
     """The readable form of a decision: a word where it has no settings, else a one-key mapping."""
     settings = decision.model_dump(
-        mode="json", exclude={"kind"}, exclude_none=True, exclude_defaults=isinstance(decision, Fit)
+        mode="json", exclude={"kind"}, exclude_none=True, exclude_defaults=isinstance(decision, Dense | Fit)
     )
     if isinstance(decision, Fit):
         settings = {"history": decision.history, **settings}

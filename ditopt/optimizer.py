@@ -47,7 +47,7 @@ from ditopt.search.space import candidates
 from ditopt.target import Target
 from ditopt.verify import VerifiedSearch, affordable_trials
 
-OTHERS = RANGES, PRECISION, SECOND_ORDER = "ranges", "precision", "second_order"
+OTHERS = RANGES, SIMPLIFY, PRECISION, SECOND_ORDER = "ranges", "simplify", "precision", "second_order"
 """Kinds of decision that are no predictors of a step."""
 ALL_TECHNIQUES = (*TECHNIQUES, *OTHERS)
 SAME_RUN = 1e-3  # relative L2 between two compiled runs of one prompt and seed, by differently fused kernels
@@ -87,6 +87,7 @@ class Optimizer:
         self.use_ranges = RANGES in chosen
         self.use_second_order = SECOND_ORDER in chosen
         self.dtypes = DTYPES if PRECISION in chosen else ()
+        self.simplify = SIMPLIFY in chosen
         self.adapter: Adapter = adapt(self.model, self.rollout, self.pipe_kwargs)
         check_writable(None if self.plan_path is None else Path(self.plan_path))
 
@@ -233,7 +234,9 @@ class Optimizer:
         run: ProfileRun | SplitProfileRun
         if all(each.whole for each in graphs.values()):
             sampler, fits = self.adapter.sampler(), "fit" in self.chosen
-            run = ProfileRun(evaluator, calls, sampler, checkpoints, self.reporter, self.use_ranges, fits, self.dtypes)
+            run = ProfileRun(
+                evaluator, calls, sampler, checkpoints, self.reporter, self.use_ranges, fits, self.dtypes, self.simplify
+            )
         else:
             run = SplitProfileRun(evaluator, graphs, calls, self.adapter.sampler(), checkpoints, self.reporter)
         profile = run(profiled)

@@ -35,7 +35,7 @@ from ditopt.runtime.program import Compute, copied
 from ditopt.search.joint import refitted
 from ditopt.search.predictors import lagrange
 from ditopt.search.problem import SearchProblem
-from ditopt.search.solution import Solution, combined_steps, count_variants, dtype_rules
+from ditopt.search.solution import Solution, combined_steps, count_variants, form_rules
 from ditopt.search.space import Candidate
 from ditopt.search.table import with_histories
 
@@ -77,7 +77,7 @@ class Steering:
         caller's loop without the network as often as there are predicted steps.
         """
         runs = [_Run(self, pair) for pair in self.pairs]
-        self.evaluator.bind([*fixed, *dtype_rules(self.problem)])
+        self.evaluator.bind([*fixed, *form_rules(self.problem)])
         factors: dict[int, Array] = {}
         families, sources = self._families(solution)
         combined = combined_steps(self.problem, solution.kept)

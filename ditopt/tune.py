@@ -13,9 +13,9 @@ from torch import Tensor
 from ditopt.console import Reporter, Stage
 from ditopt.cost_models.measured import MeasuredCost
 from ditopt.errors import NonFiniteError
+from ditopt.forms import in_dtype, simplified
 from ditopt.measure import Evaluator
 from ditopt.plan import Plan, Rule
-from ditopt.precision import in_dtype
 from ditopt.profile import NetworkProfile, Profile, branch_shares
 from ditopt.profiler.moves import pulled
 from ditopt.quality import Quality, compare
@@ -37,6 +37,7 @@ from ditopt.search.bisect import Meets
 from ditopt.search.joint import from_kept
 from ditopt.search.refine import with_further_step
 from ditopt.search.rollouts import rules_key
+from ditopt.search.solution import form_rules
 from ditopt.sites import STEP
 from ditopt.steer import Steering
 from ditopt.target import Target
@@ -92,13 +93,14 @@ class Tuner:
 
     def __post_init__(self) -> None:
         part = self.profile.networks[self.network]
-        self.problem = SearchProblem.from_profile(
+        plain = SearchProblem.from_profile(
             part,
             self.techniques,
             range_weights=part.range_weights,
             sample_norm=self.profile.sample_norm,
             network=self.network if len(self.profile.networks) > 1 else "*",
         )
+        self.problem = simplified(plain, part.seconds)
         self._bar: Stage | None = None
         self._refits: dict[tuple[str, ...], Solution] = {}
         self._steering = self._make_steering(part)
@@ -221,7 +223,7 @@ class Tuner:
             start=self._price_of(best),
             improve=self._improve,
         )
-        best = _faster(_faster(best, by_price.best), self._dtype_alone(meets))
+        best = _faster(_faster(best, by_price.best), self._form_alone(meets))
         self.stage_name = "refine"
         while best is not None and self._left > 1 and len(best.solution.kept) > max(2, self._least_kept):
             smaller = self._start(len(best.solution.kept) - 1)
@@ -238,9 +240,9 @@ class Tuner:
                 best = polished
         return None if best is None else self._or_plain(best)
 
-    def _dtype_alone(self, meets: Meets) -> Trial | None:
-        """The plan that computes every step, in the problem's dtype, if it meets the target."""
-        if self.problem.dtype is None:
+    def _form_alone(self, meets: Meets) -> Trial | None:
+        """The plan that computes every step, in the problem's form, if it meets the target."""
+        if not form_rules(self.problem):
             return None
         solution = from_kept(self.problem, range(self.problem.steps), max_variants=self.max_variants)
         trial = Trial(solution, self._measure(solution.rules))
@@ -392,7 +394,10 @@ class Tuner:
         """Seconds of this network in one generation under a plan, by the measured times of its variants."""
         cost = MeasuredCost(self.profile.networks[self.network].seconds)
         steps = bind(plan, self.network, self.evaluator.sessions[self.network].ranges()).steps
-        return sum(cost.step_seconds([each.site for each in step.predictions], step.variant.dtype) for step in steps)
+        return sum(
+            cost.step_seconds([p.site for p in step.predictions], step.variant.dtype, step.variant.simplify)
+            for step in steps
+        )
 
 
 def _faster(one: Trial | None, two: Trial | None) -> Trial | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from ditopt.adapters import DiffusersAdapter
 from ditopt.console import Reporter
+from ditopt.cost_models.measured import FULL, form_name
 from ditopt.measure import Evaluator
 from ditopt.outcome import Found, Row
 from ditopt.plan import Rule, cast_rules
@@ -23,7 +24,10 @@ from ditopt.tune import Tuner
 Pairs = Sequence[tuple[str, int]]
 
 VERIFY_ROUNDS = 3
-TIMED_GENERATIONS = 5
+TIMED_GENERATIONS = 3, 5
+"""At least and at most so many of plan and dense each are timed, ..."""
+TIMED_SECONDS = 45.0
+"""... as many as this time has room for."""
 TRIAL_SECONDS = 170.0
 """What the plans tried by rollouts may take together where the caller sets no budget."""
 SPARE_DB = 0.7
@@ -113,7 +117,8 @@ class VerifiedSearch:
         paths further and further towards the second-order ones, and its computed steps get a share of that formula
         themselves, until the tuning prompts' samples are nearer to these than dense ones are (by ``AIM_SPARE_DB``), or
         the held-out prompts would have too little left: the target, by a standard error of their mean where that is a
-        PSNR; for speed alone what ``_least_psnr`` says.
+        PSNR; for speed alone what ``_least_psnr`` says. What the plan's generations took stays: an aimed plan computes
+        the same steps, and adds one sum to the output of each.
         """
         if len(found.solutions) != 1 or len(self._tuners) != 1:
             return found
@@ -151,7 +156,8 @@ class VerifiedSearch:
                 stage.advance(f"{reached:.1f} dB to it, dense {dense:.1f}")
                 if self.target.missing_db(quality) > 0 or quality.psnr < self._least_psnr(quality, found, dense):
                     break
-                best = replace(found, rules=aimed.rules, quality=quality, solutions={name: aimed}, seconds=None)
+                self._note_state()
+                best = replace(found, rules=aimed.rules, quality=quality, solutions={name: aimed})
                 nearest = reached
         if best is not found:
             self.reporter.say(
@@ -282,7 +288,7 @@ class VerifiedSearch:
             part = self.profile.networks[name]
             if "predicted" in part.seconds and len(solution.kept) > 1:
                 total, full, predicted = len(part.timesteps), part.seconds["full"], part.seconds["predicted"]
-                computed = self._tuners[name].problem.seconds_full  # in the dtype of the plan
+                computed = self._tuners[name].problem.seconds_full  # in the form of the plan
                 kept = len(solution.kept) - 1 + 1e-6  # so that rounding does not cost another step
                 speeds.append(total * full / (total * predicted + kept * (computed - predicted)))
         return min(speeds, default=0.0)
@@ -337,8 +343,11 @@ class VerifiedSearch:
     def time_in_turn(self, rules: Sequence[Rule]) -> tuple[float, float]:
         """Median seconds of a generation under ``rules`` and dense, measured alternately."""
         spent: dict[bool, list[float]] = {True: [], False: []}
-        with self.reporter.stage("timing dense and plan in turn", 2 * TIMED_GENERATIONS) as stage:
-            for turn in range(TIMED_GENERATIONS):
+        least, most = TIMED_GENERATIONS
+        in_turn = sum(map(_full_seconds, self.profile.networks.values())) * 1.4
+        turns = min(most, max(least, int(TIMED_SECONDS / max(in_turn, 1e-6))))
+        with self.reporter.stage("timing dense and plan in turn", 2 * turns) as stage:
+            for turn in range(turns):
                 pair = self.held_out[turn % len(self.held_out)]
                 for planned in (True, False):
                     self.evaluator.bind(rules if planned else ())
@@ -385,11 +394,17 @@ class VerifiedSearch:
     def _share_in_dtype(self, found: Found) -> float:
         """What a dense generation's evaluations take in the dtypes of a plan, as a share of what they take as it is."""
         networks = self.profile.networks
-        computed = {
-            name: len(networks[name].timesteps) * self._tuners[name].problem.seconds_full for name in found.solutions
-        }
         plain = {name: _full_seconds(part) for name, part in networks.items()}
-        return sum({**plain, **computed}.values()) / sum(plain.values())
+        cast = {name: self._cast_share(name) * plain[name] for name in found.solutions}
+        return sum({**plain, **cast}.values()) / sum(plain.values())
+
+    def _cast_share(self, name: str) -> float:
+        """What a step of a network in the dtype of its plan takes, of what it takes as it is; neither is simplified."""
+        problem, seconds = self._tuners[name].problem, self.profile.networks[name].seconds
+        if problem.dtype is None:
+            return 1.0
+        saved = seconds[FULL] - seconds[form_name(simplify=True)] if problem.simplify else 0.0
+        return (problem.seconds_full + saved) / seconds[FULL]
 
     def _note_state(self) -> None:
         """Keep the most memory that slots have taken under the plan that is bound."""

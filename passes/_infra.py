@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -47,7 +48,7 @@ class StepPlan:
 
     ``boundaries`` asks for the residual stream at every edge between blocks (for profiling); ``dtype`` names the one
     that products are computed in, where that is not the model's. ``second_order``: what is returned of a computed step
-    is combined with the computed step before.
+    is combined with the computed step before. ``simplify``: the exact rewrites of ``passes.simplify``.
     """
 
     predicted: tuple[Prediction, ...] = ()
@@ -55,6 +56,7 @@ class StepPlan:
     boundaries: bool = False
     dtype: str | None = None
     second_order: bool = False
+    simplify: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def tensor_value(node: fx.Node) -> Tensor:
 def call(gm: fx.GraphModule, target: Callable[..., object], *args: object, **settings: object) -> fx.Node:
     """Insert a call at the current place and give it its ``meta["val"]``; arguments are nodes and constants."""
     node = gm.graph.call_function(target, args, settings)  # type: ignore[arg-type]  # what a graph may hold is not spelt out
-    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+    values: Any = fx.map_arg(args, lambda arg: arg.meta["val"])  # type: ignore[type-var]  # the same
     node.meta["val"] = target(*values, **settings)
     return node
 

@@ -10,6 +10,7 @@ from ditopt.passes.cast import castable
 from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.features import user_outputs
 from ditopt.passes.second_order import SECOND_ORDER
+from ditopt.passes.simplify import simplifiable
 from ditopt.sites import STEP
 
 
@@ -44,6 +45,10 @@ def audit(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, dead: dict[str,
         left = [node.name for node in castable(gm)]
         if left:
             raise AuditError(f"products are to run in {plan.dtype}, but {len(left)} do not, e.g. {left[0]}")
+    if plan.simplify:
+        left = [node.name for node in simplifiable(gm)]
+        if left:
+            raise AuditError(f"the step is to be simplified, but {len(left)} nodes are as they were, e.g. {left[0]}")
     if plan.second_order:
         _check_second_order(gm)
     extra = len(gm.graph.output_node().args[0]) - user_outputs(gm)  # type: ignore[arg-type]

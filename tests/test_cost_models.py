@@ -7,7 +7,9 @@ import pytest
 from ditopt.cost_models.measured import MeasuredCost
 from ditopt.sites import STEP
 
-COST = MeasuredCost({"full": 0.2, "predicted": 0.01, "blocks.0..3": 0.16, "blocks.1..2": 0.08, "bfloat16": 0.1})
+COST = MeasuredCost(
+    {"full": 0.2, "predicted": 0.01, "blocks.0..3": 0.16, "blocks.1..2": 0.08, "bfloat16": 0.1, "simplified": 0.15}
+)
 
 
 def test_what_is_not_computed_is_not_paid_for() -> None:
@@ -20,9 +22,16 @@ def test_in_a_dtype_ranges_save_the_same_share_and_predictions_cost_the_same() -
     assert COST.step_seconds([], "bfloat16") == 0.1
     assert COST.step_seconds(["blocks.1..2"], "bfloat16") == pytest.approx(0.06)
     assert COST.step_seconds([STEP], "bfloat16") == 0.01
-    assert COST.in_dtype("bfloat16") == pytest.approx(
+    assert COST.in_form("bfloat16") == pytest.approx(
         {"full": 0.1, "predicted": 0.01, "blocks.0..3": 0.08, "blocks.1..2": 0.04}
     )
+
+
+def test_a_simplified_step_has_a_time_of_its_own() -> None:
+    assert COST.step_seconds([], simplify=True) == pytest.approx(0.15)
+    assert COST.step_seconds(["blocks.1..2"], simplify=True) == pytest.approx(0.09)
+    with pytest.raises(KeyError, match="simplified bfloat16"):
+        COST.step_seconds([], "bfloat16", simplify=True)
 
 
 def test_a_site_or_dtype_that_was_not_timed_is_an_error() -> None:

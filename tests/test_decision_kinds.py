@@ -8,50 +8,56 @@ from typing import get_args
 
 import pytest
 import torch
+from torch import nn
 
 from ditopt.cost_models.measured import MeasuredCost
 from ditopt.decisions import DTYPES, KINDS, Decision, Dense, decision_from_data, decision_to_data
 from ditopt.errors import AuditError
+from ditopt.forms import in_dtype, simplified
 from ditopt.passes._infra import PassManager, StepPlan
 from ditopt.passes.audit import audit
 from ditopt.passes.cast import MIN_ROWS
 from ditopt.passes.prune import prune
 from ditopt.plan import DevicePrint, ModelPrint, Plan, Rule, SamplerPrint
-from ditopt.precision import in_dtype
 from ditopt.profiler import timing
 from ditopt.quality import Quality
 from ditopt.runtime.program import Program
 from ditopt.runtime.schedule import BoundPlan, bind
 from ditopt.search import solve_kept
-from ditopt.search.solution import dtype_rules
+from ditopt.search.solution import form_rules
 from ditopt.target import Target
 from tests.search.problems import random_problem
 from tests.tiny import compiled_tiny, euler, make_model
 
 STEPS = 6
-FASTER = [*(kind for kind in KINDS if kind != "dense"), *(f"dense {dtype}" for dtype in DTYPES)]
-SECOND_ORDER = "dense second_order"
+FASTER = [*(kind for kind in KINDS if kind != "dense"), *(f"dense {dtype}" for dtype in DTYPES), "dense simplify"]
+SIMPLIFY, SECOND_ORDER = "dense simplify", "dense second_order"
 CHOICES = [*FASTER, SECOND_ORDER]
 """Whatever may be done in place of computing as the model does."""
 
 
 @pytest.fixture(scope="module")
 def program() -> Iterator[Program]:
-    with compiled_tiny(make_model(), lambda model: euler(model, "a", 0, STEPS, MIN_ROWS)) as (_, found):
+    model = make_model()
+    for part in model.blocks.modules():
+        if isinstance(part, nn.GELU):
+            part.approximate = "tanh"  # which is something to simplify
+    with compiled_tiny(model, lambda model: euler(model, "a", 0, STEPS, MIN_ROWS)) as (_, found):
         yield found
 
 
 @pytest.fixture(scope="module")
 def seconds(program: Program) -> dict[str, float]:
-    """What a profile would have timed, by a clock that tells predicted steps and dtypes from others."""
+    """What a profile would have timed, by a clock that tells predicted steps and forms from others."""
 
     def prepared(program: Program, plan: StepPlan, arguments: object) -> timing.Timed:
-        taken = 0.1 if plan.predicted else 0.5 if plan.dtype else 1.0
+        taken = 0.1 if plan.predicted else 0.5 if plan.dtype else 0.9 if plan.simplify else 1.0
         return lambda: taken
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "prepared", prepared)
-        return timing.measure_seconds(program, (), (), DTYPES)
+        plain = timing.measure_seconds(program, (), (), DTYPES, simplify=False)
+        return plain | timing.measure_seconds(program, (), ())
 
 
 def searched(choice: str, seconds: Mapping[str, float]) -> tuple[Rule, ...]:
@@ -61,9 +67,17 @@ def searched(choice: str, seconds: Mapping[str, float]) -> tuple[Rule, ...]:
         return solve_kept(replace(random_problem(0, STEPS), second_order=0.25), STEPS).rules
     if not dtype:
         return solve_kept(random_problem(0, STEPS, techniques=(kind,)), STEPS - 1).rules
+    if choice == SIMPLIFY:
+        return tuple(form_rules(simplified(random_problem(0, STEPS), seconds)))
     flawless = Quality(90.0, 90.0, 0.0, (90.0,))
-    problem = in_dtype(random_problem(0, STEPS), seconds, dtype, Target(min_psnr=42.0), lambda rules: flawless)
-    return tuple(dtype_rules(problem))
+    problem = in_dtype(
+        replace(random_problem(0, STEPS), seconds_full=seconds["full"]),
+        seconds,
+        dtype,
+        Target(min_psnr=42.0),
+        lambda rules: flawless,
+    )
+    return tuple(form_rules(problem))
 
 
 def bound(rules: tuple[Rule, ...]) -> BoundPlan:
@@ -92,7 +106,8 @@ def test_the_search_decides_it_and_a_plan_file_holds_it(choice: str, seconds: di
     kind, _, setting = choice.partition(" ")
     found = [rule.do for rule in searched(choice, seconds)]
     assert found and all(do.kind == kind for do in found)
-    asked = Dense(second_order=0.25) if choice == SECOND_ORDER else Dense.model_validate({"dtype": setting or None})
+    settings = {SIMPLIFY: {"simplify": True}, SECOND_ORDER: {"second_order": 0.25}}
+    asked = Dense.model_validate(settings.get(choice, {"dtype": setting or None}))
     assert all(do == asked for do in found if isinstance(do, Dense))
     assert [decision_from_data(decision_to_data(do)) for do in found] == found
 
@@ -101,7 +116,10 @@ def test_the_search_decides_it_and_a_plan_file_holds_it(choice: str, seconds: di
 def test_it_has_a_cost(choice: str, seconds: dict[str, float]) -> None:
     cost = MeasuredCost(seconds)
     steps = bound(searched(choice, seconds)).steps
-    taken = [cost.step_seconds([each.site for each in step.predictions], step.variant.dtype) for step in steps]
+    taken = [
+        cost.step_seconds([each.site for each in step.predictions], step.variant.dtype, step.variant.simplify)
+        for step in steps
+    ]
     assert min(taken) < seconds["full"]
 
 
@@ -113,5 +131,7 @@ def test_a_pass_puts_it_into_the_graph_and_the_audit_refuses_one_without(
     (variant,) = {replace(step.variant, recorded=()) for step in bound(searched(choice, seconds)).steps} - {StepPlan()}
     cache.graph(variant)  # which audits it
     untouched = PassManager([prune]).run(cache.trace.gm, variant, cache.index)
-    with pytest.raises(AuditError, match=r"does not read factors_(step|second_order)|products are to run in"):
+    with pytest.raises(
+        AuditError, match=r"does not read factors_(step|second_order)|products are to run in|is to be simplified"
+    ):
         audit(untouched, variant, cache.index, {})

@@ -32,7 +32,9 @@ class FakeTuner:
     def __init__(self, network: str, profile: object, evaluator: object, target: Target, *rest: object) -> None:
         self.target, self.fixed, self.budget, self.refused = target, (), 4, 0
         seconds: Any = profile
-        self.problem = SimpleNamespace(seconds_full=seconds.networks[network].seconds["full"], dtype=None)
+        self.problem = SimpleNamespace(
+            seconds_full=seconds.networks[network].seconds["full"], dtype=None, simplify=False
+        )
         self.asked: list[float] = []
 
     finer_psnr: float | None = None
@@ -90,7 +92,7 @@ def search(
 
     monkeypatch.setattr(verify, "Tuner", FakeTuner)
     monkeypatch.setattr(VerifiedSearch, "time_in_turn", time_in_turn)
-    evaluator = SimpleNamespace(sessions={"transformer": None}, quality=quality)
+    evaluator = SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}, quality=quality)
     return searching(evaluator, Target(min_psnr, speedup=speedup), seconds=seconds)
 
 
@@ -277,7 +279,7 @@ def test_a_plan_is_aimed_within_bounds(
         return Quality(value, value - 1, 0.0, (value - 1, value + 1)), 0.0  # their mean has a standard error of 1 dB
 
     monkeypatch.setattr(verify, "Tuner", AimingTuner)
-    one = searching(SimpleNamespace(sessions={"transformer": None}, quality=quality), target)
+    one = searching(SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}, quality=quality), target)
     solution: Any = SimpleNamespace(rules=("plain", 0))
     before = Found(solution.rules, Quality(found, found, 0.0, (found,)), {"transformer": solution}, one._tuners)
     after = one._aim(before)
@@ -293,7 +295,10 @@ def test_a_rung_that_comes_no_nearer_is_passed_over(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(verify, "Tuner", Stumbling)
     quality = Quality(60.0, 60.0, 0.0, (60.0,))
-    one = searching(SimpleNamespace(sessions={"transformer": None}, quality=lambda *_: (quality, 0.0)), SPEED)
+    one = searching(
+        SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}, quality=lambda *_: (quality, 0.0)),
+        SPEED,
+    )
     solution: Any = SimpleNamespace(rules=("plain", 0))
     after = one._aim(Found(solution.rules, quality, {"transformer": solution}, one._tuners))
     assert getattr(after.solutions["transformer"], "rung", 0) == 4
@@ -309,7 +314,10 @@ def test_fits_alone_are_aimed_where_second_order_is_left_out(monkeypatch: pytest
 
     monkeypatch.setattr(verify, "Tuner", Alone)
     quality = Quality(60.0, 60.0, 0.0, (60.0,))
-    one = searching(SimpleNamespace(sessions={"transformer": None}, quality=lambda *_: (quality, 0.0)), SPEED)
+    one = searching(
+        SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}, quality=lambda *_: (quality, 0.0)),
+        SPEED,
+    )
     one.second_order = False
     solution: Any = SimpleNamespace(rules=("plain", 0))
     one._aim(Found(solution.rules, quality, {"transformer": solution}, one._tuners))
@@ -325,7 +333,10 @@ def test_a_plan_without_room_for_second_order_is_aimed_by_its_fits(monkeypatch: 
     monkeypatch.setattr(verify, "Tuner", Full)
     monkeypatch.setattr(verify, "AIMS", verify.AIMS[3:])
     quality = Quality(60.0, 60.0, 0.0, (60.0,))
-    one = searching(SimpleNamespace(sessions={"transformer": None}, quality=lambda *_: (quality, 0.0)), SPEED)
+    one = searching(
+        SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}, quality=lambda *_: (quality, 0.0)),
+        SPEED,
+    )
     solution: Any = SimpleNamespace(rules=("plain", 0))
     after = one._aim(Found(solution.rules, quality, {"transformer": solution}, one._tuners))
     assert getattr(after.solutions["transformer"], "rung", 0) == 2
@@ -339,7 +350,7 @@ def test_a_plan_that_cannot_be_aimed_says_why(monkeypatch: pytest.MonkeyPatch) -
             return None
 
     monkeypatch.setattr(verify, "Tuner", Plain)
-    one = searching(SimpleNamespace(sessions={"transformer": None}), Target(speedup=2.0))
+    one = searching(SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}), Target(speedup=2.0))
     solution: Any = SimpleNamespace(rules=(), draft=SimpleNamespace(ranges={"blocks.0..3": None}))
     before = Found((), Quality(40.0, 40.0, 0.0, (40.0,)), {"transformer": solution}, one._tuners)
     assert one._aim(before) is before
@@ -359,8 +370,11 @@ class Pipeline(DiffusersAdapter):
         return torch.zeros(2)
 
 
-def test_the_rival_computes_in_the_dtype_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two networks the second runs at half its time: a generation at three quarters."""
+@pytest.mark.parametrize(("own_seconds", "simplify"), [(0.5, False), (0.4, True)])
+def test_the_rival_computes_in_the_dtype_of_the_plan(
+    monkeypatch: pytest.MonkeyPatch, own_seconds: float, simplify: bool
+) -> None:
+    """Of two networks the second runs at half its time: a generation at three quarters. Rivals are not simplified."""
     monkeypatch.setattr(verify, "Tuner", FakeTuner)
     done: list[Any] = []
     adapter = Pipeline()
@@ -371,9 +385,10 @@ def test_the_rival_computes_in_the_dtype_of_the_plan(monkeypatch: pytest.MonkeyP
         bind=lambda rules: done.append([rule.do for rule in rules]),
         retarget=done.append,
     )
-    one = searching(evaluator, Target(speedup=4.0), steps=15, networks=("one", "two"))
+    seconds = {**WHOLE_STEPS, "simplified": 0.9}
+    one = searching(evaluator, Target(speedup=4.0), 15, seconds, networks=("one", "two"))
     cast: Any = one._tuners["two"]
-    cast.problem.seconds_full, cast.problem.dtype = 0.5, "bfloat16"
+    cast.problem.seconds_full, cast.problem.dtype, cast.problem.simplify = own_seconds, "bfloat16", simplify
     rules = (Rule(sites=STEP, steps=(0,), do=Dense(dtype="bfloat16")), Rule(sites=STEP, steps=(1,), do=Reuse()))
     solutions: Any = {"one": SimpleNamespace(rules=()), "two": SimpleNamespace(rules=rules)}
     quality = Quality(40.0, 40.0, 0.0, (40.0,))

@@ -48,6 +48,7 @@ class ProfileRun:
     use_ranges: bool = True
     use_fits: bool = True
     dtypes: tuple[str, ...] = ()
+    simplify: bool = True
 
     def __post_init__(self) -> None:
         self._tapes: dict[int, Tape] = {}
@@ -269,7 +270,7 @@ class ProfileRun:
         (arguments,) = inputs_of(self.evaluator, pair, [program])
         calls = self.calls[name]
         per_step = len(calls.calls) / len(calls.timesteps)
-        found = measure_seconds(program, arguments, ranges, self.dtypes)
+        found = measure_seconds(program, arguments, ranges, self.dtypes, self.simplify)
         return {key: value * per_step for key, value in found.items()}
 
 

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditopt.cost_models.measured import FORMS, FULL, form_name
+from ditopt.forms import is_faster
 from ditopt.passes._infra import Prediction, StepPlan
 from ditopt.passes.cast import castable
 from ditopt.passes.combine import factors_name, slot_name
+from ditopt.passes.simplify import simplifiable
 from ditopt.runtime.program import Program
 from ditopt.sites import STEP
 from ditopt.trace import count_flops
@@ -75,27 +78,36 @@ def _feature_values(program: Program, site: str) -> list[Tensor]:
 
 
 def measure_seconds(
-    program: Program, arguments: Sequence[Any], ranges: Sequence[str], dtypes: Sequence[str] = ()
+    program: Program,
+    arguments: Sequence[Any],
+    ranges: Sequence[str],
+    dtypes: Sequence[str] = (),
+    simplify: bool = True,
 ) -> dict[str, float]:
-    """Seconds of a ``full`` and a ``predicted`` step, what predicting each of ``ranges`` saves, and each of ``dtypes``.
+    """Seconds of a ``full`` and a ``predicted`` step, what predicting each of ``ranges`` saves, and of other forms.
 
-    The range of all blocks is timed; others get the share of it that their FLOPs have. A dtype's time is that of a
-    full step whose products are computed in it; there is none where a network has no such products or it does not run.
+    The range of all blocks is timed; others get the share of it that their FLOPs have. Forms (``form_name``) are full
+    steps computed otherwise: simplified, where there is something to, and in each of ``dtypes``, simplified or not as
+    is faster; there is none where a network has no such products or the dtype does not run.
     """
     trace, spans = program.variants.trace, program.variants.trace.ranges()
-    plans = {"full": StepPlan((), (STEP,)), "predicted": StepPlan((Prediction(STEP, 2),))}
+    plans = {FULL: StepPlan((), (STEP,)), "predicted": StepPlan((Prediction(STEP, 2),))}
+    if simplify and simplifiable(trace.gm):
+        plans[form_name(simplify=True)] = StepPlan((), (STEP,), simplify=True)
     if ranges:
         everything = next(name for name, span in spans.items() if span == (0, len(trace.blocks) - 1))
         plans["rest"] = StepPlan((Prediction(everything, 2),), (STEP,))
     variants = {name: prepared(program, plan, arguments) for name, plan in plans.items()}
+    simpler = is_faster(time_in_turn({name: timed for name, timed in variants.items() if name in FORMS}))
     for dtype in dtypes if castable(trace.gm) else ():
         try:
-            variants[dtype] = prepared(program, StepPlan((), (STEP,), dtype=dtype), arguments)
+            plan = StepPlan((), (STEP,), dtype=dtype, simplify=simpler)
+            variants[form_name(dtype, simpler)] = prepared(program, plan, arguments)
         except RuntimeError as error:  # the device lacks the dtype, or the memory for weights in it
             program.variants.reasons.append(f"{dtype} was not tried: {error}")
     seconds = time_in_turn(variants)
     if ranges:
-        saved = seconds["full"] - seconds.pop("rest")
+        saved = seconds[FULL] - seconds.pop("rest")
         seconds |= shared_by_flops(saved, program, everything, ranges)
     return seconds
 

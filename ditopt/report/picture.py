@@ -133,6 +133,9 @@ def _words(decision: Decision, step: int, combined: bool) -> str:
         sources = ", ".join(map(str, decision.sources.get(step, ())))
         latents = " and the latents" if decision.latents else ""
         text = f"fitted from steps {sources}{latents}, factors {factors}"
-    elif isinstance(decision, Dense) and decision.second_order is not None and combined:
+    elif isinstance(decision, Dense):
+        text += ", simplified" if decision.simplify else ""
+        if decision.second_order is None or not combined:
+            return text
         text = f"{text}, returned with {decision.second_order:g} of the second-order formula"
     return text

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from ditopt.decisions import Decision, Dense, Fit, Forecast, Predictor
+from ditopt.decisions import Decision, Dense, Fit, Forecast, Predictor, decision_to_data
 from ditopt.errors import PlanMismatchError
 from ditopt.passes._infra import Prediction, StepPlan
 from ditopt.plan import Plan, format_steps
@@ -109,9 +109,10 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
         )
     for rule in rules:
         if isinstance(rule.do, Dense) and not rule.do.is_plain and rule.sites != STEP:
-            what = "in a dtype of its own; a dtype" if rule.do.dtype else "with a share of second order, which"
+            (asked,) = decision_to_data(rule.do).values()  # type: ignore[union-attr]  # a plain one alone is a word
             raise PlanMismatchError(
-                f"plan computes {rule.sites} {what} is decided for whole steps, write sites: {STEP}"
+                f"plan computes {rule.sites} with {', '.join(asked)}, which is decided for whole steps: write "
+                f"sites: {STEP}"
             )
     named = dict.fromkeys(rule.sites for rule in rules)
     breaks = plan.breaks.get(network)
@@ -155,10 +156,11 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
         bound.append(tuple(found))
         for site in _recorded(used, active, ranges):
             history[site].insert(0, t)
-    dtypes = [_dtype(decision) for decision in whole]
-    computed = {dtype for dtype, active in zip(dtypes, predicted, strict=True) if STEP not in active}
-    full = StepPlan((), used, dtype=computed.pop() if len(computed) == 1 else None)
-    return BoundPlan(_with_liveness(bound, used, ranges, dtypes, finer), full, times, plan.sampler.timesteps[network])
+    forms = [_form(decision) for decision in whole]
+    computed = {form for form, active in zip(forms, predicted, strict=True) if STEP not in active}
+    form = computed.pop() if len(computed) == 1 else StepPlan()
+    full = replace(form, recorded=used)
+    return BoundPlan(_with_liveness(bound, used, ranges, forms, finer), full, times, plan.sampler.timesteps[network])
 
 
 def adapted_factors(
@@ -180,8 +182,9 @@ def adapted_factors(
     return predictor_coefficients(decision, (time, *held), 0, range(1, history + 1))
 
 
-def _dtype(decision: Decision) -> str | None:
-    return decision.dtype if isinstance(decision, Dense) else None
+def _form(decision: Decision) -> StepPlan:
+    """How what is computed in a step is computed."""
+    return StepPlan(dtype=decision.dtype, simplify=decision.simplify) if isinstance(decision, Dense) else StepPlan()
 
 
 def _second_order(
@@ -204,15 +207,15 @@ def _with_liveness(
     bound: Sequence[tuple[BoundPrediction, ...]],
     used: tuple[str, ...],
     ranges: Mapping[str, tuple[int, int]],
-    dtypes: Sequence[str | None],
+    forms: Sequence[StepPlan],
     finer: Sequence[BoundSecondOrder | None],
 ) -> tuple[BoundStep, ...]:
     steps: list[BoundStep] = []
     live: frozenset[tuple[str, int]] = frozenset()
-    for found, dtype, combined in zip(reversed(bound), reversed(dtypes), reversed(finer), strict=True):
+    for found, form, combined in zip(reversed(bound), reversed(forms), reversed(finer), strict=True):
         active = {p.site: p.decision for p in found}
         predictions, recorded = tuple(p.prediction for p in found), _recorded(used, active, ranges)
-        variant = StepPlan(predictions, recorded, dtype=dtype, second_order=combined is not None)
+        variant = replace(form, predicted=predictions, recorded=recorded, second_order=combined is not None)
         steps.append(BoundStep(found, variant, live, combined))
         live = live | {(p.site, source) for p in found for source in p.sources}
         live = live | ({(STEP, combined.source)} if combined else set())

@@ -19,10 +19,13 @@ from ditopt.passes.predict import predict
 from ditopt.passes.prune import prune
 from ditopt.passes.record import record
 from ditopt.passes.second_order import second_order
+from ditopt.passes.simplify import REWRITES
 from ditopt.passes.verify import verify
 from ditopt.trace import Trace
 
 Lower = Callable[[fx.GraphModule], BoxedCallable]
+# A recorded feature starts where the block before ends, be that predicted or not: record first.
+PASSES = (record, predict, second_order, prune, *(rewrite for rewrite, _ in REWRITES), cast)
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,7 @@ class VariantCache:
 
     def graph(self, plan: StepPlan) -> fx.GraphModule:
         """The rewritten graph of a step's plan, audited, attention still opaque."""
-        # A recorded feature starts where the block before ends, be that predicted or not: record first.
-        manager = PassManager([record, predict, second_order, prune, cast], verify if self.check_passes else None)
+        manager = PassManager(PASSES, verify if self.check_passes else None)
         gm = manager.run(self.trace.gm, plan, self.index)
         self.reasons += [reason for reason in manager.reasons if reason not in self.reasons]
         changing = {node.name for node in self.trace.changing()}

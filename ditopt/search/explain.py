@@ -15,6 +15,7 @@ from ditopt.sites import STEP
 
 COMPUTE = "compute"
 OWN_DTYPE = "the model's dtype"
+SIMPLIFIED, AS_TRACED = "simplified", "as the model has it"
 OWN_ORDER = "outputs as computed"
 NOT_AIMED = "before fits and computed steps were aimed so, samples were farther from those of a second-order solver"
 
@@ -44,6 +45,10 @@ def explain(
             chosen = choice.candidate.name if choice.candidate else COMPUTE
             rivals = tuple(_rivals(ledger, choice, computed, objective, max_variants))
             found.append(Explanation(choice.step, site, chosen, objective, rivals))
+    if problem.simplify_reason:
+        chosen, other = (SIMPLIFIED, AS_TRACED) if problem.simplify else (AS_TRACED, SIMPLIFIED)
+        rival = Rival(other, np.nan, np.nan, problem.simplify_reason)
+        found.append(Explanation(None, STEP, chosen, objective, (rival,)))
     if problem.dtype_tried is not None:
         chosen, other = (problem.dtype, OWN_DTYPE) if problem.dtype else (OWN_DTYPE, problem.dtype_tried)
         rival = Rival(other, np.nan, np.nan, problem.dtype_reason)

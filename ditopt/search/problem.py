@@ -57,6 +57,8 @@ class SearchProblem:
         sample_norm: norm of the final sample; errors are reported relative to it.
         groups: steps with different values ran different branches and cannot predict each other.
         network: the name that rules are written for.
+        simplify: whether computed steps run simplified, as ``Dense.simplify``.
+        simplify_reason: what speaks against the other; empty where there was no choice.
         dtype: what computed steps' products run in, None where that is the model's own dtype.
         dtype_tried: the dtype that was considered; None where there was no choice.
         dtype_reason: what speaks against the one not taken.
@@ -76,6 +78,8 @@ class SearchProblem:
     sample_norm: float = 1.0
     groups: tuple[int, ...] = ()
     network: str = "*"
+    simplify: bool = False
+    simplify_reason: str = ""
     dtype: str | None = None
     dtype_tried: str | None = None
     dtype_reason: str = ""

@@ -165,7 +165,7 @@ def step_choices(
 def to_rules(problem: SearchProblem, choices: Mapping[str, Sequence[StepChoice]]) -> tuple[Rule, ...]:
     """A rule for every site and candidate, in order of its first step, behind those of computed steps."""
     kept = [choice.step for choice in choices.get(STEP, ()) if choice.candidate is None]
-    rules = [*dtype_rules(problem), *second_order_rules(problem, kept)]
+    rules = [*form_rules(problem), *second_order_rules(problem, kept)]
     for site, made in choices.items():
         by_candidate: dict[Candidate, list[StepChoice]] = {}
         for choice in made:
@@ -177,18 +177,19 @@ def to_rules(problem: SearchProblem, choices: Mapping[str, Sequence[StepChoice]]
     return tuple(rules)
 
 
-def dtype_rules(problem: SearchProblem) -> list[Rule]:
-    """The rule that computed steps run in the problem's dtype, if it has one; those of predictions come after it."""
-    if problem.dtype is None:
+def form_rules(problem: SearchProblem) -> list[Rule]:
+    """The rule that computed steps run in the problem's dtype, or simplified; those of predictions come after it."""
+    decision = Dense.model_validate({"dtype": problem.dtype, "simplify": problem.simplify})
+    if decision.is_plain:
         return []
-    decision = Dense.model_validate({"dtype": problem.dtype})
     return [Rule(sites=STEP, steps=tuple(range(problem.steps)), do=decision, network=problem.network)]
 
 
 def second_order_rules(problem: SearchProblem, kept: Sequence[int]) -> list[Rule]:
-    """The rule that computed steps have the problem's share of second order, in its dtype, if it has one."""
+    """The rule that computed steps have the problem's share of second order, in its form, if it has one."""
     steps = tuple(combined_steps(problem, kept))
     if not steps:
         return []
-    decision = Dense.model_validate({"dtype": problem.dtype, "second_order": problem.second_order})
+    form = {"dtype": problem.dtype, "simplify": problem.simplify}
+    decision = Dense.model_validate({**form, "second_order": problem.second_order})
     return [Rule(sites=STEP, steps=steps, do=decision, network=problem.network)]

@@ -157,7 +157,7 @@ def test_a_plan_in_bfloat16_is_near_the_dense_model_and_is_not_it() -> None:
 
 
 def test_a_dtype_is_for_whole_steps(program: Program) -> None:
-    with pytest.raises(PlanMismatchError, match=r"plan computes blocks\.1 in a dtype of its own; .* write sites: step"):
+    with pytest.raises(PlanMismatchError, match=r"plan computes blocks\.1 with dtype, which .* write sites: step"):
         program.bind(plan(program, Rule(sites="blocks.1", steps=(1,), do=BFLOAT16)))
 
 

@@ -315,7 +315,7 @@ class Captured:
         return self.run(StepPlan(tuple(Prediction(site, 1) for site in sites), also), slots | factors)
 
 
-def compiled(model: nn.Module, *, fullgraph: bool = True, **options: Any) -> Callable[..., Any]:
+def compiled(model: Callable[..., Any], *, fullgraph: bool = True, **options: Any) -> Callable[..., Any]:
     """``torch.compile`` with ditopt's backend and options."""
     forward: Callable[..., Any] = torch.compile(model, backend=ditopt_backend, fullgraph=fullgraph, options=options)
     return forward

@@ -1,21 +1,45 @@
-"""Which dtype the computed steps of a network run in: one that is faster here and good enough by itself."""
+"""How the computed steps of a network are computed: simplified, and in which dtype.
+
+A form is taken where a step is faster in it here, and a dtype only if it is good enough by itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from ditopt.cost_models.measured import MeasuredCost
+from ditopt.cost_models.measured import FULL, MeasuredCost, form_name
 from ditopt.plan import Rule
 from ditopt.quality import LEVELS, Quality
 from ditopt.search import SearchProblem
-from ditopt.search.solution import dtype_rules
+from ditopt.search.solution import form_rules
 from ditopt.target import Target
 
+SIMPLIFIED_SPEED = 0.98
+"""A simplified step has to take less than this share of a step's time: it costs no quality, but a graph of its own."""
 DTYPE_SPEED = 0.9
 """A dtype in which a step takes more than this share of its time is not worth its rounding."""
 DTYPE_SPARE_DB = 3.0
 """By how much a dtype alone has to exceed the target, so that predictions have an error left to make."""
+
+
+def simplified(problem: SearchProblem, seconds: Mapping[str, float]) -> SearchProblem:
+    """The problem with simplified steps if these are faster; ``seconds`` are the profile's."""
+    found = seconds.get(form_name(simplify=True))
+    if found is None:
+        return problem
+    told = f"a step takes {found:.3g} s simplified, {seconds[FULL]:.3g} s as the model has it"
+    if not is_faster(seconds):
+        return replace(problem, simplify_reason=f"hardly faster: {told}")
+    if problem.seconds_predicted is None:
+        cut = "graph breaks cut the network, and this is decided for whole steps"
+        return replace(problem, simplify_reason=cut)
+    return _in_form(replace(problem, simplify=True, simplify_reason=f"slower: {told}"), seconds)
+
+
+def is_faster(seconds: Mapping[str, float]) -> bool:
+    """Whether simplified steps have been timed and are faster."""
+    return seconds.get(form_name(simplify=True), float("inf")) < SIMPLIFIED_SPEED * seconds[FULL]
 
 
 def in_dtype(
@@ -30,7 +54,7 @@ def in_dtype(
     ``seconds`` are the profile's; ``measure`` are rollouts under some rules, made only where the dtype is faster. A
     target for speed alone has no bound on quality: there the dtype is held to the highest level.
     """
-    full, narrow = seconds["full"], seconds.get(dtype)
+    full, narrow = problem.seconds_full, seconds.get(form_name(dtype, problem.simplify))
     as_it_is = replace(problem, dtype_tried=dtype)
     if problem.seconds_predicted is None:
         cut = "graph breaks cut the network, and a dtype is decided for whole steps"
@@ -41,12 +65,17 @@ def in_dtype(
     if narrow > DTYPE_SPEED * full:
         return replace(as_it_is, dtype_reason=f"hardly faster: {told}")
     cast = replace(as_it_is, dtype=dtype)
-    alone = measure(dtype_rules(cast))
+    alone = measure(form_rules(cast))
     told += f"; alone it has {alone.psnr:.1f} dB"
     speed_alone = target.speedup is not None and target.min_psnr is None
     wanted = Target(min_psnr=max(LEVELS.values())) if speed_alone else replace(target, speedup=None)
     if wanted.missing_db(alone) > -DTYPE_SPARE_DB:
         return replace(as_it_is, dtype_reason=f"{told}, too little to spare for {wanted.to_data()}")
-    times = MeasuredCost(seconds).in_dtype(dtype)
+    return _in_form(replace(cast, dtype_reason=f"slower: {told}"), seconds)
+
+
+def _in_form(problem: SearchProblem, seconds: Mapping[str, float]) -> SearchProblem:
+    """The problem with the times of its form."""
+    times = MeasuredCost(seconds).in_form(problem.dtype, problem.simplify)
     ranges = {name: replace(site, seconds_saved=times[name]) for name, site in problem.ranges.items()}
-    return replace(cast, seconds_full=times["full"], ranges=ranges, dtype_reason=f"slower: {told}")
+    return replace(problem, seconds_full=times[FULL], ranges=ranges)
