@@ -95,8 +95,7 @@ class Part:
     def words(self) -> tuple[object, ...]:
         """What ``ditopt optimize`` is asked for, beside files."""
         goal = self.goal
-        budget = () if goal.budget is None else ("--budget", goal.budget)
-        return "--target-speedup", goal.asked, "--min-psnr", goal.asked_db, "--guidance", goal.guidance, *budget
+        return "--target-speedup", goal.asked, "--min-psnr", goal.asked_db, "--guidance", goal.guidance
 
     def bench_facts(self) -> dict[str, Any]:
         """What the figures were made from."""

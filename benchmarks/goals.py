@@ -11,10 +11,9 @@ from typing import Any
 class Goal:
     """A target, and the least speed-up over Inductor at it.
 
-    ``asked`` and ``asked_db`` are what its plan is asked for: 2% more speed than the least, so that the noise of a
-    clock does not decide, and more under guidance, where bfloat16 alone has two thirds of the goals and more; and more
-    quality where there is more, as the mean of other prompts can be 2 to 4 dB below that of an optimisation's held-out
-    ones. ``budget``: how many plans its search may try, None: as many as it sees fit.
+    ``asked`` and ``asked_db`` are what its plan is asked for: 1 to 2% more speed than the least, so that the noise of a
+    clock does not decide, and more quality where there is more, as the mean of other prompts can be 2 to 4 dB below
+    that of an optimisation's held-out ones.
     """
 
     guidance: float
@@ -22,7 +21,6 @@ class Goal:
     speedup: float
     asked: float
     asked_db: float
-    budget: int | None = None
 
     @property
     def name(self) -> str:

@@ -278,7 +278,7 @@ def test_computed_steps_with_a_share_of_second_order(
 
 def test_a_share_of_second_order_is_for_whole_steps(bench: SimpleNamespace) -> None:
     wrong = WITH_SECOND_ORDER.model_copy(update={"sites": "blocks.1"})
-    with pytest.raises(PlanMismatchError, match=r"blocks\.1 with a share of second order, .* write sites: step"):
+    with pytest.raises(PlanMismatchError, match=r"blocks\.1 with second_order, which .* write sites: step"):
         bench.session.bind(make_plan(bench.structure, wrong))
     bench.session.bind(None)
 
