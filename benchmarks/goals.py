@@ -11,8 +11,8 @@ from typing import Any
 class Goal:
     """A target, and the least speed-up over Inductor at it.
 
-    ``asked`` and ``asked_db`` are what its plan is asked for: 1 to 2% more speed than the least, so that the noise of a
-    clock does not decide, and more quality where there is more, as the mean of other prompts can be 2 to 4 dB below
+    ``asked`` and ``asked_db`` are what its plan is asked for: 1 to 2.5% more speed than the least, so that the noise of
+    a clock does not decide, and more quality where there is more, as the mean of other prompts can be 2 to 4 dB below
     that of an optimisation's held-out ones.
     """
 

@@ -22,6 +22,7 @@ def form_name(dtype: str | None = None, simplify: bool = False) -> str:
 
 
 FORMS = frozenset(form_name(dtype, simplify) for dtype in (None, *DTYPES) for simplify in (False, True))
+"""All ways to compute a step, by name."""
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,14 @@ DTYPE_SPARE_DB = 3.0
 
 def simplified(problem: SearchProblem, seconds: Mapping[str, float]) -> SearchProblem:
     """The problem with simplified steps if these are faster; ``seconds`` are the profile's."""
+    if problem.seconds_predicted is None:
+        return replace(problem, simplify_reason="graph breaks cut the network, and this is decided for whole steps")
     found = seconds.get(form_name(simplify=True))
     if found is None:
-        return problem
+        return replace(problem, simplify_reason="nothing in the graph to simplify, or not among the techniques chosen")
     told = f"a step takes {found:.3g} s simplified, {seconds[FULL]:.3g} s as the model has it"
     if not is_faster(seconds):
         return replace(problem, simplify_reason=f"hardly faster: {told}")
-    if problem.seconds_predicted is None:
-        cut = "graph breaks cut the network, and this is decided for whole steps"
-        return replace(problem, simplify_reason=cut)
     return _in_form(replace(problem, simplify=True, simplify_reason=f"slower: {told}"), seconds)
 
 
@@ -54,17 +53,21 @@ def in_dtype(
     ``seconds`` are the profile's; ``measure`` are rollouts under some rules, made only where the dtype is faster. A
     target for speed alone has no bound on quality: there the dtype is held to the highest level.
     """
-    full, narrow = problem.seconds_full, seconds.get(form_name(dtype, problem.simplify))
-    as_it_is = replace(problem, dtype_tried=dtype)
+    full, as_it_is = problem.seconds_full, replace(problem, dtype_tried=dtype)
+    names = {form_name(dtype, simplify): simplify for simplify in (problem.simplify, not problem.simplify)}
+    timed = [(simplify, seconds[name]) for name, simplify in names.items() if name in seconds]
     if problem.seconds_predicted is None:
         cut = "graph breaks cut the network, and a dtype is decided for whole steps"
         return replace(as_it_is, dtype_reason=cut)
-    if narrow is None:
+    if not timed:
         return replace(as_it_is, dtype_reason="no float32 product of many rows, or none that runs in it here")
-    told = f"a step takes {narrow:.3g} s in {dtype}, {full:.3g} s as it is"
+    simplify, narrow = timed[0]
+    told = f"a step takes {narrow:.3g} s in {dtype}, {full:.3g} s in the model's own"
     if narrow > DTYPE_SPEED * full:
         return replace(as_it_is, dtype_reason=f"hardly faster: {told}")
-    cast = replace(as_it_is, dtype=dtype)
+    cast = replace(as_it_is, dtype=dtype, simplify=simplify)
+    if simplify != problem.simplify:  # within the noise of the clock as fast as the other
+        cast = replace(cast, simplify_reason=f"steps in {dtype} were timed in the other form only")
     alone = measure(form_rules(cast))
     told += f"; alone it has {alone.psnr:.1f} dB"
     speed_alone = target.speedup is not None and target.min_psnr is None

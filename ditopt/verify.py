@@ -28,7 +28,7 @@ TIMED_GENERATIONS = 3, 5
 """At least and at most so many of plan and dense each are timed, ..."""
 TIMED_SECONDS = 45.0
 """... as many as this time has room for."""
-TRIAL_SECONDS = 170.0
+TRIAL_SECONDS = 120.0
 """What the plans tried by rollouts may take together where the caller sets no budget."""
 SPARE_DB = 0.7
 """A plan that exceeds the target by less than this on the held-out prompts is fast enough."""
@@ -117,8 +117,7 @@ class VerifiedSearch:
         paths further and further towards the second-order ones, and its computed steps get a share of that formula
         themselves, until the tuning prompts' samples are nearer to these than dense ones are (by ``AIM_SPARE_DB``), or
         the held-out prompts would have too little left: the target, by a standard error of their mean where that is a
-        PSNR; for speed alone what ``_least_psnr`` says. What the plan's generations took stays: an aimed plan computes
-        the same steps, and adds one sum to the output of each.
+        PSNR; for speed alone what ``_least_psnr`` says. An aimed plan is timed anew.
         """
         if len(found.solutions) != 1 or len(self._tuners) != 1:
             return found
@@ -156,8 +155,7 @@ class VerifiedSearch:
                 stage.advance(f"{reached:.1f} dB to it, dense {dense:.1f}")
                 if self.target.missing_db(quality) > 0 or quality.psnr < self._least_psnr(quality, found, dense):
                     break
-                self._note_state()
-                best = replace(found, rules=aimed.rules, quality=quality, solutions={name: aimed})
+                best = replace(found, rules=aimed.rules, quality=quality, solutions={name: aimed}, seconds=None)
                 nearest = reached
         if best is not found:
             self.reporter.say(
@@ -287,7 +285,7 @@ class VerifiedSearch:
         for name, solution in found.solutions.items():
             part = self.profile.networks[name]
             if "predicted" in part.seconds and len(solution.kept) > 1:
-                total, full, predicted = len(part.timesteps), part.seconds["full"], part.seconds["predicted"]
+                total, full, predicted = len(part.timesteps), part.seconds[FULL], part.seconds["predicted"]
                 computed = self._tuners[name].problem.seconds_full  # in the form of the plan
                 kept = len(solution.kept) - 1 + 1e-6  # so that rounding does not cost another step
                 speeds.append(total * full / (total * predicted + kept * (computed - predicted)))
@@ -399,7 +397,11 @@ class VerifiedSearch:
         return sum({**plain, **cast}.values()) / sum(plain.values())
 
     def _cast_share(self, name: str) -> float:
-        """What a step of a network in the dtype of its plan takes, of what it takes as it is; neither is simplified."""
+        """What a step in the dtype of a network's plan is estimated to take, of what it takes as it is.
+
+        Rivals are not simplified, and such a step was not timed in the dtype: what simplifying saves as it is, it is
+        taken to save there too.
+        """
         problem, seconds = self._tuners[name].problem, self.profile.networks[name].seconds
         if problem.dtype is None:
             return 1.0
@@ -414,7 +416,7 @@ class VerifiedSearch:
 
 def _full_seconds(part: NetworkProfile) -> float:
     """Seconds of all evaluations of a network in a dense generation."""
-    return len(part.timesteps) * part.seconds["full"]
+    return len(part.timesteps) * part.seconds[FULL]
 
 
 def _network_seconds(found: Found) -> float:

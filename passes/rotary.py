@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from ditopt.passes._infra import GraphIndex, PassResult, StepPlan, call, tensor_value
+from ditopt.passes._infra import GraphIndex, PassResult, StepPlan, call, in_layout_of, tensor_value
 
 aten = torch.ops.aten
 
 EVEN, ODD = 0, 1
+WRITTEN = "ditopt_table"
+"""Marks a table that was put together here, and is no rotation of the tensor whose channels are in it."""
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -45,37 +47,64 @@ class Rotation:
     even: dict[int, Factor]
     odd: dict[int, Factor]
 
+    @property
+    def straight(self) -> tuple[Factor | None, Factor | None]:
+        """What even and odd channels have of themselves."""
+        return self.even.get(EVEN), self.odd.get(ODD)
+
+    @property
+    def crossed(self) -> tuple[Factor | None, Factor | None]:
+        """What even and odd channels have of each other."""
+        return self.even.get(ODD), self.odd.get(EVEN)
+
 
 def rotary(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
     """Rewrite every rotation of pairs that strided writes or a stack put together."""
     if not plan.simplify:
         return PassResult(gm, False)
     writer = _Writer(gm)
-    found = {node: rotation for node in gm.graph.nodes if (rotation := rotation_of(node)) is not None}
-    for node, rotation in found.items():
+    modified = False
+    for node in list(gm.graph.nodes):
+        rotation = rotation_of(node)
+        if rotation is None:
+            continue
         with gm.graph.inserting_before(node):
-            new = writer.write(rotation)
+            new = in_layout_of(gm, writer.write(rotation), node)
         new.meta.update({key: value for key, value in node.meta.items() if key != "val"})
         node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+        modified = True
     gm.graph.eliminate_dead_code()
-    return PassResult(gm, bool(found))
+    return PassResult(gm, modified)
 
 
 def rotation_of(node: fx.Node) -> Rotation | None:
     """The rotation that ends in ``node``, if one does."""
-    parts = _interleaved(node)
+    parts = None if WRITTEN in node.meta else _interleaved(node)
     even, odd = map(_form, parts) if parts is not None else (None, None)
     if even is None or odd is None:
         return None
     sources = {source for form in (even, odd) for source, _ in form}
-    if len(sources) != 1 or {which for form in (even, odd) for _, which in form} != {EVEN, ODD}:
-        return None  # such as a table whose values are repeated
+    if len(sources) != 1:
+        return None
     (source,) = sources
     here, there = tensor_value(source), tensor_value(node)
     if here.shape != there.shape or here.dtype != there.dtype or not there.dtype.is_floating_point:
         return None
     by_channel = [{which: factor for (_, which), factor in form.items()} for form in (even, odd)]
-    return Rotation(source, *by_channel)
+    found = Rotation(source, *by_channel)
+    if None in found.crossed or (None in found.straight and any(found.straight)):
+        return None  # such as a table whose values are repeated: each channel of a pair has to have what the other has
+    return found if all(_alike(*pair) for pair in (found.straight, found.crossed)) else None
+
+
+def _alike(one: Factor | None, two: Factor | None) -> bool:
+    """Whether two factors can stand side by side: both signs alone, or tables of one shape and type."""
+    tables = [None if each is None or each.table is None else tensor_value(each.table) for each in (one, two)]
+    first, second = tables
+    if first is None or second is None:
+        return first is second
+    return first.shape == second.shape and first.dtype == second.dtype
 
 
 def _interleaved(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -177,14 +206,19 @@ def _form(node: object) -> Form | None:
 
 
 def _product(left: object, right: object) -> Form | None:
-    """A channel times a table, in either order; the table is the smaller one, as it is the same for all heads."""
+    """A channel times a table, in either order.
+
+    Of two tensors' channels the table is the smaller, as it is the same for all heads; of two of one size neither is.
+    """
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
-    table, rest = sorted((left, right), key=lambda node: tensor_value(node).numel())
-    form = _form(rest) if tensor_value(table).numel() < tensor_value(rest).numel() else None
+    table, rest = sorted((left, right), key=lambda node: (_form(node) is not None, tensor_value(node).numel()))
+    form, here, there = _form(rest), tensor_value(table), tensor_value(rest)
     if form is None or any(factor.table is not None for factor in form.values()):
         return None
-    if tensor_value(table).shape[-1:] != tensor_value(rest).shape[-1:]:  # a factor for all channels alike
+    if _form(table) is not None and here.numel() == there.numel():
+        return None
+    if not here.dtype.is_floating_point or here.shape[-1:] != there.shape[-1:]:  # or a factor for all channels alike
         return None
     return {channel: Factor(factor.sign, table) for channel, factor in form.items()}
 
@@ -203,14 +237,13 @@ class _Writer:
     def write(self, rotation: Rotation) -> fx.Node:
         """The rotated tensor."""
         source = rotation.source
-        straight = self._table(source, rotation.even.get(EVEN), rotation.odd.get(ODD))
-        crossed = self._table(source, rotation.even.get(ODD), rotation.odd.get(EVEN))
-        terms = [
-            call(self.gm, aten.mul.Tensor, value, table)
-            for value, table in ((source, straight), (self._swapped(source), crossed))
-            if table is not None
+        terms = [(source, rotation.straight), (self._swapped(source), rotation.crossed)]
+        products = [
+            call(self.gm, aten.mul.Tensor, value, self._table(source, even, odd))
+            for value, (even, odd) in terms
+            if even is not None and odd is not None
         ]
-        return terms[0] if len(terms) == 1 else call(self.gm, aten.add.Tensor, *terms)
+        return products[0] if len(products) == 1 else call(self.gm, aten.add.Tensor, *products)
 
     def _swapped(self, source: fx.Node) -> fx.Node:
         """``source`` with the channels of every pair exchanged."""
@@ -219,35 +252,45 @@ class _Writer:
         exchanged = call(self.gm, torch.ops.prims.rev.default, pairs, [len(shape)])
         return call(self.gm, aten.view.default, exchanged, shape)
 
-    def _table(self, source: fx.Node, even: Factor | None, odd: Factor | None) -> fx.Node | None:
-        """The factors of even and of odd channels, side by side as channels are; None where there are none."""
-        if even is None and odd is None:
-            return None
-        key = tuple(None if each is None else (each.sign, _identity(each.table)) for each in (even, odd))
+    def _table(self, source: fx.Node, even: Factor, odd: Factor) -> fx.Node:
+        """The factors of even and of odd channels, side by side as channels are."""
+        whole = _taken_apart(even, odd)
+        if whole is not None:
+            return whole
+        value = tensor_value(source)
+        like = (value.shape[-1], value.dtype, value.device)
+        key = (like, *((each.sign, _identity(each.table)) for each in (even, odd)))
         if key not in self._tables:
-            model = next((each.table for each in (even, odd) if each is not None and each.table is not None), None)
-            halves = [self._half(source, each, model) for each in (even, odd)]
+            halves = [self._half(source, each) for each in (even, odd)]
             pairs = [call(self.gm, aten.unsqueeze.default, half, tensor_value(half).ndim) for half in halves]
             apart = call(self.gm, aten.cat.default, pairs, -1)
             shape = tensor_value(apart).shape
             self._tables[key] = call(self.gm, aten.view.default, apart, [*shape[:-2], shape[-2] * 2])
+            self._tables[key].meta[WRITTEN] = True
         return self._tables[key]
 
-    def _half(self, source: fx.Node, factor: Factor | None, model: fx.Node | None) -> fx.Node:
-        """The factors of the even, or of the odd channels, in the shape of ``model``, if there is one."""
-        if factor is not None and factor.table is not None:
+    def _half(self, source: fx.Node, factor: Factor) -> fx.Node:
+        """The factors of the even, or of the odd channels."""
+        if factor.table is not None:
             return factor.table if factor.sign == 1 else call(self.gm, aten.neg.default, factor.table)
-        shape = [tensor_value(source).shape[-1] // 2] if model is None else list(tensor_value(model).shape)
-        sign = 0.0 if factor is None else factor.sign
-        value = tensor_value(source).new_full(shape, sign)
+        shape = [tensor_value(source).shape[-1] // 2]
+        value = tensor_value(source).new_full(shape, factor.sign)
         settings: dict[str, Any] = {"dtype": value.dtype, "device": value.device, "pin_memory": False}
-        node = self.gm.graph.call_function(aten.full.default, (shape, sign), settings)
+        node = self.gm.graph.call_function(aten.full.default, (shape, factor.sign), settings)
         node.meta["val"] = value
         return node
 
 
+def _taken_apart(even: Factor, odd: Factor) -> fx.Node | None:
+    """The tensor whose even channels are the one table and whose odd ones the other, if there is one."""
+    if even.table is None or odd.table is None or even.sign != 1 or odd.sign != 1:
+        return None
+    one, two = _channel(even.table), _channel(odd.table)
+    return one[0] if one is not None and two is not None and (one[1], two) == (EVEN, (one[0], ODD)) else None
+
+
 def _identity(table: fx.Node | None) -> object:
     """What tells a table: a slice of one tensor is the same table wherever it is taken."""
-    if table is not None and table.target is aten.slice.Tensor:
+    if table is not None and table.target is aten.slice.Tensor and not table.kwargs:
         return table.target, table.args
     return table

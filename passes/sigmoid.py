@@ -18,15 +18,20 @@ def sigmoid(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult
     """Rewrite every hyperbolic tangent to which 1 is added, and nothing else done."""
     if not plan.simplify:
         return PassResult(gm, False)
-    found = {node: argument for node in gm.graph.nodes if (argument := tangent_plus_one(node)) is not None}
-    for node, argument in found.items():
+    modified = False
+    for node in list(gm.graph.nodes):
+        argument = tangent_plus_one(node)
+        if argument is None:
+            continue
         with gm.graph.inserting_before(node):
             halves = call(gm, aten.sigmoid.default, call(gm, aten.mul.Tensor, argument, 2.0))
             new = call(gm, aten.mul.Tensor, halves, 2.0)
         new.meta.update({key: value for key, value in node.meta.items() if key != "val"})
         node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+        modified = True
     gm.graph.eliminate_dead_code()
-    return PassResult(gm, bool(found))
+    return PassResult(gm, modified)
 
 
 def tangent_plus_one(node: fx.Node) -> fx.Node | None:

@@ -1,4 +1,4 @@
-"""The rewrites of a simplified step: for speed, and exact but for rounding."""
+"""Simplify: the rewrites that make a step faster and leave its numbers as they are, but for rounding."""
 
 from __future__ import annotations
 
@@ -6,12 +6,24 @@ from collections.abc import Callable
 
 from torch import fx
 
-from ditopt.passes._infra import Pass
+from ditopt.passes._infra import GraphIndex, Pass, PassResult, StepPlan
 from ditopt.passes.rotary import rotary, rotation_of
 from ditopt.passes.sigmoid import sigmoid, tangent_plus_one
 
 REWRITES: tuple[tuple[Pass, Callable[[fx.Node], object]], ...] = ((rotary, rotation_of), (sigmoid, tangent_plus_one))
-"""Each with what finds a node for it: None where there is none."""
+"""Each with what tells a node that it would take: None for others."""
+
+
+def simplify(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
+    """Do all rewrites that there are nodes for."""
+    if not plan.simplify:
+        return PassResult(gm, False)
+    modified = False
+    for rewrite, _ in REWRITES:
+        result = rewrite(gm, plan, index)
+        gm, modified = result.gm, modified or result.modified
+    names = " or ".join(rewrite.__name__ for rewrite, _ in REWRITES)
+    return PassResult(gm, modified, () if modified else (f"simplify: nothing in the graph for {names}",))
 
 
 def simplifiable(gm: fx.GraphModule) -> list[fx.Node]:

@@ -8,7 +8,6 @@ from typing import get_args
 
 import pytest
 import torch
-from torch import nn
 
 from ditopt.cost_models.measured import MeasuredCost
 from ditopt.decisions import DTYPES, KINDS, Decision, Dense, decision_from_data, decision_to_data
@@ -27,7 +26,7 @@ from ditopt.search import solve_kept
 from ditopt.search.solution import form_rules
 from ditopt.target import Target
 from tests.search.problems import random_problem
-from tests.tiny import compiled_tiny, euler, make_model
+from tests.tiny import compiled_tiny, euler, make_model, with_tangents
 
 STEPS = 6
 FASTER = [*(kind for kind in KINDS if kind != "dense"), *(f"dense {dtype}" for dtype in DTYPES), "dense simplify"]
@@ -38,11 +37,7 @@ CHOICES = [*FASTER, SECOND_ORDER]
 
 @pytest.fixture(scope="module")
 def program() -> Iterator[Program]:
-    model = make_model()
-    for part in model.blocks.modules():
-        if isinstance(part, nn.GELU):
-            part.approximate = "tanh"  # which is something to simplify
-    with compiled_tiny(model, lambda model: euler(model, "a", 0, STEPS, MIN_ROWS)) as (_, found):
+    with compiled_tiny(with_tangents(make_model()), lambda model: euler(model, "a", 0, STEPS, MIN_ROWS)) as (_, found):
         yield found
 
 

@@ -21,9 +21,10 @@ from ditopt.plan import Plan
 from ditopt.profiler import timing
 from ditopt.quality import psnr, relative_l2
 from ditopt.report.explained import Explained, side_path
+from ditopt.sites import STEP
 from ditopt.target import Target
 from ditopt.verify import VerifiedSearch
-from tests.tiny import euler, make_model
+from tests.tiny import euler, make_model, with_tangents
 
 PROMPTS = ("one", "two", "three", "four")
 
@@ -107,6 +108,32 @@ def test_a_dtype_is_chosen_where_it_is_faster_and_a_new_compile_repeats_it(
     result = run(model, rollout, plan_path=path, techniques=("reuse", "forecast", "precision"), budget=2)
     assert result.plan is not None, result.reasons
     assert Dense(dtype="bfloat16") in [rule.do for rule in result.plan.rules]
+    assert_a_new_compile_repeats(model, rollout, path)
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_steps_are_simplified_where_that_is_faster_and_a_new_compile_repeats_it(
+    left_out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def time_in_turn(variants: Mapping[str, timing.Timed]) -> dict[str, float]:
+        measured = {name: run() for name, run in variants.items()}
+        return measured | ({"simplified": measured["full"] / 2} if "simplified" in measured else {})
+
+    def rollout(network: nn.Module, prompt: str, seed: int) -> Tensor:
+        return euler(network, prompt, seed, 6, 64)
+
+    monkeypatch.setattr(timing, "time_in_turn", time_in_turn)
+    monkeypatch.setattr(VerifiedSearch, "time_in_turn", lambda self, rules: (1.0, 2.0))
+    path, model = tmp_path / "plan.yaml", with_tangents(make_model())
+    techniques = ("reuse", "forecast", *(() if left_out else ("simplify",)))
+    result = run(model, rollout, plan_path=path, techniques=techniques, budget=2)
+    assert result.plan is not None, result.reasons
+    assert (Dense(simplify=True) in [rule.do for rule in result.plan.rules]) is not left_out
+    explained = Explained.load(side_path(path)).explanations["transformer"]
+    (told,) = [each for each in explained if each.step is None and each.site == STEP]
+    against = "nothing in the graph to simplify, or not among the techniques chosen"
+    assert told.chosen == ("as the model has it" if left_out else "simplified")
+    assert told.rivals[0].reason.startswith(against if left_out else "slower: a step takes")
     assert_a_new_compile_repeats(model, rollout, path)
 
 

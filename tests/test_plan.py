@@ -205,6 +205,8 @@ def test_the_model_cast_keeps_the_dtype_of_computed_steps_alone() -> None:
     bare = both.model_copy(update={"do": Dense(dtype="bfloat16")})
     assert cast_rules([plain, both, narrow]) == [(plain, None), (bare, "bfloat16"), (narrow, "bfloat16")]
     assert cast_rules([both.model_copy(update={"do": Dense(second_order=0.25)}), reuse]) == []
+    simple = both.model_copy(update={"do": Dense(dtype="bfloat16", simplify=True)})
+    assert cast_rules([simple]) == [(bare, "bfloat16")], "whoever casts the model does not rewrite it"
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.01, float("nan")])

@@ -74,6 +74,14 @@ def make_model(blocks: int = 4, width: int = 32) -> TinyDiT:
     return TinyDiT(blocks, width).eval()
 
 
+def with_tangents(model: TinyDiT) -> TinyDiT:
+    """The model with the approximation of GELU by a hyperbolic tangent, which is something to simplify."""
+    for part in model.modules():
+        if isinstance(part, nn.GELU):
+            part.approximate = "tanh"
+    return model
+
+
 def prompt_features(prompt: str, width: int = 32) -> Tensor:
     """``[1, width]`` features that a prompt determines."""
     generator = torch.Generator().manual_seed(sum(map(ord, prompt)))

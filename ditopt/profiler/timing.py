@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ditopt.cost_models.measured import FORMS, FULL, form_name
+from ditopt.errors import AuditError
 from ditopt.forms import is_faster
 from ditopt.passes._infra import Prediction, StepPlan
 from ditopt.passes.cast import castable
@@ -92,14 +93,20 @@ def measure_seconds(
     """
     trace, spans = program.variants.trace, program.variants.trace.ranges()
     plans = {FULL: StepPlan((), (STEP,)), "predicted": StepPlan((Prediction(STEP, 2),))}
-    if simplify and simplifiable(trace.gm):
-        plans[form_name(simplify=True)] = StepPlan((), (STEP,), simplify=True)
     if ranges:
         everything = next(name for name, span in spans.items() if span == (0, len(trace.blocks) - 1))
         plans["rest"] = StepPlan((Prediction(everything, 2),), (STEP,))
     variants = {name: prepared(program, plan, arguments) for name, plan in plans.items()}
-    simpler = is_faster(time_in_turn({name: timed for name, timed in variants.items() if name in FORMS}))
-    for dtype in dtypes if castable(trace.gm) else ():
+    if simplify and simplifiable(trace.gm):
+        try:
+            simple = form_name(simplify=True)
+            variants[simple] = prepared(program, StepPlan((), (STEP,), simplify=True), arguments)
+        except (RuntimeError, AuditError) as error:  # a rewrite that is not right for this graph: no reason to give up
+            program.variants.reasons.append(f"simplified steps were not tried: {error}")
+    dtypes = dtypes if castable(trace.gm) else ()
+    forms = {name: timed for name, timed in variants.items() if name in FORMS}
+    simpler = bool(dtypes) and len(forms) > 1 and is_faster(time_in_turn(forms))
+    for dtype in dtypes:
         try:
             plan = StepPlan((), (STEP,), dtype=dtype, simplify=simpler)
             variants[form_name(dtype, simpler)] = prepared(program, plan, arguments)

@@ -157,9 +157,13 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
         for site in _recorded(used, active, ranges):
             history[site].insert(0, t)
     forms = [_form(decision) for decision in whole]
-    computed = {form for form, active in zip(forms, predicted, strict=True) if STEP not in active}
-    form = computed.pop() if len(computed) == 1 else StepPlan()
-    full = replace(form, recorded=used)
+    computed = [form for form, active in zip(forms, predicted, strict=True) if STEP not in active]
+    dtypes = {form.dtype for form in computed}
+    full = StepPlan(
+        recorded=used,
+        dtype=dtypes.pop() if len(dtypes) == 1 else None,
+        simplify=bool(computed) and all(form.simplify for form in computed),
+    )
     return BoundPlan(_with_liveness(bound, used, ranges, forms, finer), full, times, plan.sampler.timesteps[network])
 
 

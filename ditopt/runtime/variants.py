@@ -19,13 +19,13 @@ from ditopt.passes.predict import predict
 from ditopt.passes.prune import prune
 from ditopt.passes.record import record
 from ditopt.passes.second_order import second_order
-from ditopt.passes.simplify import REWRITES
+from ditopt.passes.simplify import simplify
 from ditopt.passes.verify import verify
 from ditopt.trace import Trace
 
 Lower = Callable[[fx.GraphModule], BoxedCallable]
 # A recorded feature starts where the block before ends, be that predicted or not: record first.
-PASSES = (record, predict, second_order, prune, *(rewrite for rewrite, _ in REWRITES), cast)
+PASSES = (record, predict, second_order, prune, simplify, cast)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from ditopt.cost_models.measured import SIMPLIFIED
 from ditopt.profile import Array
 from ditopt.search.problem import SearchProblem
 from ditopt.search.solution import Draft, Explanation, Rival
@@ -15,7 +16,7 @@ from ditopt.sites import STEP
 
 COMPUTE = "compute"
 OWN_DTYPE = "the model's dtype"
-SIMPLIFIED, AS_TRACED = "simplified", "as the model has it"
+AS_TRACED = "as the model has it"
 OWN_ORDER = "outputs as computed"
 NOT_AIMED = "before fits and computed steps were aimed so, samples were farther from those of a second-order solver"
 

@@ -179,7 +179,7 @@ def to_rules(problem: SearchProblem, choices: Mapping[str, Sequence[StepChoice]]
 
 def form_rules(problem: SearchProblem) -> list[Rule]:
     """The rule that computed steps run in the problem's dtype, or simplified; those of predictions come after it."""
-    decision = Dense.model_validate({"dtype": problem.dtype, "simplify": problem.simplify})
+    decision = _computed(problem)
     if decision.is_plain:
         return []
     return [Rule(sites=STEP, steps=tuple(range(problem.steps)), do=decision, network=problem.network)]
@@ -190,6 +190,11 @@ def second_order_rules(problem: SearchProblem, kept: Sequence[int]) -> list[Rule
     steps = tuple(combined_steps(problem, kept))
     if not steps:
         return []
-    form = {"dtype": problem.dtype, "simplify": problem.simplify}
-    decision = Dense.model_validate({**form, "second_order": problem.second_order})
+    decision = _computed(problem, problem.second_order)
     return [Rule(sites=STEP, steps=steps, do=decision, network=problem.network)]
+
+
+def _computed(problem: SearchProblem, second_order: float | None = None) -> Dense:
+    """How the problem has steps computed."""
+    settings = {"dtype": problem.dtype, "simplify": problem.simplify, "second_order": second_order}
+    return Dense.model_validate(settings)

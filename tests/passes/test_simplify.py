@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,16 +12,17 @@ from torch import Tensor, fx
 from ditopt.backend import Session
 from ditopt.decisions import Dense, decision_from_data, decision_to_data
 from ditopt.errors import AuditError
-from ditopt.forms import SIMPLIFIED_SPEED, simplified
+from ditopt.forms import SIMPLIFIED_SPEED, in_dtype, simplified
 from ditopt.passes._infra import GraphIndex, PassManager, StepPlan
 from ditopt.passes.audit import audit
 from ditopt.passes.rotary import rotary, rotation_of
 from ditopt.passes.sigmoid import sigmoid, tangent_plus_one
-from ditopt.passes.simplify import REWRITES, simplifiable
+from ditopt.passes.simplify import REWRITES, simplifiable, simplify
 from ditopt.passes.verify import verify
 from ditopt.profiler import timing
+from ditopt.quality import Quality, relative_l2
 from ditopt.runtime.program import Program
-from ditopt.runtime.variants import PASSES
+from ditopt.target import Target
 from tests.search.problems import random_problem
 from tests.trace.models import CASES, Captured, capture, compiled, interpreted
 
@@ -51,6 +53,43 @@ def stacked_at_once(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((c * even - s * odd, s * even + c * odd), dim=-1).flatten(-2)
 
 
+def written_out(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Every channel of a pair with table entries of its own: the tables are there as they are needed."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    out = torch.empty_like(x)
+    out[..., 0::2] = even * cos[..., 0::2] - odd * sin[..., 0::2]
+    out[..., 1::2] = odd * cos[..., 1::2] + even * sin[..., 1::2]
+    return out
+
+
+def written_across(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The sine of the other channel of the pair: the table put together here looks like a rotation itself."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    out = torch.empty_like(x)
+    out[..., 0::2] = even * cos[..., 0::2] - odd * sin[..., 1::2]
+    out[..., 1::2] = odd * cos[..., 1::2] + even * sin[..., 0::2]
+    return out
+
+
+def twice(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A rotation of what a rotation gave."""
+    return strided(strided(x, cos, sin), sin, cos)
+
+
+def permuted(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads before tokens, and a view that needs the result of the stack in memory order."""
+    c, s = cos.transpose(1, 2), sin.transpose(1, 2)
+    return stacked_at_once(x.transpose(1, 2), c, s).view(-1, x.shape[1], x.shape[3])
+
+
+def two_widths(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads of two widths and of two dtypes, whose tables of signs are not the same."""
+    narrow, single = x[..., :4] * 2, x.float()
+    parts = [stacked(each, cos[..., : each.shape[-1]].to(each), sin[..., : each.shape[-1]].to(each)) for each in
+             (x, narrow, single)]  # fmt: skip
+    return torch.cat([part.double() for part in parts], -1)
+
+
 def captured_graph(function: Callable[..., Tensor], *arguments: Tensor) -> fx.GraphModule:
     """The graph that passes get of a function, whose inputs are ``arguments`` in order."""
     torch._dynamo.reset()
@@ -62,7 +101,10 @@ def captured_graph(function: Callable[..., Tensor], *arguments: Tensor) -> fx.Gr
 
 
 def rewritten(gm: fx.GraphModule) -> fx.GraphModule:
-    return PassManager([rewrite for rewrite, _ in REWRITES], verify).run(gm, SIMPLE, INDEX)
+    manager = PassManager([simplify], verify)
+    new = manager.run(gm, SIMPLE, INDEX)
+    assert bool(simplifiable(gm)) is not bool(manager.reasons), "what does not apply is told"
+    return new
 
 
 def targets(gm: fx.GraphModule) -> list[str]:
@@ -76,7 +118,9 @@ def rotation_inputs(heads: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     return x, cos, sin
 
 
-@pytest.mark.parametrize("rotate", [strided, stacked, stacked_at_once])
+@pytest.mark.parametrize(
+    "rotate", [strided, stacked, stacked_at_once, written_out, written_across, twice, permuted, two_widths]
+)
 def test_a_rotation_is_found_in_every_form_and_gives_the_same_numbers(rotate: Rotate) -> None:
     inputs = rotation_inputs()
     gm = captured_graph(rotate, *inputs)
@@ -121,10 +165,31 @@ def of_two(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def partly(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Written into a part of the channels only."""
-    out = torch.zeros_like(x)
-    out[..., 0:4:2] = x[..., 0:4:2]
-    out[..., 1:4:2] = x[..., 1:4:2]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    out = torch.zeros(2, 10, 3, 12, dtype=x.dtype)
+    out[..., 0:8:2] = even * cos[..., 0::2] - odd * sin[..., 0::2]
+    out[..., 1:8:2] = even * sin[..., 0::2] + odd * cos[..., 0::2]
     return out
+
+
+def one_sided(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Nothing of the odd channels reaches the even ones, infinite ones included."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even, odd + even * sin[..., ::2]), -1).flatten(-2)
+
+
+def masked(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A table of truth values has no negative."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    table = cos[..., ::2] > 0
+    return torch.stack((even * table - odd * table, even * table + odd * table), -1).flatten(-2)
+
+
+def two_shapes(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Tables that cannot stand side by side."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    c, s = cos[0, 0, 0, ::2], sin[..., ::2]
+    return torch.stack((even * c - odd * c, even * s + odd * s), -1).flatten(-2)
 
 
 def bent(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -133,7 +198,7 @@ def bent(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * even - odd, even * odd), -1).flatten(-2)
 
 
-@pytest.mark.parametrize("other", [halves, doubled, of_two, partly, bent])
+@pytest.mark.parametrize("other", [halves, doubled, of_two, partly, bent, one_sided, masked, two_shapes])
 def test_what_is_no_rotation_of_pairs_stays(other: Rotate) -> None:
     gm = captured_graph(other, *rotation_inputs())
     assert not simplifiable(gm)
@@ -185,10 +250,9 @@ def test_a_graph_that_was_left_as_it_was_fails_the_audit(captured: Captured) -> 
     trace, index = captured.program.variants.trace, captured.program.variants.index
     with pytest.raises(AuditError, match=r"the step is to be simplified, but \d+ nodes are as they were, e\.g\. \w+"):
         audit(trace.gm, SIMPLE, index, {})
-    for missing, _ in REWRITES:
-        rest = [each for each in PASSES if each is not missing]
-        left = [node for node in trace.gm.graph.nodes if dict(REWRITES)[missing](node) is not None]
-        if left:
+    for missing, finds in REWRITES:
+        if any(finds(node) is not None for node in trace.gm.graph.nodes):
+            rest = [rewrite for rewrite, _ in REWRITES if rewrite is not missing]
             with pytest.raises(AuditError, match="as they were"):
                 audit(PassManager(rest).run(trace.gm, SIMPLE, index), SIMPLE, index, {})
 
@@ -202,7 +266,10 @@ def test_simplified_steps_are_taken_where_they_are_faster() -> None:
     slow = simplified(problem, {"full": 1.0, "simplified": SIMPLIFIED_SPEED})
     assert not slow.simplify and slow.seconds_full == problem.seconds_full
     assert slow.simplify_reason.startswith("hardly faster: a step takes 0.98 s")
-    assert simplified(problem, {"full": 1.0}) is problem, "nothing was there to simplify"
+    nothing = simplified(problem, {"full": 1.0})
+    assert not nothing.simplify and nothing.simplify_reason.startswith("nothing in the graph to simplify")
+    cut = simplified(replace(problem, seconds_predicted=None), fast)
+    assert not cut.simplify and cut.simplify_reason.startswith("graph breaks cut the network")
 
 
 @pytest.mark.parametrize(("simple", "name"), [(0.9, "simplified bfloat16"), (1.0, "bfloat16")])
@@ -224,3 +291,47 @@ def test_a_plan_file_says_it_in_one_word() -> None:
     assert decision_to_data(simple) == {"dense": {"dtype": "bfloat16", "simplify": True}}
     assert decision_from_data({"dense": {"simplify": True}}) == Dense(simplify=True)
     assert decision_to_data(Dense(simplify=False)) == "dense" and not Dense(simplify=True).is_plain
+
+
+@pytest.mark.parametrize(("simple", "name", "taken"), [(0.9, "bfloat16", False), (1.0, "simplified bfloat16", True)])
+def test_a_dtype_is_taken_in_the_form_that_it_was_timed_in(simple: float, name: str, taken: bool) -> None:
+    seconds = {"full": 1.0, "simplified": simple, name: 0.5}
+    flawless = Quality(90.0, 90.0, 0.0, (90.0,))
+    problem = replace(simplified(random_problem(0, 6), seconds), seconds_full=simple)
+    found = in_dtype(problem, seconds, "bfloat16", Target(min_psnr=42.0), lambda rules: flawless)
+    assert (found.dtype, found.simplify) == ("bfloat16", taken) and found.seconds_full == pytest.approx(0.5)
+    assert found.simplify_reason == "steps in bfloat16 were timed in the other form only"
+
+
+def test_a_tangent_within_a_tangent() -> None:
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+
+    def nested(x: Tensor) -> Tensor:
+        return torch.tanh(torch.tanh(x) + 1) + 1
+
+    new = rewritten(captured_graph(nested, x))
+    assert not simplifiable(new) and targets(new).count("aten.sigmoid.default") == 2
+    torch.testing.assert_close(new(x)[0], nested(x))
+
+
+def test_a_rotation_in_16_bits_follows(captured: Captured) -> None:
+    """The cast puts views before its casts, which hold for the layout of what was rewritten."""
+    plan = StepPlan(dtype="bfloat16", simplify=True)
+    outputs, _ = captured.run(plan)
+    plain, _ = captured.run(StepPlan(dtype="bfloat16"))
+    for ours, theirs in zip(outputs, plain, strict=True):
+        assert relative_l2(ours, theirs) < 2e-2
+
+
+def test_a_form_that_does_not_compile_is_left_out_with_a_reason(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepared(program: Program, plan: StepPlan, arguments: object) -> timing.Timed:
+        if plan.simplify:
+            raise AuditError("the step is to be simplified, but 1 nodes are as they were")
+        return lambda: 1.0
+
+    monkeypatch.setattr(timing, "prepared", prepared)
+    monkeypatch.setattr(captured.program.variants, "reasons", [])
+    assert timing.measure_seconds(captured.program, (), ()) == {"full": 1.0, "predicted": 1.0}
+    assert captured.program.variants.reasons[0].startswith("simplified steps were not tried: the step is to be")
