@@ -60,7 +60,7 @@ def in_dtype(
         cut = "graph breaks cut the network, and a dtype is decided for whole steps"
         return replace(as_it_is, dtype_reason=cut)
     if not timed:
-        return replace(as_it_is, dtype_reason="no float32 product of many rows, or none that runs in it here")
+        return replace(as_it_is, dtype_reason="no float32 product of many rows, or none that is faster in it here")
     simplify, narrow = timed[0]
     told = f"a step takes {narrow:.3g} s in {dtype}, {full:.3g} s in the model's own"
     if narrow > DTYPE_SPEED * full:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ditopt.adapters import DiffusersAdapter
+from ditopt.aim import Aim
 from ditopt.console import Reporter
 from ditopt.cost_models.measured import FULL, form_name
 from ditopt.measure import Evaluator
@@ -16,7 +17,7 @@ from ditopt.outcome import Found, Row
 from ditopt.plan import Rule, cast_rules
 from ditopt.profile import NetworkProfile, Profile
 from ditopt.profiler.run import TUNING_PROMPTS
-from ditopt.quality import LEVELS, Quality, compare
+from ditopt.quality import LEVELS, compare
 from ditopt.search import Solution
 from ditopt.target import Target
 from ditopt.tune import Tuner
@@ -32,17 +33,6 @@ TRIAL_SECONDS = 120.0
 """What the plans tried by rollouts may take together where the caller sets no budget."""
 SPARE_DB = 0.7
 """A plan that exceeds the target by less than this on the held-out prompts is fast enough."""
-AIMS = ((0.1, 0.05), (0.25, 0.1), (0.5, 0.1), (0.5, 0.25), (0.6, 0.35), (0.75, 0.5), (1.0, 1.0))
-"""How far fits aim from the dense path to the second-order one, and what share of that formula computed steps have."""
-AIM_SPARE_DB = 2.0
-"""How much nearer to the second-order samples than dense a plan has to be on the tuning prompts to be near enough.
-
-The factors were fitted to these prompts, and second-order samples are not converged ones.
-"""
-AIM_DB = 3.0
-"""What a search for speed alone gives up of the PSNR to dense to come nearer to the second-order samples."""
-NEAR_DB = 9.0
-"""A plan this much nearer to dense than dense is to the second-order samples has more than that to give up."""
 FLOOR_DB = min(LEVELS.values())
 """A search for speed does not go on below this mean PSNR, where none is asked for."""
 
@@ -111,73 +101,19 @@ class VerifiedSearch:
         return found
 
     def _aim(self, found: Found) -> Found:
-        """Spend what quality there is to spare on samples as near to a second-order solver's as the dense ones are.
-
-        Where the dense samples have an error of their own, that of a plan adds to it. The same schedule is refitted to
-        paths further and further towards the second-order ones, and its computed steps get a share of that formula
-        themselves, until the tuning prompts' samples are nearer to these than dense ones are (by ``AIM_SPARE_DB``), or
-        the held-out prompts would have too little left: the target, by a standard error of their mean where that is a
-        PSNR; for speed alone what ``_least_psnr`` says. An aimed plan is timed anew.
-        """
+        """Spend what quality there is to spare on samples as near to a finer sampler's as the dense ones are."""
         if len(found.solutions) != 1 or len(self._tuners) != 1:
             return found
-        ((name, solution),) = found.solutions.items()
-        tuner = self._tuners[name]
-        dense, least = tuner.finer_psnr, tuner.finer_of(solution)
-        if dense is None:  # the profile has said why
-            return found
-        if least is None:
-            self.reasons.append(
-                "not refitted towards a second-order path: the plan's predictors are the profile's own"
-                + (", as it predicts ranges" if solution.draft.ranges else "")
-            )
-            return found
-        best, nearest = found, least
-        aims = dict.fromkeys((share, part if self.second_order else None) for share, part in AIMS)
-        with self.reporter.stage("aim: towards a second-order path", len(aims)) as stage:
-            for share, second_order in aims:
-                if nearest >= dense + AIM_SPARE_DB:
-                    break
-                aimed = tuner.aim(solution, share, second_order)
-                if aimed is None and second_order is not None:  # which takes a graph more
-                    aimed = tuner.aim(solution, share, None)
-                reached = tuner.finer_of(aimed)
-                if aimed is None or reached is None:
-                    self.reasons.append(
-                        f"not refitted {share:g} of the way to a second-order path: more than {self.max_variants} "
-                        "graphs would be needed, or a generation had NaN or infinite values"
-                    )
-                    break
-                if reached <= nearest:
-                    stage.advance(f"{reached:.1f} dB to it, no nearer")
-                    continue
-                quality, _ = self.evaluator.quality(aimed.rules, self.held_out)
-                stage.advance(f"{reached:.1f} dB to it, dense {dense:.1f}")
-                if self.target.missing_db(quality) > 0 or quality.psnr < self._least_psnr(quality, found, dense):
-                    break
-                best = replace(found, rules=aimed.rules, quality=quality, solutions={name: aimed}, seconds=None)
-                nearest = reached
-        if best is not found:
-            self.reporter.say(
-                f"  refitted towards a second-order path: {least:.1f} dB to it before, {nearest:.1f} now, dense "
-                f"{dense:.1f}; held-out prompts: {best.quality.psnr:.1f} dB"
-            )
-        return best
-
-    def _least_psnr(self, quality: Quality, found: Found, dense: float) -> float:
-        """What an aimed plan of ``quality``, that was ``found`` before, has to have; ``dense`` is near to second order.
-
-        Other prompts than the held-out ones will have another mean, so a target for PSNR is held with its standard
-        error. For speed alone: the quality level that was reached, and ``AIM_DB`` less than before, or ``NEAR_DB`` more
-        than ``dense`` (of the tuning prompts, so a rough bound) where that is less still.
-        """
-        if self.target.min_psnr is not None:
-            spread = statistics.stdev(quality.per_prompt) if len(quality.per_prompt) > 1 else 0.0
-            return self.target.min_psnr + spread / math.sqrt(max(len(quality.per_prompt), 1))
-        if self.target.speedup is None:
-            return -math.inf
-        reached_levels = [level for level in LEVELS.values() if level <= found.quality.psnr]
-        return max([min(found.quality.psnr - AIM_DB, dense + NEAR_DB), *reached_levels])
+        aim = Aim(
+            self.evaluator,
+            self.target,
+            self.held_out,
+            self.reporter,
+            self.max_variants,
+            self.second_order,
+            self.reasons,
+        )
+        return aim(found, *self._tuners.values())
 
     def _for_quality(self) -> Found | None:
         """Where the held-out prompts miss the target, aim higher and search again; where they exceed it, lower."""

@@ -26,7 +26,7 @@ from ditopt.search import solve_kept
 from ditopt.search.solution import form_rules
 from ditopt.target import Target
 from tests.search.problems import random_problem
-from tests.tiny import compiled_tiny, euler, make_model, with_tangents
+from tests.tiny import compiled_tiny, euler, make_model, narrow_products_are_faster, with_tangents
 
 STEPS = 6
 FASTER = [*(kind for kind in KINDS if kind != "dense"), *(f"dense {dtype}" for dtype in DTYPES), "dense simplify"]
@@ -51,6 +51,7 @@ def seconds(program: Program) -> dict[str, float]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "prepared", prepared)
+        narrow_products_are_faster(patch)
         plain = timing.measure_seconds(program, (), (), DTYPES, simplify=False)
         return plain | timing.measure_seconds(program, (), ())
 

@@ -175,6 +175,14 @@ def test_the_picture_shows_the_dtype_of_computed_steps(plan: Plan) -> None:
     assert "in bfloat16" in picture.rows[0].cells[0].note
 
 
+def test_the_picture_tells_that_computed_steps_are_simplified(plan: Plan) -> None:
+    simple = Rule(sites="step", steps=tuple(range(5)), do=Dense(simplify=True))
+    (before,), (after,) = pictures(plan), pictures(plan.model_copy(update={"rules": (simple, *plan.rules)}))
+    assert after.summary == before.summary + ", simplified"
+    told = [step for step, cell in enumerate(after.rows[0].cells) if cell.note.endswith("computed, simplified")]
+    assert told == [0, 1, 3], "a predicted step computes nothing"
+
+
 def test_the_picture_tells_the_share_of_second_order(plan: Plan) -> None:
     finer = Rule(sites="step", steps=tuple(range(5)), do=Dense(second_order=0.25))
     (before,), (after,) = pictures(plan), pictures(plan.model_copy(update={"rules": (finer, *plan.rules)}))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ditopt import verify
+from ditopt import aim, verify
 from ditopt.adapters import DiffusersAdapter
 from ditopt.console import Reporter
 from ditopt.decisions import Dense, Reuse
@@ -251,7 +251,7 @@ class AimingTuner(FakeTuner):
     finer_psnr: float | None = 38.0
 
     def aim(self, solution: Any, share: float, second_order: float) -> Any:
-        rung = verify.AIMS.index((share, second_order)) + 1
+        rung = aim.AIMS.index((share, second_order)) + 1
         return SimpleNamespace(**{**vars(solution), "rung": rung, "rules": ("aimed", rung)})
 
     def finer_of(self, solution: Any) -> float | None:
@@ -310,7 +310,7 @@ def test_fits_alone_are_aimed_where_second_order_is_left_out(monkeypatch: pytest
     class Alone(AimingTuner):
         def aim(self, solution: Any, share: float, second_order: float | None) -> Any:
             asked.append((share, second_order))
-            return super().aim(solution, *verify.AIMS[len(asked) - 1])
+            return super().aim(solution, *aim.AIMS[len(asked) - 1])
 
     monkeypatch.setattr(verify, "Tuner", Alone)
     quality = Quality(60.0, 60.0, 0.0, (60.0,))
@@ -328,10 +328,10 @@ def test_a_plan_without_room_for_second_order_is_aimed_by_its_fits(monkeypatch: 
     class Full(AimingTuner):
         def aim(self, solution: Any, share: float, second_order: float | None) -> Any:
             fits = second_order is None and share < 0.75
-            return super().aim(solution, share, dict(verify.AIMS)[share]) if fits else None
+            return super().aim(solution, share, dict(aim.AIMS)[share]) if fits else None
 
     monkeypatch.setattr(verify, "Tuner", Full)
-    monkeypatch.setattr(verify, "AIMS", verify.AIMS[3:])
+    monkeypatch.setattr(aim, "AIMS", aim.AIMS[3:])
     quality = Quality(60.0, 60.0, 0.0, (60.0,))
     one = searching(
         SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}, quality=lambda *_: (quality, 0.0)),

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ditopt.cost_models.measured import FORMS, FULL, form_name
 from ditopt.errors import AuditError
 from ditopt.forms import is_faster
-from ditopt.passes._infra import Prediction, StepPlan
+from ditopt.passes._infra import Prediction, StepPlan, tensor_value
 from ditopt.passes.cast import castable
 from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.simplify import simplifiable
@@ -21,6 +21,7 @@ from ditopt.runtime.program import Program
 from ditopt.sites import STEP
 from ditopt.trace import count_flops
 
+MATRICES = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 WARM_UPS = 2
 ROUNDS = 9
 
@@ -103,9 +104,9 @@ def measure_seconds(
             variants[simple] = prepared(program, StepPlan((), (STEP,), simplify=True), arguments)
         except (RuntimeError, AuditError) as error:  # a rewrite that is not right for this graph: no reason to give up
             program.variants.reasons.append(f"simplified steps were not tried: {error}")
-    dtypes = dtypes if castable(trace.gm) else ()
+    dtypes = [dtype for dtype in dtypes if castable(trace.gm) and _has_faster_products(program, dtype)]
     forms = {name: timed for name, timed in variants.items() if name in FORMS}
-    simpler = bool(dtypes) and len(forms) > 1 and is_faster(time_in_turn(forms))
+    simpler = len(dtypes) > 0 and len(forms) > 1 and is_faster(time_in_turn(forms))
     for dtype in dtypes:
         try:
             plan = StepPlan((), (STEP,), dtype=dtype, simplify=simpler)
@@ -117,6 +118,44 @@ def measure_seconds(
         saved = seconds[FULL] - seconds.pop("rest")
         seconds |= shared_by_flops(saved, program, everything, ranges)
     return seconds
+
+
+def _has_faster_products(program: Program, dtype: str) -> bool:
+    """Whether the largest product of two matrices takes less time in ``dtype``; if not, the reason is kept.
+
+    A processor that has no such products takes several times as long, and compiling a step for it some seconds.
+    """
+    nodes = [node for node in castable(program.variants.trace.gm) if node.target in MATRICES]
+    operands = [[arg for arg in node.args[-2:] if isinstance(arg, fx.Node)] for node in nodes]
+    matrices = [(tensor_value(left), tensor_value(right)) for left, right in operands]
+    if not matrices:
+        return True
+    left, right = max(matrices, key=lambda pair: pair[0].numel() * pair[1].shape[-1])
+    wide = product_seconds(left, right, left.dtype)
+    try:
+        narrow = product_seconds(left, right, getattr(torch, dtype))
+    except RuntimeError as error:
+        program.variants.reasons.append(f"{dtype} was not tried: {error}")
+        return False
+    if narrow < wide:
+        return True
+    told = f"the largest product takes {1e3 * narrow:.3g} ms in it, {1e3 * wide:.3g} ms as it is"
+    program.variants.reasons.append(f"{dtype} was not tried: {told}")
+    return False
+
+
+def product_seconds(left: Tensor, right: Tensor, dtype: torch.dtype) -> float:
+    """Median seconds of a product ``[M, K] x [K, N]`` of the shapes of two (fake) tensors, on their device."""
+    one, two = (torch.zeros(tuple(part.shape), dtype=dtype, device=part.device) for part in (left, right))
+
+    def timed() -> float:
+        began = time.perf_counter()
+        synchronise([torch.mm(one, two)])
+        return time.perf_counter() - began
+
+    for _ in range(WARM_UPS):
+        timed()
+    return statistics.median(timed() for _ in range(ROUNDS))
 
 
 def shared_by_flops(saved: float, program: Program, widest: str, ranges: Sequence[str]) -> dict[str, float]:

@@ -61,12 +61,13 @@ class Row:
 class Picture:
     """One network's schedule; the first row is the whole step, the others the sites that rules name.
 
-    ``second_order`` are the shares of that formula that computed steps have.
+    ``second_order`` are the shares of that formula that computed steps have, ``simplified`` whether they are.
     """
 
     network: str
     rows: tuple[Row, ...]
     second_order: tuple[float, ...] = ()
+    simplified: bool = False
 
     @property
     def steps(self) -> int:
@@ -78,8 +79,9 @@ class Picture:
         """How many steps run the network, and which."""
         kept = self.rows[0].computed
         shares = " and ".join(f"{share:g}" for share in self.second_order)
-        finer = f", with {shares} of the second-order formula" if shares else ""
-        return f"{self.network}: {len(kept)} of {self.steps} steps computed ({format_steps(kept)}){finer}"
+        form = ", simplified" if self.simplified else ""
+        form += f", with {shares} of the second-order formula" if shares else ""
+        return f"{self.network}: {len(kept)} of {self.steps} steps computed ({format_steps(kept)}){form}"
 
 
 def pictures(plan: Plan) -> tuple[Picture, ...]:
@@ -122,7 +124,8 @@ def _picture(plan: Plan, network: str) -> Picture:
         rows.append(Row(site, tuple(cells)))
     led = [table[step][STEP] for step in combined]
     shares = {each.second_order for each in led if isinstance(each, Dense) and each.second_order is not None}
-    return Picture(network, tuple(rows), tuple(sorted(shares)))
+    simplified = any(isinstance(do := each[STEP], Dense) and do.simplify for each in table)
+    return Picture(network, tuple(rows), tuple(sorted(shares)), simplified)
 
 
 def _words(decision: Decision, step: int, combined: bool) -> str:

@@ -23,7 +23,7 @@ from ditopt.profiler import timing
 from ditopt.quality import relative_l2
 from ditopt.runtime.program import Compute, Program
 from ditopt.sites import STEP
-from tests.tiny import TinyDiT, compiled_tiny, euler, make_model, prompt_features
+from tests.tiny import TinyDiT, compiled_tiny, euler, make_model, narrow_products_are_faster, prompt_features
 
 STEPS = 6
 BFLOAT16 = Dense(dtype="bfloat16")
@@ -194,9 +194,32 @@ def test_a_dtype_that_does_not_run_here_has_no_time(program: Program, monkeypatc
         return lambda: 1.0
 
     monkeypatch.setattr(timing, "prepared", prepared)
+    narrow_products_are_faster(monkeypatch)
     monkeypatch.setattr(program.variants, "reasons", [])
     assert timing.measure_seconds(program, (), (), ("bfloat16",)) == {"full": 1.0, "predicted": 1.0}
     assert program.variants.reasons == ["bfloat16 was not tried: no such type on this device"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_dtype_whose_products_are_slower_is_not_compiled(
+    fails: bool, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def product_seconds(left: Tensor, right: Tensor, dtype: torch.dtype) -> float:
+        assert left.shape == (64, 32) and right.shape == (32, 96), "the largest: queries, keys and values at once"
+        if fails and dtype == torch.bfloat16:
+            raise RuntimeError("no such product")
+        return 0.001 if dtype == torch.float32 else 0.002
+
+    monkeypatch.setattr(timing, "prepared", lambda program, plan, arguments: lambda: 0.5 if plan.dtype else 1.0)
+    monkeypatch.setattr(timing, "product_seconds", product_seconds)
+    monkeypatch.setattr(program.variants, "reasons", [])
+    assert "bfloat16" not in timing.measure_seconds(program, (), (), ("bfloat16",))
+    why = "no such product" if fails else "the largest product takes 2 ms in it, 1 ms as it is"
+    assert program.variants.reasons == [f"bfloat16 was not tried: {why}"]
+
+
+def test_a_product_is_timed_in_a_dtype() -> None:
+    assert 0 < timing.product_seconds(torch.empty(4, 8), torch.empty(8, 2), torch.float32) < 1
 
 
 def test_variants_are_timed_in_turn_and_medians_count() -> None:
