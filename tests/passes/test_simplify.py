@@ -78,8 +78,8 @@ def twice(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def permuted(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Heads before tokens, and a view that needs the result of the stack in memory order."""
-    c, s = cos.transpose(1, 2), sin.transpose(1, 2)
-    return stacked_at_once(x.transpose(1, 2), c, s).view(-1, x.shape[1], x.shape[3])
+    turned, c, s = (part.transpose(1, 2) for part in (x, cos, sin))
+    return stacked_at_once(turned, c, s).view(-1, x.shape[1], x.shape[3])
 
 
 def two_widths(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
