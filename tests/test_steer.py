@@ -311,7 +311,7 @@ def test_a_dtype_is_taken_where_it_is_faster_and_good_enough(
     solution = tuner._improve(solve_kept(tuner.problem, 6))
     assert [rule.do for rule in solution.rules].count(Dense(dtype="bfloat16")) == int(dtype is not None)
     explained = [each for each in solution.explanations if each.step is None and each.site == STEP]
-    assert [each.chosen for each in explained] == [dtype or "the model's dtype"]
+    assert [each.chosen for each in explained] == ["as the model has it", dtype or "the model's dtype"]
     known = tuner._tried(solution)
     assert known is not None and known.seconds == pytest.approx(
         6 * tuner.problem.seconds_full + (tuner.problem.steps - 6) * (tuner.problem.seconds_predicted or 0)
