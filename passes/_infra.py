@@ -134,6 +134,24 @@ def call(gm: fx.GraphModule, target: Callable[..., object], *args: object, **set
     return node
 
 
+def replace_each(gm: fx.GraphModule, write: Callable[[fx.Node], fx.Node | None]) -> bool:
+    """Put what ``write`` inserts for a node in its place, None leaves it; returns whether there was one.
+
+    Nodes are visited in order, each after those before it were replaced.
+    """
+    modified = False
+    for node in list(gm.graph.nodes):
+        with gm.graph.inserting_before(node):
+            new = write(node)
+        if new is not None:
+            new.meta.update({key: value for key, value in node.meta.items() if key != "val"})
+            node.replace_all_uses_with(new)
+            gm.graph.erase_node(node)
+            modified = True
+    gm.graph.eliminate_dead_code()
+    return modified
+
+
 def converted(gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     """A value in another dtype, by the operator that Inductor has for it at this level."""
     return (

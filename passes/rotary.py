@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ditopt.passes._infra import GraphIndex, PassResult, StepPlan, call, in_layout_of, tensor_value
+from ditopt.passes._infra import GraphIndex, PassResult, StepPlan, call, in_layout_of, replace_each, tensor_value
 
 aten = torch.ops.aten
 
@@ -63,19 +63,12 @@ def rotary(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
     if not plan.simplify:
         return PassResult(gm, False)
     writer = _Writer(gm)
-    modified = False
-    for node in list(gm.graph.nodes):
+
+    def write(node: fx.Node) -> fx.Node | None:
         rotation = rotation_of(node)
-        if rotation is None:
-            continue
-        with gm.graph.inserting_before(node):
-            new = in_layout_of(gm, writer.write(rotation), node)
-        new.meta.update({key: value for key, value in node.meta.items() if key != "val"})
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
-        modified = True
-    gm.graph.eliminate_dead_code()
-    return PassResult(gm, modified)
+        return None if rotation is None else in_layout_of(gm, writer.write(rotation), node)
+
+    return PassResult(gm, replace_each(gm, write))
 
 
 def rotation_of(node: fx.Node) -> Rotation | None:

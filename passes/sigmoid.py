@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ditopt.passes._infra import GraphIndex, PassResult, StepPlan, call
+from ditopt.passes._infra import GraphIndex, PassResult, StepPlan, call, replace_each
 
 aten = torch.ops.aten
 
@@ -18,20 +18,15 @@ def sigmoid(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult
     """Rewrite every hyperbolic tangent to which 1 is added, and nothing else done."""
     if not plan.simplify:
         return PassResult(gm, False)
-    modified = False
-    for node in list(gm.graph.nodes):
+
+    def write(node: fx.Node) -> fx.Node | None:
         argument = tangent_plus_one(node)
         if argument is None:
-            continue
-        with gm.graph.inserting_before(node):
-            halves = call(gm, aten.sigmoid.default, call(gm, aten.mul.Tensor, argument, 2.0))
-            new = call(gm, aten.mul.Tensor, halves, 2.0)
-        new.meta.update({key: value for key, value in node.meta.items() if key != "val"})
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
-        modified = True
-    gm.graph.eliminate_dead_code()
-    return PassResult(gm, modified)
+            return None
+        half = call(gm, aten.sigmoid.default, call(gm, aten.mul.Tensor, argument, 2.0))
+        return call(gm, aten.mul.Tensor, half, 2.0)
+
+    return PassResult(gm, replace_each(gm, write))
 
 
 def tangent_plus_one(node: fx.Node) -> fx.Node | None:
