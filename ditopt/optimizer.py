@@ -346,7 +346,7 @@ class Optimizer:
         plan_seconds, dense_seconds = found.seconds
         evaluations = self._evaluations(evaluator, ())
         rows = [
-            Row("dense, eager (one run)", eager_seconds, dense_seconds / eager_seconds, None, None, evaluations),
+            Row("dense, eager (first run)", eager_seconds, dense_seconds / eager_seconds, None, None, evaluations),
             Row("dense, compiled", dense_seconds, 1.0, None, None, evaluations),
             Row(
                 "ditopt",

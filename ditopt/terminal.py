@@ -13,7 +13,7 @@ from rich.text import Text
 from ditopt.errors import InputError
 from ditopt.plan import Plan
 from ditopt.report.explained import Explained, Explanation, Rival
-from ditopt.report.figures import bench_rows, figure
+from ditopt.report.figures import bench_notes, bench_rows, figure
 from ditopt.report.picture import MEANINGS, Cell, Picture, kinds_in, pictures
 
 STYLES = {
@@ -136,7 +136,7 @@ def _with_rivals(one: Explanation) -> Table:
 def bench_table(bench: Mapping[str, Any]) -> Table:
     """The table that closes a benchmark; ``bench`` is its JSON."""
     title = f"{bench['prompts']} prompts, medians of whole generations"
-    table = Table("contender", title=title, title_justify="left")
+    table = Table("contender", title=title, title_justify="left", caption="; ".join(bench_notes(bench)) or None)
     for name in ("evaluations", "seconds", "× Inductor", "PSNR mean", "PSNR worst"):
         table.add_column(name, justify="right")
     for name, *values in bench_rows(bench):

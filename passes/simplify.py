@@ -22,8 +22,10 @@ def simplify(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResul
     for rewrite, _ in REWRITES:
         result = rewrite(gm, plan, index)
         gm, modified = result.gm, modified or result.modified
+    if modified or plan.predicted:  # of the blocks that are left there may be none
+        return PassResult(gm, modified)
     names = " or ".join(rewrite.__name__ for rewrite, _ in REWRITES)
-    return PassResult(gm, modified, () if modified else (f"simplify: nothing in the graph for {names}",))
+    return PassResult(gm, False, (f"simplify: nothing in the graph for {names}",))
 
 
 def simplifiable(gm: fx.GraphModule) -> list[fx.Node]:

@@ -19,7 +19,7 @@ from ditopt.decisions import Dense, Fit, Forecast, Reuse
 from ditopt.plan import DevicePrint, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.report import charts
 from ditopt.report.explained import Explained, side_path
-from ditopt.report.figures import bench_rows, figure
+from ditopt.report.figures import bench_notes, bench_rows, figure
 from ditopt.report.html import render_report
 from ditopt.report.picture import HIDDEN, kinds_in, pictures
 
@@ -178,7 +178,7 @@ def test_the_picture_shows_the_dtype_of_computed_steps(plan: Plan) -> None:
 def test_the_picture_tells_that_computed_steps_are_simplified(plan: Plan) -> None:
     simple = Rule(sites="step", steps=tuple(range(5)), do=Dense(simplify=True))
     (before,), (after,) = pictures(plan), pictures(plan.model_copy(update={"rules": (simple, *plan.rules)}))
-    assert after.summary == before.summary + ", simplified"
+    assert after.summary == before.summary + ", these steps simplified (the same numbers, faster)"
     told = [step for step, cell in enumerate(after.rows[0].cells) if cell.note.endswith("computed, simplified")]
     assert told == [0, 1, 3], "a predicted step computes nothing"
 
@@ -253,3 +253,15 @@ def test_charts_bear_degenerate_input() -> None:
     assert "svg" in charts.heat_map([[1.0]], "m")
     assert "svg" in charts.heat_map([[math.nan, 1.0], [1.0, math.nan]], "m")
     assert charts.heat_map([[0.0] * 200] * 200, "m").count("<rect") <= 64 * 64
+
+
+def test_what_a_benchmark_says_beside_its_table() -> None:
+    assert bench_notes({"converged": None}) == []
+    figures = {
+        "converged": {"dense_db": 42.87, "optimized_db": 33.43},
+        "attribute_score": {"dense": 0.8276, "optimized": 0.7931},
+    }
+    assert bench_notes(figures) == [
+        "to a converged run: dense 42.87 dB, optimised 33.43 dB",
+        "attribute score: dense 0.8276, optimised 0.7931",
+    ]

@@ -49,3 +49,15 @@ def bench_rows(bench: Mapping[str, Any]) -> list[tuple[str, Any, Any, Any, Any, 
             quality = rival.get("psnr_db"), rival.get("worst_psnr_db")
             plain.append((name, rival["steps"], rival["seconds"], *quality))
     return [(name, n, s, dense / s if dense and s else None, db, worst) for name, n, s, db, worst in plain]
+
+
+def bench_notes(bench: Mapping[str, Any]) -> list[str]:
+    """What a benchmark says of its plan beside the table."""
+    converged, score = bench.get("converged"), bench.get("attribute_score")
+    found = []
+    if converged:
+        near, ours = figure(converged["dense_db"]), figure(converged["optimized_db"])
+        found.append(f"to a converged run: dense {near} dB, optimised {ours} dB")
+    if score:
+        found.append(f"attribute score: dense {figure(score['dense'])}, optimised {figure(score['optimized'])}")
+    return found

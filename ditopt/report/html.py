@@ -11,7 +11,7 @@ import ditopt
 from ditopt.plan import Plan
 from ditopt.report import charts
 from ditopt.report.explained import Explained, TableRow
-from ditopt.report.figures import bench_rows, figure
+from ditopt.report.figures import bench_notes, bench_rows, figure
 from ditopt.report.picture import MEANINGS, kinds_in, pictures
 
 
@@ -38,6 +38,7 @@ def render_report(plan: Plan, explained: Explained | None, bench: Mapping[str, A
         found=found,
         bench=bench,
         bench_rows=bench_rows(bench) if bench else [],
+        bench_notes=bench_notes(bench) if bench else [],
         legend=[(kind, MEANINGS.get(kind, kind)) for kind in kinds_in(drawn)],
         schedules=[(picture.summary, charts.schedule(picture)) for picture in drawn],
         trials=_trials(plan, found, bench),
