@@ -41,21 +41,11 @@ Form = dict[Channel, Factor]
 
 @dataclass(frozen=True)
 class Rotation:
-    """``even`` and ``odd`` channels of a result as forms in the even and odd channels of ``source``."""
+    """What even and odd channels of a result have of their own in ``source``, and of each other (None: nothing)."""
 
     source: fx.Node
-    even: dict[int, Factor]
-    odd: dict[int, Factor]
-
-    @property
-    def straight(self) -> tuple[Factor | None, Factor | None]:
-        """What even and odd channels have of themselves."""
-        return self.even.get(EVEN), self.odd.get(ODD)
-
-    @property
-    def crossed(self) -> tuple[Factor | None, Factor | None]:
-        """What even and odd channels have of each other."""
-        return self.even.get(ODD), self.odd.get(EVEN)
+    straight: tuple[Factor | None, Factor | None]
+    crossed: tuple[Factor | None, Factor | None]
 
 
 def rotary(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
@@ -84,8 +74,8 @@ def rotation_of(node: fx.Node) -> Rotation | None:
     here, there = tensor_value(source), tensor_value(node)
     if here.shape != there.shape or here.dtype != there.dtype or not there.dtype.is_floating_point:
         return None
-    by_channel = [{which: factor for (_, which), factor in form.items()} for form in (even, odd)]
-    found = Rotation(source, *by_channel)
+    ours, theirs = (source, EVEN), (source, ODD)
+    found = Rotation(source, (even.get(ours), odd.get(theirs)), (even.get(theirs), odd.get(ours)))
     if None in found.crossed or (None in found.straight and any(found.straight)):
         return None  # such as a table whose values are repeated: each channel of a pair has to have what the other has
     return found if all(_alike(*pair) for pair in (found.straight, found.crossed)) else None
@@ -180,22 +170,32 @@ def _channel(node: fx.Node) -> Channel | None:
 
 
 def _form(node: object) -> Form | None:
-    """``node`` as a linear form; None if it is not one."""
+    """``node`` as a linear form: a term, or the sum or difference of two; None if it is not one."""
+    if not isinstance(node, fx.Node) or node.kwargs or node.target not in (aten.add.Tensor, aten.sub.Tensor):
+        return _term(node)
+    one, two = map(_term, node.args)
+    if node.target is aten.sub.Tensor:
+        two = _negative(two)
+    return {**one, **two} if one is not None and two is not None and not one.keys() & two.keys() else None
+
+
+def _term(node: object) -> Form | None:
+    """``node`` as one channel, with its factor."""
     if not isinstance(node, fx.Node) or node.kwargs:
         return None
-    channel = _channel(node)
-    if channel is not None:
-        return {channel: Factor()}
     if node.target is aten.neg.default:
-        return _negative(_form(node.args[0]))
-    if node.target is aten.mul.Tensor:
-        return _product(*node.args)
-    if node.target in (aten.add.Tensor, aten.sub.Tensor):
-        one, two = map(_form, node.args)
-        if node.target is aten.sub.Tensor:
-            two = _negative(two)
-        return {**one, **two} if one is not None and two is not None and not one.keys() & two.keys() else None
-    return None
+        return _negative(_term(node.args[0]))
+    return _product(*node.args) if node.target is aten.mul.Tensor else _bare(node)
+
+
+def _bare(node: object) -> Form | None:
+    """``node`` as one channel or its negative."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.target is aten.neg.default:
+        return _negative(_bare(node.args[0]))
+    channel = _channel(node)
+    return None if channel is None else {channel: Factor()}
 
 
 def _product(left: object, right: object) -> Form | None:
@@ -205,11 +205,9 @@ def _product(left: object, right: object) -> Form | None:
     """
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
-    table, rest = sorted((left, right), key=lambda node: (_form(node) is not None, tensor_value(node).numel()))
-    form, here, there = _form(rest), tensor_value(table), tensor_value(rest)
-    if form is None or any(factor.table is not None for factor in form.values()):
-        return None
-    if _form(table) is not None and here.numel() == there.numel():
+    table, rest = sorted((left, right), key=lambda node: (_bare(node) is not None, tensor_value(node).numel()))
+    form, here, there = _bare(rest), tensor_value(table), tensor_value(rest)
+    if form is None or (_bare(table) is not None and here.numel() == there.numel()):
         return None
     if not here.dtype.is_floating_point or here.shape[-1:] != there.shape[-1:]:  # or a factor for all channels alike
         return None

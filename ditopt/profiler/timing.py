@@ -58,6 +58,11 @@ def prepared(program: Program, plan: StepPlan, arguments: Sequence[Any]) -> Time
         synchronise(results)
         return time.perf_counter() - began
 
+    return warmed(timed)
+
+
+def warmed(timed: Timed) -> Timed:
+    """What is timed, run ``WARM_UPS`` times."""
     for _ in range(WARM_UPS):
         timed()
     return timed
@@ -104,7 +109,7 @@ def measure_seconds(
             variants[simple] = prepared(program, StepPlan((), (STEP,), simplify=True), arguments)
         except (RuntimeError, AuditError) as error:  # a rewrite that is not right for this graph: no reason to give up
             program.variants.reasons.append(f"simplified steps were not tried: {error}")
-    dtypes = [dtype for dtype in dtypes if castable(trace.gm) and _has_faster_products(program, dtype)]
+    dtypes = [dtype for dtype in dtypes if _has_faster_products(program, dtype)]
     forms = {name: timed for name, timed in variants.items() if name in FORMS}
     simpler = len(dtypes) > 0 and len(forms) > 1 and is_faster(time_in_turn(forms))
     for dtype in dtypes:
@@ -121,12 +126,14 @@ def measure_seconds(
 
 
 def _has_faster_products(program: Program, dtype: str) -> bool:
-    """Whether the largest product of two matrices takes less time in ``dtype``; if not, the reason is kept.
+    """Whether there are products to cast, and the largest takes less time in ``dtype``; if it does not, that is told.
 
     A processor that has no such products takes several times as long, and compiling a step for it some seconds.
     """
-    nodes = [node for node in castable(program.variants.trace.gm) if node.target in MATRICES]
-    operands = [[arg for arg in node.args[-2:] if isinstance(arg, fx.Node)] for node in nodes]
+    products = castable(program.variants.trace.gm)
+    if not products:
+        return False
+    operands = [[arg for arg in p.args[-2:] if isinstance(arg, fx.Node)] for p in products if p.target in MATRICES]
     matrices = [(tensor_value(left), tensor_value(right)) for left, right in operands]
     if not matrices:
         return True
@@ -153,9 +160,7 @@ def product_seconds(left: Tensor, right: Tensor, dtype: torch.dtype) -> float:
         synchronise([torch.mm(one, two)])
         return time.perf_counter() - began
 
-    for _ in range(WARM_UPS):
-        timed()
-    return statistics.median(timed() for _ in range(ROUNDS))
+    return time_in_turn({"product": warmed(timed)})["product"]
 
 
 def shared_by_flops(saved: float, program: Program, widest: str, ranges: Sequence[str]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from ditopt.decisions import Decision, Dense, Fit, Forecast, Predictor, decision_to_data
+from ditopt.decisions import Decision, Dense, Fit, Forecast, Predictor
 from ditopt.errors import PlanMismatchError
 from ditopt.passes._infra import Prediction, StepPlan
 from ditopt.plan import Plan, format_steps
@@ -109,7 +109,7 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
         )
     for rule in rules:
         if isinstance(rule.do, Dense) and not rule.do.is_plain and rule.sites != STEP:
-            (asked,) = decision_to_data(rule.do).values()  # type: ignore[union-attr]  # a plain one alone is a word
+            asked = rule.do.model_dump(exclude_defaults=True)
             raise PlanMismatchError(
                 f"plan computes {rule.sites} with {', '.join(asked)}, which is decided for whole steps: write "
                 f"sites: {STEP}"
