@@ -33,7 +33,7 @@ from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrin
 from ditopt.runtime.program import Program
 
 BOUND = 0.01
-LATENTS = (1, 12, 6, 32, 32)  # 1,536 tokens in patches of 1 x 2 x 2
+GRID = (6, 32, 32)  # frames, rows and columns of the latents: 1,536 tokens in patches of 1 x 2 x 2
 TEXT_TOKENS = 24
 WARM_UP = 3
 RESAMPLES = 2000
@@ -138,7 +138,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"--calls {given.calls}: give at least {WARM_UP}")
 
     model = (tiny() if given.tiny else shipped(given.model)).eval().requires_grad_(False)
-    shape = (1, 4, 1, 4, 4) if given.tiny else LATENTS
+    shape = (1, int(model.config.in_channels), *((1, 4, 4) if given.tiny else GRID))
     text = 16 if given.tiny else int(model.config.text_dim)
     torch.manual_seed(1)
     inputs = {"hidden_states": torch.randn(shape), "encoder_hidden_states": torch.randn(1, TEXT_TOKENS, text)}

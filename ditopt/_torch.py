@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -214,3 +216,19 @@ def many_compiled_copies() -> contextlib.AbstractContextManager[None]:
         recompile_limit=max(settings.recompile_limit, COPIES)
     )
     return patched
+
+
+def has_bfloat16_dot_products() -> bool:
+    """Whether the processor has AVX-512's dot products of bfloat16 pairs (``vdpbf16ps``), where we can build for it."""
+    return os.name == "posix" and torch.cpu._is_avx512_bf16_supported()
+
+
+def load_cpp(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
+    """A library of C++ source, built as Inductor builds its own and kept in its cache; ``flags`` without their dash.
+
+    So it has the compiler, the OpenMP threads and the cache folder of compiled graphs.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=tuple(f"-{flag}" for flag in flags))
+    return library

@@ -24,21 +24,18 @@ DTYPE_SPARE_DB = 3.0
 
 
 def simplified(problem: SearchProblem, seconds: Mapping[str, float]) -> SearchProblem:
-    """The problem with simplified steps if these are faster; ``seconds`` are the profile's."""
+    """The problem with steps of its dtype simplified if these are faster; ``seconds`` are the profile's."""
+    plain, simple = form_name(problem.dtype), form_name(problem.dtype, simplify=True)
+    problem = _in_form(replace(problem, simplify=False), seconds)
     if problem.seconds_predicted is None:
         return replace(problem, simplify_reason="graph breaks cut the network, and this is decided for whole steps")
-    found = seconds.get(form_name(simplify=True))
-    if found is None:
+    if simple not in seconds:
         return replace(problem, simplify_reason="nothing in the graph to simplify, or not among the techniques chosen")
-    told = f"a step takes {found:.3g} s simplified, {seconds[FULL]:.3g} s as the model has it"
-    if not is_faster(seconds):
+    other = problem.dtype or "as the model has it"
+    told = f"a step takes {seconds[simple]:.3g} s {simple}, {seconds[plain]:.3g} s {other}"
+    if seconds[simple] >= SIMPLIFIED_SPEED * seconds[plain]:
         return replace(problem, simplify_reason=f"hardly faster: {told}")
     return _in_form(replace(problem, simplify=True, simplify_reason=f"slower: {told}"), seconds)
-
-
-def is_faster(seconds: Mapping[str, float]) -> bool:
-    """Whether simplified steps have been timed and are faster."""
-    return seconds.get(form_name(simplify=True), float("inf")) < SIMPLIFIED_SPEED * seconds[FULL]
 
 
 def in_dtype(
@@ -53,28 +50,23 @@ def in_dtype(
     ``seconds`` are the profile's; ``measure`` are rollouts under some rules, made only where the dtype is faster. A
     target for speed alone has no bound on quality: there the dtype is held to the highest level.
     """
-    full, as_it_is = problem.seconds_full, replace(problem, dtype_tried=dtype)
-    names = {form_name(dtype, simplify): simplify for simplify in (problem.simplify, not problem.simplify)}
-    timed = [(simplify, seconds[name]) for name, simplify in names.items() if name in seconds]
+    as_it_is = replace(problem, dtype_tried=dtype)
     if problem.seconds_predicted is None:
         cut = "graph breaks cut the network, and a dtype is decided for whole steps"
         return replace(as_it_is, dtype_reason=cut)
-    if not timed:
+    if form_name(dtype) not in seconds:
         return replace(as_it_is, dtype_reason="no float32 product of many rows, or none that is faster in it here")
-    simplify, narrow = timed[0]
-    told = f"a step takes {narrow:.3g} s in {dtype}, {full:.3g} s in the model's own"
-    if narrow > DTYPE_SPEED * full:
+    cast = simplified(replace(as_it_is, dtype=dtype), seconds)
+    told = f"a step takes {cast.seconds_full:.3g} s in {dtype}, {problem.seconds_full:.3g} s in the model's own"
+    if cast.seconds_full > DTYPE_SPEED * problem.seconds_full:
         return replace(as_it_is, dtype_reason=f"hardly faster: {told}")
-    cast = replace(as_it_is, dtype=dtype, simplify=simplify)
-    if simplify != problem.simplify:  # within the noise of the clock as fast as the other
-        cast = replace(cast, simplify_reason=f"steps in {dtype} were timed in the other form only")
     alone = measure(form_rules(cast))
     told += f"; alone it has {alone.psnr:.1f} dB"
     speed_alone = target.speedup is not None and target.min_psnr is None
     wanted = Target(min_psnr=max(LEVELS.values())) if speed_alone else replace(target, speedup=None)
     if wanted.missing_db(alone) > -DTYPE_SPARE_DB:
         return replace(as_it_is, dtype_reason=f"{told}, too little to spare for {wanted.to_data()}")
-    return _in_form(replace(cast, dtype_reason=f"slower: {told}"), seconds)
+    return replace(cast, dtype_reason=f"slower: {told}")
 
 
 def _in_form(problem: SearchProblem, seconds: Mapping[str, float]) -> SearchProblem:

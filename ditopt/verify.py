@@ -335,14 +335,10 @@ class VerifiedSearch:
     def _cast_share(self, name: str) -> float:
         """What a step in the dtype of a network's plan is estimated to take, of what it takes as it is.
 
-        Rivals are not simplified, and such a step was not timed in the dtype: what simplifying saves as it is, it is
-        taken to save there too.
+        Rivals are not simplified.
         """
-        problem, seconds = self._tuners[name].problem, self.profile.networks[name].seconds
-        if problem.dtype is None:
-            return 1.0
-        saved = seconds[FULL] - seconds[form_name(simplify=True)] if problem.simplify else 0.0
-        return (problem.seconds_full + saved) / seconds[FULL]
+        seconds = self.profile.networks[name].seconds
+        return seconds[form_name(self._tuners[name].problem.dtype)] / seconds[FULL]
 
     def _note_state(self) -> None:
         """Keep the most memory that slots have taken under the plan that is bound."""

@@ -1,7 +1,8 @@
 """Schemas and fakes of ditopt's operators; no implementation beyond a call to the plain one.
 
 ``ditopt::attention`` stands for one attention call of the model while a graph is analysed, so that no
-device decomposes it out of sight. The pass ``lower_attention`` turns it back before Inductor sees it.
+device decomposes it out of sight. The pass ``lower_attention`` turns it back before Inductor sees it, unless the pass
+``flash`` has put ``ditopt::flash_attention`` in its place, of which ``refusal`` tells what its kernels do not take.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ditopt._torch import has_bfloat16_dot_products
+
 LIBRARY = torch.library.Library("ditopt", "DEF")
 LIBRARY.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
     "bool is_causal=False, float? scale=None, bool enable_gqa=False) -> Tensor"
 )
+LIBRARY.define("flash_attention(Tensor query, Tensor key, Tensor value, float scale) -> Tensor")
 
 
 def plain_attention(
@@ -59,3 +63,31 @@ LIBRARY.impl("attention", _autocast_attention("cuda"), "AutocastCUDA")
 torch.library.register_fake("ditopt::attention", plain_attention, lib=LIBRARY)
 
 ATTENTION = torch.ops.ditopt.attention.default
+FLASH_ATTENTION = torch.ops.ditopt.flash_attention.default
+
+
+def _fake_flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    batch, heads, queries, _ = query.shape
+    return query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+
+
+torch.library.register_fake("ditopt::flash_attention", _fake_flash_attention, lib=LIBRARY)
+
+
+def refusal(query: Tensor, key: Tensor, value: Tensor, scale: float, dtype: torch.dtype) -> str | None:
+    """Why no kernel of ``ditopt::flash_attention`` takes these operands, were they of ``dtype``; None if one does."""
+    parts = (query, key, value)
+    if any(part.device.type != "cpu" for part in parts):
+        return f"there is no kernel for {query.device.type}"
+    if dtype != torch.bfloat16:
+        return f"there is a kernel for torch.bfloat16 only, not for {dtype}"
+    if not has_bfloat16_dot_products():
+        return "this processor has no dot products of bfloat16 pairs (avx512_bf16)"
+    if any(part.ndim != 4 for part in parts) or len({part.shape[0] for part in parts}) > 1:
+        return "operands are not [B, H, S, D] of one batch"
+    shapes = ", ".join(str(list(part.shape)) for part in parts)
+    if key.shape[:3] != value.shape[:3] or query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
+        return f"heads, tokens or channels do not match: {shapes}"
+    if query.shape[3] % 2 or value.shape[3] % 2 or 0 in (*query.shape, *value.shape):
+        return f"an odd number of channels, or no token at all: {shapes}"
+    return None if scale > 0 else f"the scale is {scale:g}"

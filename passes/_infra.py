@@ -68,6 +68,9 @@ class PassResult:
     reasons: tuple[str, ...] = ()
 
 
+OF_THE_CALL = ("val", "eager_input_vals")
+"""Of a node's ``meta``, what belongs to the very call: Inductor reads its operands' strides from the latter."""
+
 Pass = Callable[[fx.GraphModule, StepPlan, GraphIndex], PassResult]
 
 
@@ -144,7 +147,7 @@ def replace_each(gm: fx.GraphModule, write: Callable[[fx.Node], fx.Node | None])
         with gm.graph.inserting_before(node):
             new = write(node)
         if new is not None:
-            new.meta.update({key: value for key, value in node.meta.items() if key != "val"})
+            new.meta.update({key: value for key, value in node.meta.items() if key not in OF_THE_CALL})
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
             modified = True

@@ -28,7 +28,7 @@ TOP = ("passes", "kernels", "cost_models")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(DATA, DATA),
     "_torch": DATA,
-    "kernels": DATA,
+    "kernels": (*DATA, "_torch"),
     "cost_models": DATA,
     "passes": (*DATA, "_torch", "kernels.ops"),
     "search": (*DATA, "cost_models"),

@@ -36,6 +36,8 @@ USED = [
     ("torch._dispatch.python", "enable_python_dispatcher", "lower: Inductor's own passes see other decompositions"),
     ("torch._C", "_DisableAutocast", "lower: passes of Inductor would cast under the caller's autocast"),
     ("torch.fx.experimental.proxy_tensor", "make_fx", "trace_aten: attention cannot be lowered"),
+    ("torch._inductor.codecache", "CppCodeCache", "load_cpp: our C++ kernels are not built"),
+    ("torch.cpu", "_is_avx512_bf16_supported", "has_bfloat16_dot_products: no kernel for them is used"),
     ("torch._ops", "OpOverload", "is_mutating: the verifier is blind to mutation"),
 ]
 

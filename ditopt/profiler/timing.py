@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ditopt.cost_models.measured import FORMS, FULL, form_name
+from ditopt.cost_models.measured import FULL, form_name
 from ditopt.errors import AuditError
-from ditopt.forms import is_faster
 from ditopt.passes._infra import Prediction, StepPlan, tensor_value
 from ditopt.passes.cast import castable
 from ditopt.passes.combine import factors_name, slot_name
@@ -94,8 +93,8 @@ def measure_seconds(
     """Seconds of a ``full`` and a ``predicted`` step, what predicting each of ``ranges`` saves, and of other forms.
 
     The range of all blocks is timed; others get the share of it that their FLOPs have. Forms (``form_name``) are full
-    steps computed otherwise: simplified, where there is something to, and in each of ``dtypes``, simplified or not as
-    is faster; there is none where a network has no such products or the dtype does not run.
+    steps computed otherwise: in each of ``dtypes``, simplified, and both; there is none where a network has no such
+    products, the dtype does not run, or there is nothing to simplify.
     """
     trace, spans = program.variants.trace, program.variants.trace.ranges()
     plans = {FULL: StepPlan((), (STEP,)), "predicted": StepPlan((Prediction(STEP, 2),))}
@@ -103,21 +102,18 @@ def measure_seconds(
         everything = next(name for name, span in spans.items() if span == (0, len(trace.blocks) - 1))
         plans["rest"] = StepPlan((Prediction(everything, 2),), (STEP,))
     variants = {name: prepared(program, plan, arguments) for name, plan in plans.items()}
-    if simplify and simplifiable(trace.gm):
-        try:
-            simple = form_name(simplify=True)
-            variants[simple] = prepared(program, StepPlan((), (STEP,), simplify=True), arguments)
-        except (RuntimeError, AuditError) as error:  # a rewrite that is not right for this graph: no reason to give up
-            program.variants.reasons.append(f"simplified steps were not tried: {error}")
-    dtypes = [dtype for dtype in dtypes if _has_faster_products(program, dtype)]
-    forms = {name: timed for name, timed in variants.items() if name in FORMS}
-    simpler = len(dtypes) > 0 and len(forms) > 1 and is_faster(time_in_turn(forms))
-    for dtype in dtypes:
-        try:
-            plan = StepPlan((), (STEP,), dtype=dtype, simplify=simpler)
-            variants[form_name(dtype, simpler)] = prepared(program, plan, arguments)
-        except RuntimeError as error:  # the device lacks the dtype, or the memory for weights in it
-            program.variants.reasons.append(f"{dtype} was not tried: {error}")
+    for dtype in (None, *(dtype for dtype in dtypes if _has_faster_products(program, dtype))):
+        for simpler in (False, True):
+            form = form_name(dtype, simpler)
+            if form == FULL or (simpler and not (simplify and simplifiable(trace.gm, dtype))):
+                continue
+            try:
+                plan = StepPlan((), (STEP,), dtype=dtype, simplify=simpler)
+                variants[form] = prepared(program, plan, arguments)
+            except (RuntimeError, AuditError) as error:
+                # a rewrite that is not right for this graph, a dtype that the device lacks, no memory for its weights
+                program.variants.reasons.append(f"{form} steps were not tried: {error}")
+                break
     seconds = time_in_turn(variants)
     if ranges:
         saved = seconds[FULL] - seconds.pop("rest")

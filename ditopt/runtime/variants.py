@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
+import ditopt.kernels.flash_attention.cpu  # noqa: F401  # registers the operator that flash puts into graphs
 from ditopt._torch import BoxedCallable, fake_mode_of, lower, trace_aten
 from ditopt.passes._infra import GraphIndex, PassManager, StepPlan
 from ditopt.passes.audit import audit, only_needed_by
 from ditopt.passes.cast import cast
 from ditopt.passes.features import feature
+from ditopt.passes.flash import flash
 from ditopt.passes.lower_attention import lower_attention_with
 from ditopt.passes.predict import predict
 from ditopt.passes.prune import prune
@@ -25,7 +27,7 @@ from ditopt.trace import Trace
 
 Lower = Callable[[fx.GraphModule], BoxedCallable]
 # A recorded feature starts where the block before ends, be that predicted or not: record first.
-PASSES = (record, predict, second_order, prune, simplify, cast)
+PASSES = (record, predict, second_order, prune, simplify, cast, flash)
 
 
 @dataclass(frozen=True)

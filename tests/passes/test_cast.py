@@ -197,7 +197,7 @@ def test_a_dtype_that_does_not_run_here_has_no_time(program: Program, monkeypatc
     narrow_products_are_faster(monkeypatch)
     monkeypatch.setattr(program.variants, "reasons", [])
     assert timing.measure_seconds(program, (), (), ("bfloat16",)) == {"full": 1.0, "predicted": 1.0}
-    assert program.variants.reasons == ["bfloat16 was not tried: no such type on this device"]
+    assert program.variants.reasons == ["bfloat16 steps were not tried: no such type on this device"]
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -1,0 +1,60 @@
+"""``ditopt::flash_attention`` on processors with dot products of bfloat16 pairs: a C++ kernel, built when first called.
+
+SDPA converts bfloat16 operands to float32 products on such processors, unless they have AMX; here scores and values are
+summed by ``vdpbf16ps``, which does twice as much an instruction, and what lies between them stays in the cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditopt._torch import load_cpp
+from ditopt.kernels.ops import LIBRARY
+
+SOURCE = Path(__file__).with_name("avx512_bf16.cpp")
+FLAGS = ("mavx512f", "mavx512bw", "mavx512bf16")
+QUERIES = 64
+"""Of a task, as in the source."""
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention of bfloat16 tensors: ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]`` -> ``[B, H, S, E]``.
+
+    Any strides; the result lies as ``[B, S, H, E]``, which is how heads are put together again. Sums are float32,
+    softmax numerators are rounded to bfloat16 before they meet the values. NaN and infinity go where torch's go. What
+    ``refusal`` refuses must not be given.
+    """
+    query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
+    (batch, heads, queries, depth), (_, key_heads, keys, channels) = query.shape, value.shape
+    out = query.new_empty(batch, queries, heads, channels).transpose(1, 2)
+    threads = torch.get_num_threads()
+    interleaved = torch.empty(batch * key_heads * ((keys + 1) // 2) * channels, dtype=torch.int32)
+    space = torch.empty(threads * (channels + depth // 2) * QUERIES)
+    sizes = (batch, heads, key_heads, queries, keys, depth, channels)
+    strides = [stride for part in (query, key, value, out) for stride in part.stride()[:3]]
+    tensors = (query, key, value, out, interleaved, space)
+    _kernel()(
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        (ctypes.c_int64 * len(strides))(*strides),
+        ctypes.c_float(scale),
+        ctypes.c_int(threads),
+    )
+    return out
+
+
+@cache
+def _kernel() -> Any:
+    """The compiled function."""
+    function = load_cpp(SOURCE.read_text(encoding="utf-8"), FLAGS).ditopt_attention
+    function.restype = None
+    return function
+
+
+LIBRARY.impl("flash_attention", flash_attention, "CPU")
