@@ -29,7 +29,7 @@ class Dense(_Decision):
     do something of the kind themselves.
 
     ``simplify`` rewrites what is slow as the model has it (rotary embeddings by strided writes, hyperbolic tangents),
-    exactly but for rounding.
+    exactly but for rounding, and runs attention in our own kernel where there is one for the dtype and the processor.
 
     All three are decided for whole steps (the site ``step``); a dtype for those of a float32 model.
     """

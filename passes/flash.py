@@ -19,7 +19,7 @@ def flash(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
     """Replace every attention call that a kernel takes; the reasons say why others stay."""
     if not plan.simplify:
         return PassResult(gm, False)
-    reasons = {}
+    reasons: dict[str, None] = {}  # a set in order
 
     def write(node: fx.Node) -> fx.Node | None:
         if node.target is not ATTENTION:

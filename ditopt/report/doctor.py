@@ -32,6 +32,7 @@ def findings() -> Iterator[Finding]:
     """All findings, the slow one (a trial compilation) last."""
     import torch
 
+    from ditopt._torch import has_bfloat16_dot_products
     from ditopt.device import describe_device
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,6 +40,9 @@ def findings() -> Iterator[Finding]:
     yield Finding("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     yield Finding("device", f"{device.type}: {describe_device(device)}")
     yield _compiler()
+    dots = has_bfloat16_dot_products()
+    absent = "absent: attention in bfloat16 is torch's own (no avx512_bf16)"
+    yield Finding("attention kernel", "present, for bfloat16 on this processor" if dots else absent)
     triton = importlib.util.find_spec("triton") is not None
     yield Finding(
         "triton", "present" if triton else "absent; needed for GPUs only", device.type == "cuda" and not triton

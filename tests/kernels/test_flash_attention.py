@@ -29,17 +29,19 @@ needs_dot_products = pytest.mark.skipif(
     not has_bfloat16_dot_products(), reason="this processor has no dot products of bfloat16 pairs (avx512_bf16)"
 )
 INDEX = GraphIndex((), {}, None)
+Operands = tuple[Tensor, Tensor, Tensor]
 ROUNDING = 2**-8  # of bfloat16, relative
 
 
-def operands(batch: int, heads: int, key_heads: int, tokens: int, keys: int, depth: int, width: int) -> list[Tensor]:
+def operands(batch: int, heads: int, key_heads: int, tokens: int, keys: int, depth: int, width: int) -> Operands:
     """Query, key and value as projections leave them: tokens before heads."""
     generator = torch.Generator().manual_seed(tokens * keys + depth)
     shapes = ((batch, tokens, heads, depth), (batch, keys, key_heads, depth), (batch, keys, key_heads, width))
-    return [(1.5 * torch.randn(s, generator=generator)).to(torch.bfloat16).transpose(1, 2) for s in shapes]
+    query, key, value = ((1.5 * torch.randn(s, generator=generator)).to(torch.bfloat16) for s in shapes)
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
-def check(ours: Tensor, parts: list[Tensor], scale: float) -> None:
+def check(ours: Tensor, parts: Operands, scale: float) -> None:
     """Against float64: numerators and the result are each rounded once, and the former cancel as values do."""
     query, key, value = (part.double() for part in parts)
     exact = reference.flash_attention(query, key, value, scale)
@@ -47,7 +49,7 @@ def check(ours: Tensor, parts: list[Tensor], scale: float) -> None:
     assert not ours.isnan().any() and ((ours.double() - exact).abs() <= bound + 1e-30).all()
 
 
-def attend(parts: list[Tensor], scale: float) -> Tensor:
+def attend(parts: Operands, scale: float) -> Tensor:
     """The kernel's result, in memory that held NaN."""
     made = parts[0].new_empty
     with pytest.MonkeyPatch.context() as patch:
@@ -82,12 +84,12 @@ def test_strides_do_not_matter(layout: str) -> None:
     parts = operands(2, 3, 3, 70, 100, 32, 16)
     expected = cpu.flash_attention(*parts, 0.2)
     if layout == "heads first":
-        given = [part.contiguous() for part in parts]
+        query, key, value = (part.contiguous() for part in parts)
     elif layout == "channels strided":
-        given = [part.transpose(-1, -2).contiguous().transpose(-1, -2) for part in parts]
+        query, key, value = (part.transpose(-1, -2).contiguous().transpose(-1, -2) for part in parts)
     else:
-        given = [torch.cat([part, part], -2)[:, :, : part.shape[2]] for part in parts]
-    assert torch.equal(cpu.flash_attention(*given, 0.2), expected)
+        query, key, value = (torch.cat([part, part], -2)[:, :, : part.shape[2]] for part in parts)
+    assert torch.equal(cpu.flash_attention(query, key, value, 0.2), expected)
     assert expected.transpose(1, 2).is_contiguous()
 
 
@@ -103,7 +105,7 @@ def test_it_agrees_with_torch_on_what_is_not_finite() -> None:
 @needs_dot_products
 def test_large_scores_do_not_overflow() -> None:
     query, key, value = operands(1, 1, 1, 64, 300, 16, 16)
-    check(cpu.flash_attention(10 * query, 10 * key, value, 1.0), [10 * query, 10 * key, value], 1.0)
+    check(cpu.flash_attention(10 * query, 10 * key, value, 1.0), (10 * query, 10 * key, value), 1.0)
 
 
 @needs_dot_products
@@ -139,7 +141,7 @@ def test_what_no_kernel_takes_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
     assert "avx512_bf16" in str(refusal(query, key, value, 0.25, narrow))
 
 
-def graph_of(*settings: object) -> fx.GraphModule:
+def graph_of(*settings: Any) -> fx.GraphModule:
     """One attention call with ``settings`` behind its operands."""
     graph, parts = fx.Graph(), operands(1, 2, 2, 8, 8, 16, 16)
     nodes = [graph.placeholder(name) for name in ("query", "key", "value")]
@@ -154,7 +156,7 @@ def graph_of(*settings: object) -> fx.GraphModule:
 @pytest.mark.parametrize(
     ("settings", "told"), [((None, 0.0, True), "there is a mask"), ((None, 0.5), "dropout is 0.5"), ((), "for meta")]
 )
-def test_other_calls_stay_and_tell_why(settings: tuple[object, ...], told: str) -> None:
+def test_other_calls_stay_and_tell_why(settings: tuple[Any, ...], told: str) -> None:
     result = flash(graph_of(*settings), StepPlan(simplify=True), INDEX)
     assert not result.modified and [reason.endswith(told) for reason in result.reasons] == [True]
     assert flash(graph_of(), StepPlan(), INDEX).reasons == ()
