@@ -7,20 +7,19 @@ Exits with 1 where this processor has no kernel.
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
 from ditopt.kernels.flash_attention.cpu import flash_attention
 from ditopt.kernels.ops import refusal
+from ditopt.profiler.timing import time_in_turn, timed, warmed
 from ditopt.quality import relative_l2
 
 SHAPES = ((1, 3, 1536, 1536, 64), (1, 3, 1536, 24, 64), (1, 4, 2048, 2048, 128), (1, 8, 4096, 4096, 64))
 """Batch, heads, queries, keys, channels: the first two are the shipped model's."""
-ROUNDS = 15
 
 
 def main() -> int:
@@ -37,22 +36,16 @@ def main() -> int:
             print(f"no kernel: {refused}")
             return 1
         contenders = {
-            "ditopt": lambda q=query, k=key, v=value, s=scale: flash_attention(q, k, v, s),
-            "torch": lambda q=query, k=key, v=value, s=scale: F.scaled_dot_product_attention(q, k, v, scale=s),
+            "ditopt": partial(flash_attention, query, key, value, scale),
+            "torch": partial(F.scaled_dot_product_attention, query, key, value, scale=scale),
         }
         exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=scale)
         errors = {name: relative_l2(run().double(), exact) for name, run in contenders.items()}
-        spent: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(ROUNDS):
-            for name, run in contenders.items():
-                began = time.perf_counter()
-                run()
-                spent[name].append(time.perf_counter() - began)
+        seconds = time_in_turn({name: warmed(timed(run)) for name, run in contenders.items()})
         print(f"{batch} x {heads} heads, {queries} queries, {keys} keys, {depth} channels")
-        for name, taken in spent.items():
-            seconds = statistics.median(taken)
-            rate = 4 * batch * heads * queries * keys * depth / seconds / 1e9
-            print(f"  {name:8}{1e3 * seconds:9.3f} ms {rate:7.0f} GFLOP/s, relative error {errors[name]:.2g}")
+        for name, taken in seconds.items():
+            rate = 4 * batch * heads * queries * keys * depth / taken / 1e9
+            print(f"  {name:8}{1e3 * taken:9.3f} ms {rate:7.0f} GFLOP/s, relative error {errors[name]:.2g}")
     return 0
 
 

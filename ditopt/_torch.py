@@ -224,11 +224,11 @@ def has_bfloat16_dot_products() -> bool:
 
 
 def load_cpp(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """A library of C++ source, built as Inductor builds its own and kept in its cache; ``flags`` without their dash.
+    """A library of C++ source, built as Inductor builds its own and kept in its cache; ``flags`` are the compiler's.
 
     So it has the compiler, the OpenMP threads and the cache folder of compiled graphs.
     """
     from torch._inductor.codecache import CppCodeCache
 
-    library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=tuple(f"-{flag}" for flag in flags))
+    library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=tuple(flags))
     return library

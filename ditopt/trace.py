@@ -12,12 +12,11 @@ from torch import fx
 from torch.nn import functional as F
 
 from ditopt._torch import CompileContext, is_model_state, module_path, module_stack, source_name
-from ditopt.kernels.ops import ATTENTION
+from ditopt.kernels.ops import ATTENTION, SETTINGS
 from ditopt.passes._infra import Boundary, GraphIndex
 from ditopt.sites import AttentionSite, BlockSite, LinearSite, Site, StepSite, range_names
 
-SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-SDPA_DEFAULTS = (None, None, None, None, 0.0, False, None, False)
+SDPA_ARGUMENTS = ("query", "key", "value", *SETTINGS)
 PRODUCTS = {torch.ops.aten.addmm.default: (1, 2), torch.ops.aten.mm.default: (0, 1), torch.ops.aten.bmm.default: (0, 1)}
 
 
@@ -81,10 +80,9 @@ def mark_attention(gm: fx.GraphModule) -> int:
     found = 0
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
-            given = dict(zip(SDPA_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
-            defaults = dict(zip(SDPA_ARGUMENTS, SDPA_DEFAULTS, strict=True))
+            given = SETTINGS | dict(zip(SDPA_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
             node.target = ATTENTION
-            node.args = tuple(given.get(name, defaults[name]) for name in SDPA_ARGUMENTS)
+            node.args = tuple(given[name] for name in SDPA_ARGUMENTS)
             node.kwargs = {}
             found += 1
     gm.recompile()

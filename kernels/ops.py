@@ -20,6 +20,9 @@ LIBRARY.define(
 )
 LIBRARY.define("flash_attention(Tensor query, Tensor key, Tensor value, float scale) -> Tensor")
 
+SETTINGS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+"""What attention takes behind its three operands, with its defaults, in order."""
+
 
 def plain_attention(
     query: Tensor,
@@ -86,8 +89,8 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, scale: float, dtype: torc
     if any(part.ndim != 4 for part in parts) or len({part.shape[0] for part in parts}) > 1:
         return "operands are not [B, H, S, D] of one batch"
     shapes = ", ".join(str(list(part.shape)) for part in parts)
+    if query.shape[3] % 2 or value.shape[3] % 2 or 0 in (*query.shape, *key.shape, *value.shape):
+        return f"an odd number of channels, or no token at all: {shapes}"
     if key.shape[:3] != value.shape[:3] or query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
         return f"heads, tokens or channels do not match: {shapes}"
-    if query.shape[3] % 2 or value.shape[3] % 2 or 0 in (*query.shape, *value.shape):
-        return f"an odd number of channels, or no token at all: {shapes}"
     return None if scale > 0 else f"the scale is {scale:g}"

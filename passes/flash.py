@@ -9,10 +9,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ditopt.kernels.ops import ATTENTION, FLASH_ATTENTION, refusal
+from ditopt.kernels.ops import ATTENTION, FLASH_ATTENTION, SETTINGS, refusal
 from ditopt.passes._infra import GraphIndex, PassResult, StepPlan, call, in_memory_order, replace_each, tensor_value
-
-SETTINGS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 
 
 def flash(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:

@@ -50,26 +50,37 @@ def prepared(program: Program, plan: StepPlan, arguments: Sequence[Any]) -> Time
         added[factors_name(prediction.site)] = torch.zeros(prediction.terms, device=shapes[0].device)
 
     @torch.no_grad()
-    def timed() -> float:
+    def seconds() -> float:
         values = [arguments[i] if isinstance(i, int) else added[i] for i in variant.inputs]
         began = time.perf_counter()
         results = variant.run(values)
         synchronise(results)
         return time.perf_counter() - began
 
-    return warmed(timed)
+    return warmed(seconds)
 
 
-def warmed(timed: Timed) -> Timed:
+def timed(run: Callable[[], Tensor]) -> Timed:
+    """The seconds that ``run`` takes until its result is there."""
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        synchronise([run()])
+        return time.perf_counter() - began
+
+    return seconds
+
+
+def warmed(variant: Timed) -> Timed:
     """What is timed, run ``WARM_UPS`` times."""
     for _ in range(WARM_UPS):
-        timed()
-    return timed
+        variant()
+    return variant
 
 
 def time_in_turn(variants: Mapping[str, Timed]) -> dict[str, float]:
     """Median seconds of each, run in turn ``ROUNDS`` times: what slows the machine for a while slows all of them."""
-    rounds = [{name: timed() for name, timed in variants.items()} for _ in range(ROUNDS)]
+    rounds = [{name: variant() for name, variant in variants.items()} for _ in range(ROUNDS)]
     return {name: statistics.median(each[name] for each in rounds) for name in variants}
 
 
@@ -150,13 +161,7 @@ def _has_faster_products(program: Program, dtype: str) -> bool:
 def product_seconds(left: Tensor, right: Tensor, dtype: torch.dtype) -> float:
     """Median seconds of a product ``[M, K] x [K, N]`` of the shapes of two (fake) tensors, on their device."""
     one, two = (torch.zeros(tuple(part.shape), dtype=dtype, device=part.device) for part in (left, right))
-
-    def timed() -> float:
-        began = time.perf_counter()
-        synchronise([torch.mm(one, two)])
-        return time.perf_counter() - began
-
-    return time_in_turn({"product": warmed(timed)})["product"]
+    return time_in_turn({"product": warmed(timed(lambda: torch.mm(one, two)))})["product"]
 
 
 def shared_by_flops(saved: float, program: Program, widest: str, ranges: Sequence[str]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from ditopt._torch import load_cpp
 from ditopt.kernels.ops import LIBRARY
 
 SOURCE = Path(__file__).with_name("avx512_bf16.cpp")
-FLAGS = ("mavx512f", "mavx512bw", "mavx512bf16")
+FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512bf16")
 QUERIES = 64
 """Of a task, as in the source."""
 
