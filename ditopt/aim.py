@@ -49,7 +49,8 @@ class Aim:
         paths further and further towards the second-order ones, and its computed steps get a share of that formula
         themselves, until the tuning prompts' samples are nearer to these than dense ones are (by ``AIM_SPARE_DB``), or
         the held-out prompts would have too little left: the target, by a standard error of their mean where that is a
-        PSNR; for speed alone what ``least_psnr`` says.
+        PSNR; for speed alone what ``least_psnr`` says. How far is bisected: what is nearer to second order is
+        farther from dense.
         """
         ((name, solution),) = found.solutions.items()
         dense, least = tuner.finer_psnr, tuner.finer_of(solution)
@@ -61,12 +62,13 @@ class Aim:
                 + (", as it predicts ranges" if solution.draft.ranges else "")
             )
             return found
-        best, nearest = found, least
-        aims = dict.fromkeys((share, part if self.second_order else None) for share, part in AIMS)
-        with self.reporter.stage("aim: towards a second-order path", len(aims)) as stage:
-            for share, second_order in aims:
-                if nearest >= dense + AIM_SPARE_DB:
-                    break
+        best, nearest, enough = found, least, dense + AIM_SPARE_DB
+        aims = list(dict.fromkeys((share, part if self.second_order else None) for share, part in AIMS))
+        first, end = 0, len(aims) if nearest < enough else 0
+        with self.reporter.stage("aim: towards a second-order path", end.bit_length()) as stage:
+            while first < end:
+                middle = (first + end) // 2
+                share, second_order = aims[middle]
                 aimed = tuner.aim(solution, share, second_order)
                 if aimed is None and second_order is not None:  # which takes a graph more
                     aimed = tuner.aim(solution, share, None)
@@ -76,16 +78,20 @@ class Aim:
                         f"not refitted {share:g} of the way to a second-order path: more than {self.max_variants} "
                         "graphs would be needed, or a generation had NaN or infinite values"
                     )
-                    break
-                if reached <= nearest:
-                    stage.advance(f"{reached:.1f} dB to it, no nearer")
+                    end = middle
+                    continue
+                if reached <= min(nearest, enough):
+                    stage.advance(f"{reached:.1f} dB to it, not near enough")
+                    first = middle + 1
                     continue
                 quality, _ = self.evaluator.quality(aimed.rules, self.held_out)
                 stage.advance(f"{reached:.1f} dB to it, dense {dense:.1f}")
                 if self.target.missing_db(quality) > 0 or quality.psnr < self.least_psnr(quality, found, dense):
-                    break
+                    end = middle
+                    continue
                 best = replace(found, rules=aimed.rules, quality=quality, solutions={name: aimed}, seconds=None)
                 nearest = reached
+                first, end = (first, middle) if reached >= enough else (middle + 1, end)
         if best is not found:
             self.reporter.say(
                 f"  refitted towards a second-order path: {least:.1f} dB to it before, {nearest:.1f} now, dense "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -162,9 +163,10 @@ class Optimizer:
             self._timed("held-out references"),
             self.reporter.stage("dense runs of held-out prompts", len(held_out)) as stage,
         ):
+            dense_seconds = []
             for index, pair in enumerate(held_out):
                 with captured_once(evaluator, pair):
-                    self._reference(evaluator, checkpoints, f"held_out{index}", pair)
+                    dense_seconds.append(self._reference(evaluator, checkpoints, f"held_out{index}", pair))
                 stage.advance()
         search = VerifiedSearch(
             evaluator,
@@ -179,6 +181,7 @@ class Optimizer:
             self.dtypes,
             self.use_second_order,
             self.reasons,
+            statistics.median(dense_seconds),
         )
         with self._timed("search and verify"):
             found = search()
@@ -251,14 +254,17 @@ class Optimizer:
         return profile
 
     @staticmethod
-    def _reference(evaluator: Evaluator, checkpoints: Checkpoints, name: str, pair: tuple[str, int]) -> None:
-        """The dense sample of a held-out prompt, from its checkpoint if there is one."""
-        kept = checkpoints.load(name, ["sample"])
+    def _reference(evaluator: Evaluator, checkpoints: Checkpoints, name: str, pair: tuple[str, int]) -> float:
+        """Take the dense sample of a held-out prompt, from its checkpoint if there is one; the seconds it took."""
+        kept = checkpoints.load(name, ["sample", "seconds"])
         if kept is not None:
             evaluator.references[pair] = kept["sample"]
-            return
+            return float(kept["seconds"])
+        began = time.perf_counter()
         evaluator.dense([pair])
-        checkpoints.save(name, {"sample": evaluator.references[pair]})
+        seconds = time.perf_counter() - began
+        checkpoints.save(name, {"sample": evaluator.references[pair], "seconds": torch.tensor(seconds)})
+        return seconds
 
     def _probe(self, pair: tuple[str, int]) -> tuple[Tensor, float, dict[str, NetworkCalls], CallLog]:
         """One eager generation: who is called when, with what, and how long it takes."""

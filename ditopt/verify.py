@@ -31,6 +31,7 @@ TIMED_SECONDS = 45.0
 """... as many as this time has room for."""
 TRIAL_SECONDS = 120.0
 """What the plans tried by rollouts may take together where the caller sets no budget."""
+LEAST_TRIALS = 4
 SPARE_DB = 0.7
 """A plan that exceeds the target by less than this on the held-out prompts is fast enough."""
 FLOOR_DB = min(LEVELS.values())
@@ -38,16 +39,17 @@ FLOOR_DB = min(LEVELS.values())
 
 
 def affordable_trials(profile: Profile) -> int:
-    """How many plans to try, from 6 to 16: by the time of a generation at half the dense cost."""
+    """How many plans to try, from ``LEAST_TRIALS`` to 16: by the time of a generation at half the dense cost."""
     dense = sum(map(_full_seconds, profile.networks.values()))
-    return min(16, max(6, round(TRIAL_SECONDS / (TUNING_PROMPTS * dense / 2 + 1e-3))))
+    return min(16, max(LEAST_TRIALS, round(TRIAL_SECONDS / (TUNING_PROMPTS * dense / 2 + 1e-3))))
 
 
 @dataclass
 class VerifiedSearch:
     """Searches network after network for one target; ``reasons`` says what was missed, ``state_bytes`` of slots.
 
-    ``second_order``: whether computed steps may have a share of that formula.
+    ``second_order``: whether computed steps may have a share of that formula. ``dense_seconds``: of a dense generation,
+    where one was timed.
     """
 
     evaluator: Evaluator
@@ -62,6 +64,7 @@ class VerifiedSearch:
     dtypes: tuple[str, ...] = ()
     second_order: bool = True
     reasons: list[str] = field(default_factory=list)
+    dense_seconds: float = 0.0
     state_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -159,13 +162,16 @@ class VerifiedSearch:
         floor = self._floor
         best: Found | None = None
         last: Found | None = None
-        wanted, searches = speedup, 0
+        wanted, searches = self._of_networks(speedup), 0
         ended = "more searches are not made"
         while searches < VERIFY_ROUNDS:
             for tuner in self._tuners.values():
                 tuner.target = replace(self.target, speedup=wanted)
             found = self._search(0.0)
             searches += 1
+            if found is None and best is None and wanted > speedup:
+                wanted = speedup
+                continue
             if found is None:
                 ended = "no faster plan was found"
                 break
@@ -201,6 +207,17 @@ class VerifiedSearch:
     def _floor(self) -> float:
         """The least mean PSNR that a search for speed goes down to."""
         return FLOOR_DB if self.target.min_psnr is None else self.target.min_psnr
+
+    def _of_networks(self, speedup: float) -> float:
+        """The speed-up of the networks that makes generations as fast as asked for, by the times of dense ones.
+
+        What the loop takes beside the networks stays; times from moments when the machine was slower ask for at most a
+        tenth more.
+        """
+        networks = sum(map(_full_seconds, self.profile.networks.values()))
+        beside = max(self.dense_seconds - networks, 0.0)
+        planned = (networks + beside) / speedup - beside
+        return networks / max(planned, 0.9 * networks / speedup)
 
     def _without_excess(self, found: Found, speedup: float) -> float:
         """The speed-up of the networks at which generations would have been as fast as asked for.

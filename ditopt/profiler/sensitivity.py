@@ -17,7 +17,7 @@ from ditopt.calls import NetworkCalls
 from ditopt.profile import Array
 from ditopt.runtime.program import Compute, Observation, Program, copied
 
-PLANTS = (0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
+PLANTS = (0.03, 0.12, 0.3, 0.55, 0.85)
 """Where in the schedule errors are planted, as shares of its length; factors between are interpolated."""
 
 PLANTED_PROMPTS = 2
