@@ -134,8 +134,9 @@ def digest(files: Iterable[Path], below: Path | None = None) -> str:
 
 
 def source_digest() -> str:
-    """A hash of the code that makes plans and measures them."""
-    return digest((path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")), ROOT)
+    """A hash of the code that makes plans and measures them, in whichever language."""
+    files = (path for folder in SOURCES for path in (ROOT / folder).rglob("*"))
+    return digest((path for path in files if path.is_file() and "__pycache__" not in path.parts), ROOT)
 
 
 @cache

@@ -223,6 +223,11 @@ def has_bfloat16_dot_products() -> bool:
     return os.name == "posix" and torch.cpu._is_avx512_bf16_supported()
 
 
+def has_amx() -> bool:
+    """Whether the processor multiplies tiles of bfloat16 (AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 def load_cpp(source: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
     """A library of C++ source, built as Inductor builds its own and kept in its cache; ``flags`` are the compiler's.
 

@@ -82,7 +82,7 @@ class Aim:
                     continue
                 if reached <= min(nearest, enough):
                     stage.advance(f"{reached:.1f} dB to it, not near enough")
-                    first = middle + 1
+                    first, end = (middle + 1, end) if nearest >= enough else (first, middle)  # too near, or too far
                     continue
                 quality, _ = self.evaluator.quality(aimed.rules, self.held_out)
                 stage.advance(f"{reached:.1f} dB to it, dense {dense:.1f}")

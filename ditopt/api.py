@@ -51,7 +51,7 @@ def optimize(
             ``simplify``, ``precision`` and ``second_order``).
         max_variants: the most distinct graphs to compile.
         budget: how many plans to try by real rollouts in the first search, a quarter more in each after it; plans that
-            compute less than half of the steps count less, down to a third. Default: some minutes' worth, 6 to 16.
+            compute less than half of the steps count less, down to a third. Default: some minutes' worth, 4 to 16.
         on_mismatch: what calls of another schedule or geometry do later: ``error``, ``dense`` or ``retarget``.
         resume: take up an interrupted run's checkpoints.
         quiet: print nothing.

@@ -57,7 +57,8 @@ def in_dtype(
     if form_name(dtype) not in seconds:
         return replace(as_it_is, dtype_reason="no float32 product of many rows, or none that is faster in it here")
     cast = simplified(replace(as_it_is, dtype=dtype), seconds)
-    told = f"a step takes {cast.seconds_full:.3g} s in {dtype}, {problem.seconds_full:.3g} s in the model's own"
+    form = form_name(dtype, cast.simplify)
+    told = f"a step takes {cast.seconds_full:.3g} s in {form}, {problem.seconds_full:.3g} s in the model's own"
     if cast.seconds_full > DTYPE_SPEED * problem.seconds_full:
         return replace(as_it_is, dtype_reason=f"hardly faster: {told}")
     alone = measure(form_rules(cast))

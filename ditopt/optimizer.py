@@ -166,7 +166,8 @@ class Optimizer:
             dense_seconds = []
             for index, pair in enumerate(held_out):
                 with captured_once(evaluator, pair):
-                    dense_seconds.append(self._reference(evaluator, checkpoints, f"held_out{index}", pair))
+                    seconds = self._reference(evaluator, checkpoints, f"held_out{index}", pair)
+                dense_seconds += [seconds] if seconds is not None else []
                 stage.advance()
         search = VerifiedSearch(
             evaluator,
@@ -181,7 +182,7 @@ class Optimizer:
             self.dtypes,
             self.use_second_order,
             self.reasons,
-            statistics.median(dense_seconds),
+            statistics.median(dense_seconds or [0.0]),
         )
         with self._timed("search and verify"):
             found = search()
@@ -254,16 +255,16 @@ class Optimizer:
         return profile
 
     @staticmethod
-    def _reference(evaluator: Evaluator, checkpoints: Checkpoints, name: str, pair: tuple[str, int]) -> float:
-        """Take the dense sample of a held-out prompt, from its checkpoint if there is one; the seconds it took."""
-        kept = checkpoints.load(name, ["sample", "seconds"])
+    def _reference(evaluator: Evaluator, checkpoints: Checkpoints, name: str, pair: tuple[str, int]) -> float | None:
+        """Take the dense sample of a held-out prompt; the seconds it took, None where its checkpoint was there."""
+        kept = checkpoints.load(name, ["sample"])
         if kept is not None:
             evaluator.references[pair] = kept["sample"]
-            return float(kept["seconds"])
+            return None
         began = time.perf_counter()
         evaluator.dense([pair])
         seconds = time.perf_counter() - began
-        checkpoints.save(name, {"sample": evaluator.references[pair], "seconds": torch.tensor(seconds)})
+        checkpoints.save(name, {"sample": evaluator.references[pair]})
         return seconds
 
     def _probe(self, pair: tuple[str, int]) -> tuple[Tensor, float, dict[str, NetworkCalls], CallLog]:

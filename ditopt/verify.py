@@ -49,7 +49,7 @@ class VerifiedSearch:
     """Searches network after network for one target; ``reasons`` says what was missed, ``state_bytes`` of slots.
 
     ``second_order``: whether computed steps may have a share of that formula. ``dense_seconds``: of a dense generation,
-    where one was timed.
+    where one was timed in this run; 0 where none was.
     """
 
     evaluator: Evaluator
@@ -169,13 +169,18 @@ class VerifiedSearch:
                 tuner.target = replace(self.target, speedup=wanted)
             found = self._search(0.0)
             searches += 1
-            if found is None and best is None and wanted > speedup:
+            if found is None and best is None and wanted > speedup:  # what is asked beyond it was a guess
                 wanted = speedup
                 continue
             if found is None:
                 ended = "no faster plan was found"
                 break
             below = found.quality.psnr < floor
+            if below and best is None and wanted > speedup:
+                wanted = speedup
+                self.reporter.say(f"  that is below the floor of {floor:g} dB: searching again for {speedup:g}x")
+                self._allow_more()
+                continue
             if below and best is not None:
                 ended = f"the next plan had {found.quality.psnr:.1f} dB, below the floor of {floor:g} dB"
                 self.reporter.say(f"  that is below the floor of {floor:g} dB: the plan before it stays")
@@ -211,13 +216,13 @@ class VerifiedSearch:
     def _of_networks(self, speedup: float) -> float:
         """The speed-up of the networks that makes generations as fast as asked for, by the times of dense ones.
 
-        What the loop takes beside the networks stays; times from moments when the machine was slower ask for at most a
-        tenth more.
+        What the loop takes beside the networks stays. Times of moments when the machine was slower ask for at most a
+        twentieth more.
         """
         networks = sum(map(_full_seconds, self.profile.networks.values()))
         beside = max(self.dense_seconds - networks, 0.0)
         planned = (networks + beside) / speedup - beside
-        return networks / max(planned, 0.9 * networks / speedup)
+        return networks / max(planned, 0.95 * networks / speedup)
 
     def _without_excess(self, found: Found, speedup: float) -> float:
         """The speed-up of the networks at which generations would have been as fast as asked for.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ditopt._torch import has_bfloat16_dot_products
+from ditopt._torch import has_amx, has_bfloat16_dot_products
 
 LIBRARY = torch.library.Library("ditopt", "DEF")
 LIBRARY.define(
@@ -86,6 +86,10 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, scale: float, dtype: torc
         return f"there is a kernel for torch.bfloat16 only, not for {dtype}"
     if not has_bfloat16_dot_products():
         return "this processor has no dot products of bfloat16 pairs (avx512_bf16)"
+    if has_amx():
+        return "this processor has AMX, which torch's attention uses"
+    if len({part.dtype for part in parts}) > 1:
+        return f"operands are of several dtypes: {', '.join(str(part.dtype) for part in parts)}"
     if any(part.ndim != 4 for part in parts) or len({part.shape[0] for part in parts}) > 1:
         return "operands are not [B, H, S, D] of one batch"
     shapes = ", ".join(str(list(part.shape)) for part in parts)

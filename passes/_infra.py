@@ -48,7 +48,7 @@ class StepPlan:
 
     ``boundaries`` asks for the residual stream at every edge between blocks (for profiling); ``dtype`` names the one
     that products are computed in, where that is not the model's. ``second_order``: what is returned of a computed step
-    is combined with the computed step before. ``simplify``: the exact rewrites of ``passes.simplify``.
+    is combined with the computed step before. ``simplify``: the rewrites of ``passes.simplify``.
     """
 
     predicted: tuple[Prediction, ...] = ()

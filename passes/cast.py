@@ -13,6 +13,7 @@ from torch import fx
 
 from ditopt.kernels.ops import ATTENTION
 from ditopt.passes._infra import (
+    OF_THE_CALL,
     GraphIndex,
     PassResult,
     StepPlan,
@@ -51,7 +52,7 @@ def cast(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
             product = call(gm, node.target, *args, **node.kwargs)  # type: ignore[arg-type]  # an operator
             narrow = in_memory_order(gm, product, value)
             wide = converted(gm, narrow, value.dtype)
-        product.meta.update({key: found for key, found in node.meta.items() if key != "val"})
+        product.meta.update({key: found for key, found in node.meta.items() if key not in OF_THE_CALL})
         node.replace_all_uses_with(wide)
         gm.graph.erase_node(node)
         narrowed[wide] = narrow

@@ -1,4 +1,4 @@
-"""Simplify: the rewrites that make a step faster and leave its numbers as they are, but for rounding."""
+"""Simplify: the rewrites that make a step faster and leave its numbers as they are, but for rounding in its dtype."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import fx
 
 from ditopt.kernels.ops import ATTENTION
 from ditopt.passes._infra import GraphIndex, Pass, PassResult, StepPlan
+from ditopt.passes.cast import castable
 from ditopt.passes.flash import flash, flash_refusal
 from ditopt.passes.rotary import rotary, rotation_of
 from ditopt.passes.sigmoid import sigmoid, tangent_plus_one
@@ -38,4 +39,7 @@ def simplifiable(gm: fx.GraphModule, dtype: str | None = None) -> list[fx.Node]:
 
 
 def _for_flash(gm: fx.GraphModule, dtype: str | None) -> list[fx.Node]:
-    return [node for node in gm.graph.nodes if node.target is ATTENTION and flash_refusal(node, dtype) is None]
+    """Attention calls that a kernel takes as they are, or as ``cast`` leaves them where there is a ``dtype``."""
+    calls = [node for node in gm.graph.nodes if node.target is ATTENTION]
+    narrowed = set(castable(gm)) if dtype else set()
+    return [node for node in calls if flash_refusal(node, dtype if node in narrowed else None) is None]

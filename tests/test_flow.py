@@ -250,8 +250,12 @@ def test_a_source_edited_during_the_search_makes_its_plan_stale(desk: Bench, mon
     assert desk.table["unguided-42"]["status"] == "not run"
 
 
-def test_the_digest_is_of_every_source_of_this_repository(root: Path) -> None:
+def test_the_digest_is_of_every_source_of_this_repository(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert root == flow.ROOT and all(any((root / folder).rglob("*.py")) for folder in flow.SOURCES)
+    seen: list[Path] = []
+    monkeypatch.setattr(flow, "digest", lambda files, below: seen.extend(files) or "")
+    flow.source_digest()
+    assert {path.suffix for path in seen} >= {".py", ".cpp"} and root / "ditopt/verify.py" in seen
     assert set(flow.surroundings()) == {"torch", "diffusers", "cpu"}
 
 

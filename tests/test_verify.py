@@ -247,10 +247,19 @@ def test_the_first_search_leaves_room_for_what_the_loop_takes(monkeypatch: pytes
     one = searching(SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}), SPEED)
     networks = sum(verify._full_seconds(part) for part in one.profile.networks.values())
     assert one._of_networks(2.0) == pytest.approx(2.0)  # nothing is known of it
-    one.dense_seconds = 1.05 * networks  # 2x of 1.05 is 0.525, of which the loop takes 0.05
-    assert one._of_networks(2.0) == pytest.approx(1 / 0.475)
+    one.dense_seconds = 1.04 * networks  # 2x of 1.04 is 0.52, of which the loop takes 0.04
+    assert one._of_networks(2.0) == pytest.approx(1 / 0.48)
     one.dense_seconds = 2.0 * networks
-    assert one._of_networks(2.0) == pytest.approx(2.0 / 0.9)
+    assert one._of_networks(2.0) == pytest.approx(2.0 / 0.95)
+
+
+def test_what_is_asked_beyond_the_speed_costs_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = search(monkeypatch, 2.0, 0.0, {4: 20.0})
+    one.dense_seconds = 10.4  # when the machine was slower
+    assert kept(one) == 5 and asked(one) == [pytest.approx(10 / 4.8), 2.0]
+    one = search(monkeypatch, 10.0, 0.0, {})
+    one.dense_seconds = 10.4
+    assert kept(one) == 1 and asked(one) == [pytest.approx(10 / 0.95), 10.0]
 
 
 SPEED = Target(speedup=2.0)
@@ -313,6 +322,22 @@ def test_a_rung_that_comes_no_nearer_is_passed_over(monkeypatch: pytest.MonkeyPa
     solution: Any = SimpleNamespace(rules=("plain", 0))
     after = one._aim(Found(solution.rules, quality, {"transformer": solution}, one._tuners))
     assert getattr(after.solutions["transformer"], "rung", 0) == 4
+
+
+def test_an_aim_that_leads_away_is_not_gone_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Peaked(AimingTuner):
+        def finer_of(self, solution: Any) -> float | None:
+            return (38.0, 38.5, 39.0, 38.2, 37.0, 36.0, 35.0, 34.0)[getattr(solution, "rung", 0)]
+
+    monkeypatch.setattr(verify, "Tuner", Peaked)
+    quality = Quality(60.0, 60.0, 0.0, (60.0,))
+    one = searching(
+        SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}, quality=lambda *_: (quality, 0.0)),
+        SPEED,
+    )
+    solution: Any = SimpleNamespace(rules=("plain", 0))
+    after = one._aim(Found(solution.rules, quality, {"transformer": solution}, one._tuners))
+    assert getattr(after.solutions["transformer"], "rung", 0) == 2
 
 
 def test_fits_alone_are_aimed_where_second_order_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def measure_seconds(
             try:
                 plan = StepPlan((), (STEP,), dtype=dtype, simplify=simpler)
                 variants[form] = prepared(program, plan, arguments)
-            except (RuntimeError, AuditError) as error:
+            except (RuntimeError, AuditError, OSError) as error:
                 # a rewrite that is not right for this graph, a dtype that the device lacks, no memory for its weights
                 program.variants.reasons.append(f"{form} steps were not tried: {error}")
                 break

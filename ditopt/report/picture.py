@@ -79,7 +79,7 @@ class Picture:
         """How many steps run the network, and which."""
         kept = self.rows[0].computed
         shares = " and ".join(f"{share:g}" for share in self.second_order)
-        form = ", these steps simplified (the same numbers, faster)" if self.simplified else ""
+        form = ", these steps simplified (the same numbers to rounding, faster)" if self.simplified else ""
         form += f", with {shares} of the second-order formula" if shares else ""
         return f"{self.network}: {len(kept)} of {self.steps} steps computed ({format_steps(kept)}){form}"
 

@@ -107,6 +107,7 @@ extern "C" void ditopt_attention(const uint16_t* query, const uint16_t* key, con
     const int64_t key_pairs = (keys + 1) / 2, tiles = (queries + QUERIES - 1) / QUERIES;
     const int64_t room = int64_t(channels) * QUERIES + int64_t(depth_pairs) * QUERIES;
     const float to_exponent = scale * 1.44269504088896f;
+    const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
 
 #pragma omp parallel num_threads(threads)
     {
@@ -153,7 +154,9 @@ extern "C" void ditopt_attention(const uint16_t* query, const uint16_t* key, con
 
                 for (int v = 0; v < VECTORS; ++v) {
                     const __m512 factor = _mm512_set1_ps(to_exponent), before = _mm512_load_ps(task.largest + 16 * v);
-                    const __m512 shift = _mm512_mul_ps(largest[v], factor);
+                    // Where all scores so far are -inf, so that nothing is subtracted from them and they stay it.
+                    const __mmask16 none = _mm512_cmp_ps_mask(largest[v], lowest, _CMP_EQ_OQ);
+                    const __m512 shift = _mm512_maskz_mul_ps(_knot_mask16(none), largest[v], factor);
                     const __m512 scaled = exp2_of(_mm512_fmsub_ps(before, factor, shift));
                     __m512 sum = _mm512_mul_ps(_mm512_load_ps(task.sum + 16 * v), scaled);
                     if (first_key == 0) sum = _mm512_setzero_ps();

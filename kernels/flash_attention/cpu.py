@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ditopt._torch import load_cpp
-from ditopt.kernels.ops import LIBRARY
+from ditopt.kernels.ops import LIBRARY, refusal
 
 SOURCE = Path(__file__).with_name("avx512_bf16.cpp")
 FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512bf16")
@@ -27,15 +27,20 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
     """Attention of bfloat16 tensors: ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]`` -> ``[B, H, S, E]``.
 
     Any strides; the result lies as ``[B, S, H, E]``, which is how heads are put together again. Sums are float32,
-    softmax numerators are rounded to bfloat16 before they meet the values. NaN and infinity go where torch's go. What
-    ``refusal`` refuses must not be given.
+    softmax numerators are rounded to bfloat16 before they meet the values. NaN and infinity go where torch's go.
+
+    Raises:
+        ValueError: no kernel takes these operands; it says why.
     """
+    refused = refusal(query, key, value, scale, query.dtype)
+    if refused is not None:
+        raise ValueError(f"ditopt::flash_attention: {refused}")
     query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
     (batch, heads, queries, depth), (_, key_heads, keys, channels) = query.shape, value.shape
     out = query.new_empty(batch, queries, heads, channels).transpose(1, 2)
-    threads = torch.get_num_threads()
-    interleaved = torch.empty(batch * key_heads * ((keys + 1) // 2) * channels, dtype=torch.int32)
-    space = torch.empty(threads * (channels + depth // 2) * QUERIES)
+    threads, device = torch.get_num_threads(), query.device
+    interleaved = torch.empty(batch * key_heads * ((keys + 1) // 2) * channels, dtype=torch.int32, device=device)
+    space = torch.empty(threads * (channels + depth // 2) * QUERIES, dtype=torch.float32, device=device)
     sizes = (batch, heads, key_heads, queries, keys, depth, channels)
     strides = [stride for part in (query, key, value, out) for stride in part.stride()[:3]]
     tensors = (query, key, value, out, interleaved, space)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from ditopt._torch import has_bfloat16_dot_products
+from ditopt._torch import has_amx, has_bfloat16_dot_products
 from ditopt.errors import AuditError
 from ditopt.kernels.flash_attention import cpu, reference
 from ditopt.kernels.ops import ATTENTION, FLASH_ATTENTION, plain_attention, refusal
@@ -26,7 +26,8 @@ from ditopt.quality import relative_l2
 from tests.tiny import compiled_tiny, euler, make_model
 
 needs_dot_products = pytest.mark.skipif(
-    not has_bfloat16_dot_products(), reason="this processor has no dot products of bfloat16 pairs (avx512_bf16)"
+    has_amx() or not has_bfloat16_dot_products(),
+    reason="this processor has no dot products of bfloat16 pairs (avx512_bf16), or AMX beside them",
 )
 INDEX = GraphIndex((), {}, None)
 Operands = tuple[Tensor, Tensor, Tensor]
@@ -127,6 +128,7 @@ def test_the_fake_has_the_shape_and_the_strides() -> None:
 
 def test_what_no_kernel_takes_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ditopt.kernels.ops.has_bfloat16_dot_products", lambda: True)
+    monkeypatch.setattr("ditopt.kernels.ops.has_amx", lambda: False)
     narrow = torch.bfloat16
     query, key, value = operands(1, 2, 2, 8, 8, 16, 16)
     assert refusal(query, key, value, 0.25, narrow) is None
@@ -139,6 +141,38 @@ def test_what_no_kernel_takes_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
     assert "no token" in str(refusal(query[:, :, :0], key, value, 0.25, narrow))
     monkeypatch.setattr("ditopt.kernels.ops.has_bfloat16_dot_products", lambda: False)
     assert "avx512_bf16" in str(refusal(query, key, value, 0.25, narrow))
+    monkeypatch.setattr("ditopt.kernels.ops.has_bfloat16_dot_products", lambda: True)
+    assert "several dtypes" in str(refusal(query, key.float(), value, 0.25, narrow))
+    monkeypatch.setattr("ditopt.kernels.ops.has_amx", lambda: True)
+    assert "AMX" in str(refusal(query, key, value, 0.25, narrow))
+
+
+def test_the_operator_refuses_what_no_kernel_takes() -> None:
+    query, key, value = operands(1, 2, 2, 8, 8, 16, 16)
+    with pytest.raises(ValueError, match=r"there is a kernel for torch\.bfloat16 only"):
+        torch.ops.ditopt.flash_attention(query.float(), key.float(), value.float(), 0.25)
+
+
+@needs_dot_products
+def test_a_narrow_default_dtype_changes_nothing() -> None:
+    parts, before = operands(1, 3, 3, 200, 130, 32, 32), torch.get_default_dtype()
+    expected = cpu.flash_attention(*parts, 0.2)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(attend(parts, 0.2), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@needs_dot_products
+def test_a_first_block_without_a_finite_score_leaves_the_others() -> None:
+    query, key, value = operands(1, 1, 1, 64, 200, 16, 16)
+    query = query.abs() + 0.1
+    key[:, :, :120] = -math.inf
+    finite = attend((query, key, value), 0.25)
+    check(finite, (query, key[:, :, 120:], value[:, :, 120:]), 0.25)
+    key[:] = -math.inf
+    assert attend((query, key, value), 0.25).isnan().all()
 
 
 def graph_of(*settings: Any) -> fx.GraphModule:
