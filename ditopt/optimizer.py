@@ -192,6 +192,10 @@ class Optimizer:
         if found.seconds is None:
             with self._timed("final timing"):
                 found = replace(found, seconds=search.time_in_turn(found.rules))
+            asked = self.target.speedup or 0.0
+            if found.speedup < asked:
+                self.reasons.append(f"asked for {asked:g}x, measured {found.speedup:.2f}x when it was timed at the end")
+                self.reporter.say(f"  {self.reasons[-1]}")
         return self._finish(search, found, graphs, eager_seconds)
 
     def _graphs(

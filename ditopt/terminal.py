@@ -15,6 +15,7 @@ from ditopt.plan import Plan
 from ditopt.report.explained import Explained, Explanation, Rival
 from ditopt.report.figures import bench_notes, bench_rows, figure
 from ditopt.report.picture import MEANINGS, Cell, Picture, kinds_in, pictures
+from ditopt.sites import STEP
 
 STYLES = {
     "dense": "bold blue",
@@ -85,6 +86,13 @@ def _provenance(plan: Plan) -> RenderableType:
     return table
 
 
+LEGEND = (
+    "error: what predicting so adds to the final sample's, relative. objective: what the search made as small as it "
+    "could: summed errors where the number of computed steps was set, else seconds with errors priced in them. "
+    "fit2: fitted to the last two computed outputs; +latents: and to the current latents."
+)
+
+
 def show_explanations(explained: Explained, step: int | None, everything: bool) -> RenderableType:
     """Why each decision was made: a line each, or with all rivals for one ``step`` or for ``everything``.
 
@@ -93,7 +101,7 @@ def show_explanations(explained: Explained, step: int | None, everything: bool) 
     """
     parts: list[RenderableType] = []
     for network, made in explained.explanations.items():
-        chosen = [one for one in made if step is None or one.step in (step, None)]
+        chosen = [one for one in made if step in (None, one.step) or (one.step is None and one.site == STEP)]
         if step is not None and not any(one.step == step for one in made):
             known = sorted({one.step for one in made if one.step is not None})
             where = f"steps {known[0]} to {known[-1]}" if known else "none"
@@ -102,6 +110,8 @@ def show_explanations(explained: Explained, step: int | None, everything: bool) 
         parts += [_with_rivals(one) for one in chosen] if everything or step is not None else [_one_line_each(chosen)]
     if not explained.explanations:
         parts.append(Text("the side file explains no decisions"))
+    elif everything or step is not None:
+        parts.append(Text(LEGEND, style="dim"))
     if explained.reasons and (step is None or everything):
         parts.append(Text("\ndid not apply", style="bold"))
         parts += [Text(f"- {reason}") for reason in explained.reasons]

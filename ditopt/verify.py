@@ -32,6 +32,8 @@ TIMED_SECONDS = 45.0
 TRIAL_SECONDS = 120.0
 """What the plans tried by rollouts may take together where the caller sets no budget."""
 LEAST_TRIALS = 4
+CLEARLY = 1.07
+"""A plan that is this much faster than asked for, by generations that were not timed in turn, is fast enough."""
 SPARE_DB = 0.7
 """A plan that exceeds the target by less than this on the held-out prompts is fast enough."""
 FLOOR_DB = min(LEVELS.values())
@@ -68,6 +70,7 @@ class VerifiedSearch:
     state_bytes: int = 0
 
     def __post_init__(self) -> None:
+        self._plan_seconds = math.inf
         self._tuners = {
             name: Tuner(
                 name,
@@ -155,6 +158,7 @@ class VerifiedSearch:
     def _for_speed(self, speedup: float) -> Found | None:
         """Where whole generations are slower than asked for, aim at more speed and search again.
 
+        Generations made for quality tell a plan that is clearly fast enough, which is timed against dense at the end.
         Every search aims at one computed step fewer than the last plan has, or at more where the shortfall asks for it.
         None follows on a plan below the floor (``FLOOR_DB``, or the PSNR asked for as well), and such a plan does not
         take the place of one above it.
@@ -188,6 +192,8 @@ class VerifiedSearch:
             same = last is not None and found.rules == last.rules
             if last is not None and same:
                 last = replace(found, seconds=last.seconds)  # known already
+            elif not below and self.dense_seconds and self.dense_seconds >= CLEARLY * speedup * self._plan_seconds:
+                return found  # not timed in turn yet
             else:
                 last = replace(found, seconds=self.time_in_turn(found.rules))
             if best is None or last.speedup > best.speedup:
@@ -285,7 +291,7 @@ class VerifiedSearch:
                 rules += solution.rules
         if not rules:
             return None
-        quality, _ = self.evaluator.quality(rules, self.held_out)
+        quality, self._plan_seconds = self.evaluator.quality(rules, self.held_out)
         self.reporter.say(
             f"  held-out prompts: {quality.psnr:.1f} dB (worst {quality.worst_psnr:.1f}), relative L2 "
             f"{quality.rel_l2:.4f}"

@@ -178,7 +178,7 @@ def test_the_picture_shows_the_dtype_of_computed_steps(plan: Plan) -> None:
 def test_the_picture_tells_that_computed_steps_are_simplified(plan: Plan) -> None:
     simple = Rule(sites="step", steps=tuple(range(5)), do=Dense(simplify=True))
     (before,), (after,) = pictures(plan), pictures(plan.model_copy(update={"rules": (simple, *plan.rules)}))
-    assert after.summary == before.summary + ", these steps simplified (the same numbers, faster)"
+    assert after.summary == before.summary + ", these steps simplified (the same numbers to rounding, faster)"
     told = [step for step, cell in enumerate(after.rows[0].cells) if cell.note.endswith("computed, simplified")]
     assert told == [0, 1, 3], "a predicted step computes nothing"
 

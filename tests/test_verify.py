@@ -253,6 +253,18 @@ def test_the_first_search_leaves_room_for_what_the_loop_takes(monkeypatch: pytes
     assert one._of_networks(2.0) == pytest.approx(2.0 / 0.95)
 
 
+@pytest.mark.parametrize(("dense_seconds", "timed"), [(0.0, True), (21.3, True), (21.5, False)])
+def test_what_is_clearly_fast_enough_is_timed_once(
+    monkeypatch: pytest.MonkeyPatch, dense_seconds: float, timed: bool
+) -> None:
+    one = search(monkeypatch, 2.0, 0.0, {})
+    quality, _ = one.evaluator.quality((rule_for(5),), ())
+    monkeypatch.setattr(one.evaluator, "quality", lambda *_: (quality, 10.0))  # 2.14x and 2.15x of what dense took
+    one.dense_seconds = dense_seconds
+    found = one()
+    assert found is not None and (found.seconds is not None) == timed
+
+
 def test_what_is_asked_beyond_the_speed_costs_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     one = search(monkeypatch, 2.0, 0.0, {4: 20.0})
     one.dense_seconds = 10.4  # when the machine was slower

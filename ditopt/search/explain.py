@@ -140,7 +140,7 @@ def _impossible(candidate: Candidate, history: tuple[int, ...]) -> str:
 
 def _against_computing(ledger: _Ledger, step: int, change: float, limit: int) -> str:
     if ledger.lam is None:
-        return "the number of computed steps is given"
+        return "rollouts or the speed asked for had set how many steps are computed, and others are better ones"
     if change >= 0:
         return f"takes {ledger.saved[step]:.3g} s more; the error it removes is worth less (objective +{change:.3g} s)"
     return f"would lower the predicted objective by {-change:.3g} s, but {_OTHERWISE.format(limit)}"
