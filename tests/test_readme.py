@@ -82,6 +82,11 @@ def test_marks_are_known_and_give_reasons(readme: list[Block]) -> None:
     assert not wrong, [f"README.md, line {b.line}: {b.mark!r} is neither 'run' nor 'no-run: REASON'" for b in wrong]
 
 
+def test_no_placeholder_is_left(root: Path) -> None:
+    for page in (root / "README.md", *(root / "docs").glob("*.md")):
+        assert "@@" not in page.read_text(), f"{page.name} has a placeholder"
+
+
 def test_blocks_are_read_as_written() -> None:
     text = (
         "# t\n```python\na = 1\n```\n\n"
