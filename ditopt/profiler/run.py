@@ -93,8 +93,8 @@ class ProfileRun:
         stage: Any,
     ) -> dict[str, Tensor]:
         """Growth factors of one prompt, per network ``[planted steps]``, from its checkpoint if there is one."""
-        kept = self.checkpoints.load(f"planted{index}", list(planted))
-        if kept is not None and all(len(kept[name]) == len(planted[name]) for name in planted):
+        kept = self.checkpoints.load(f"planted{index}", [*planted, *(f"{name}.steps" for name in planted)])
+        if kept is not None and all(kept[f"{name}.steps"].tolist() == list(steps) for name, steps in planted.items()):
             for _ in range(sum(map(len, planted.values()))):
                 stage.advance()
             return kept
@@ -113,6 +113,7 @@ class ProfileRun:
                     factors.append(growth_factor(gram, step, networks[name].step_widths[step], moved))
                     stage.advance()
                 found[name] = torch.tensor(factors, dtype=torch.float64)
+                found[f"{name}.steps"] = torch.tensor(steps)
         finally:
             tape.eject(programs)
         self.checkpoints.save(f"planted{index}", found)
