@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.goals import GOALS, Goal
+from benchmarks.goals import GOALS, MARGINS_DB, Goal
+from ditopt.report.figures import OPTIMISED, bench_rows
 
 Figures = Mapping[str, Any]
-RIVALS = {"fewer_steps": "fewer Euler steps", "unipc": "UniPC", "dpmpp": "DPM-Solver++"}
 
 
 def read(folder: Path) -> dict[Goal, Figures]:
@@ -65,7 +65,7 @@ def short(all_figures: Mapping[Goal, Figures]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for goal, each in all_figures.items():
         guidance = "no guidance" if goal.guidance == 1 else f"guidance {goal.guidance:g}"
-        rivals = ", ".join(decibels(each.get(name)) for name in RIVALS)
+        rivals = ", ".join(decibels(each.get(name)) for name in MARGINS_DB)
         yield (
             f"| {guidance}, {goal.speedup}x at {goal.psnr_db:g} dB | {each['kept']} of {each['steps']} | "
             f"**{each['speedup_vs_inductor']:.2f}x** | **{each['psnr_db']:.1f} dB** ({each['worst_psnr_db']:.1f}) | "
@@ -80,18 +80,12 @@ def full(all_figures: Mapping[Goal, Figures]) -> Iterator[str]:
         yield f"| guidance {guidance:g} | evaluations | seconds | over Inductor | mean PSNR | worst |"
         yield "|---|---|---|---|---|---|"
         for number, each in enumerate(group.values()):
-            dense = each["dense_inductor_s"]
-            if not number:  # goals of one guidance scale share their dense runs
-                yield f"| dense, Inductor | {each['steps']} | {dense:.2f} | 1.00x | - | - |"
-                yield from contender("dense, bfloat16", each.get("dense_cast"), dense)
-            yield (
-                f"| **ditopt**, {asked(each)} | {each['kept']} | {each['optimized_s']:.2f} | "
-                f"**{each['speedup_vs_inductor']:.2f}x** | **{each['psnr_db']:.1f} dB** | "
-                f"{each['worst_psnr_db']:.1f} dB |"
-            )
-            for suffix, told in (("", ""), ("_cast", ", bfloat16")):
-                for name, title in RIVALS.items():
-                    yield from contender(title + told, each.get(name + suffix), dense)
+            for name, steps, seconds, speedup, psnr, worst in bench_rows(each):
+                if number and name.startswith("dense"):  # goals of one guidance scale share their dense runs
+                    continue
+                quality = "- | -" if psnr is None else f"{psnr:.1f} dB | {worst:.1f} dB"
+                title = f"**ditopt**, {asked(each)}" if name == OPTIMISED else name
+                yield f"| {title} | {steps} | {seconds:.2f} | {speedup:.2f}x | {quality} |"
         yield ""
     yield (
         "| goal | nearer to converged, dB (s.e.) | attributes (dense; captions) | variants | breaks | recompiles | "
@@ -103,16 +97,6 @@ def full(all_figures: Mapping[Goal, Figures]) -> Iterator[str]:
             f"| {goal.name} | {converged(each)} | {attributes(each)} | {each['variants']} | "
             f"{each['graph_breaks']} | {each['recompiles']} | {each['first_generation_s']:.1f} s | "
             f"{each['slot_bytes'] / 2**20:.2f} MiB |"
-        )
-
-
-def contender(title: str, figures: Figures | None, dense_seconds: float) -> Iterator[str]:
-    """A rival's row; none where it was not measured."""
-    if figures:
-        seconds = figures["seconds"]
-        yield (
-            f"| {title} | {figures['steps']} | {seconds:.2f} | {dense_seconds / seconds:.2f}x | "
-            f"{figures['psnr_db']:.1f} dB | {figures['worst_psnr_db']:.1f} dB |"
         )
 
 

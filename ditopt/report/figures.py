@@ -31,13 +31,17 @@ def _dtype(bench: Mapping[str, Any]) -> str | None:
     return next((dtype for dtype in found if dtype is not None), None)
 
 
+OPTIMISED = "optimised"
+"""The row of the plan."""
+
+
 def bench_rows(bench: Mapping[str, Any]) -> list[tuple[str, Any, Any, Any, Any, Any]]:
     """Name, evaluations, seconds, speed-up over Inductor, mean and worst PSNR of every contender of a benchmark."""
     dense = bench.get("dense_inductor_s")
     plain = [
         ("dense, eager", bench.get("steps"), bench.get("dense_eager_s"), None, None),
         ("dense, Inductor", bench.get("steps"), dense, None, None),
-        ("optimised", bench.get("kept"), bench.get("optimized_s"), bench.get("psnr_db"), bench.get("worst_psnr_db")),
+        (OPTIMISED, bench.get("kept"), bench.get("optimized_s"), bench.get("psnr_db"), bench.get("worst_psnr_db")),
     ]
     names = {"fewer_steps": "fewer steps", "unipc": "UniPC", "dpmpp": "DPM-Solver++"}
     if dtype := _dtype(bench):
