@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,8 @@ class Optimizer:
             for index, pair in enumerate(held_out):
                 with captured_once(evaluator, pair):
                     seconds = self._reference(evaluator, checkpoints, f"held_out{index}", pair)
-                dense_seconds += [seconds] if seconds is not None else []
+                if seconds is not None:
+                    dense_seconds.append(seconds)
                 stage.advance()
         search = VerifiedSearch(
             evaluator,
@@ -191,11 +192,7 @@ class Optimizer:
             return self._stay_dense("no plan met the target on the held-out prompts", template=evaluator.template)
         if found.seconds is None:
             with self._timed("final timing"):
-                found = replace(found, seconds=search.time_in_turn(found.rules))
-            asked = self.target.speedup or 0.0
-            if found.speedup < asked:
-                self.reasons.append(f"asked for {asked:g}x, measured {found.speedup:.2f}x when it was timed at the end")
-                self.reporter.say(f"  {self.reasons[-1]}")
+                found = search.timed(found)
         return self._finish(search, found, graphs, eager_seconds)
 
     def _graphs(

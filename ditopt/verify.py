@@ -32,6 +32,7 @@ TIMED_SECONDS = 45.0
 TRIAL_SECONDS = 120.0
 """What the plans tried by rollouts may take together where the caller sets no budget."""
 LEAST_TRIALS = 4
+"""So many are tried however long a generation takes."""
 CLEARLY = 1.07
 """A plan that is this much faster than asked for, by generations that were not timed in turn, is fast enough."""
 SPARE_DB = 0.7
@@ -173,18 +174,16 @@ class VerifiedSearch:
                 tuner.target = replace(self.target, speedup=wanted)
             found = self._search(0.0)
             searches += 1
-            if found is None and best is None and wanted > speedup:  # what is asked beyond it was a guess
+            below = found is not None and found.quality.psnr < floor
+            if (found is None or below) and best is None and wanted > speedup:  # what is asked beyond it was a guess
+                what = f"that is below the floor of {floor:g} dB" if below else "no plan was found"
+                self.reporter.say(f"  {what}: searching again for {speedup:g}x")
                 wanted = speedup
+                self._allow_more()
                 continue
             if found is None:
                 ended = "no faster plan was found"
                 break
-            below = found.quality.psnr < floor
-            if below and best is None and wanted > speedup:
-                wanted = speedup
-                self.reporter.say(f"  that is below the floor of {floor:g} dB: searching again for {speedup:g}x")
-                self._allow_more()
-                continue
             if below and best is not None:
                 ended = f"the next plan had {found.quality.psnr:.1f} dB, below the floor of {floor:g} dB"
                 self.reporter.say(f"  that is below the floor of {floor:g} dB: the plan before it stays")
@@ -301,6 +300,14 @@ class VerifiedSearch:
     def _allow_more(self) -> None:
         for tuner in self._tuners.values():
             tuner.budget += max(2, self.budget // 4)
+
+    def timed(self, found: Found) -> Found:
+        """``found`` with its seconds; tells where these miss the speed that was asked for."""
+        found = replace(found, seconds=self.time_in_turn(found.rules))
+        asked = self.target.speedup or 0.0
+        if found.speedup < asked:
+            self._say(f"asked for {asked:g}x, measured {found.speedup:.2f}x when it was timed at the end")
+        return found
 
     def time_in_turn(self, rules: Sequence[Rule]) -> tuple[float, float]:
         """Median seconds of a generation under ``rules`` and dense, measured alternately."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -263,6 +264,17 @@ def test_what_is_clearly_fast_enough_is_timed_once(
     one.dense_seconds = dense_seconds
     found = one()
     assert found is not None and (found.seconds is not None) == timed
+
+
+def test_a_speed_that_the_last_timing_misses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = search(monkeypatch, 2.0, 1.0, {})
+    solution: Any = SimpleNamespace(rules=(rule_for(5),))
+    quality = Quality(40.0, 40.0, 0.0, (40.0,))
+    slow = one.timed(Found(solution.rules, quality, {"transformer": solution}, one._tuners))
+    assert slow.seconds == (6.0, 11.0)
+    assert one.reasons == ["asked for 2x, measured 1.83x when it was timed at the end"]
+    one.timed(replace(slow, rules=(rule_for(4),)))
+    assert len(one.reasons) == 1
 
 
 def test_what_is_asked_beyond_the_speed_costs_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
