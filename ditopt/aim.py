@@ -56,33 +56,35 @@ class Aim:
         dense, least = tuner.finer_psnr, tuner.finer_of(solution)
         if dense is None:  # the profile has said why
             return found
-        if least is None:
-            self.reasons.append(
-                "not refitted towards a second-order path: the plan's predictors are the profile's own"
-                + (", as it predicts ranges" if solution.draft.ranges else "")
-            )
+        predicts = tuner.predicts(solution)
+        aims = self._aims(predicts)
+        if least is None or not tuner.refittable(solution) or not aims:
+            why = "it predicts ranges of blocks, by the profile's own factors"
+            if not aims:
+                why = "every step is computed, and techniques leave 'second_order' out"
+            self.reasons.append(f"not refitted towards a second-order path: {why}")
             return found
         best, nearest, enough = found, least, dense + AIM_SPARE_DB
-        aims = list(dict.fromkeys((share, part if self.second_order else None) for share, part in AIMS))
         first, end = 0, len(aims) if nearest < enough else 0
         with self.reporter.stage("aim: towards a second-order path", end.bit_length()) as stage:
             while first < end:
                 middle = (first + end) // 2
                 share, second_order = aims[middle]
                 aimed = tuner.aim(solution, share, second_order)
-                if aimed is None and second_order is not None:  # which takes a graph more
+                if aimed is None and second_order is not None and predicts:  # without it a graph less is needed
                     aimed = tuner.aim(solution, share, None)
                 reached = tuner.finer_of(aimed)
                 if aimed is None or reached is None:
                     self.reasons.append(
-                        f"not refitted {share:g} of the way to a second-order path: more than {self.max_variants} "
-                        "graphs would be needed, or a generation had NaN or infinite values"
+                        f"not refitted {_way(share, second_order)} to a second-order path: more than "
+                        f"{self.max_variants} graphs would be needed, or a generation had NaN or infinite values"
                     )
                     end = middle
                     continue
-                if reached <= min(nearest, enough):
+                enough_before = nearest >= enough
+                if reached < enough if enough_before else reached <= nearest:
                     stage.advance(f"{reached:.1f} dB to it, not near enough")
-                    first, end = (middle + 1, end) if nearest >= enough else (first, middle)  # too near, or too far
+                    first, end = (middle + 1, end) if enough_before else (first, middle)  # too near, or too far
                     continue
                 quality, _ = self.evaluator.quality(aimed.rules, self.held_out)
                 stage.advance(f"{reached:.1f} dB to it, dense {dense:.1f}")
@@ -99,6 +101,11 @@ class Aim:
             )
         return best
 
+    def _aims(self, predicts: bool) -> list[tuple[float, float | None]]:
+        """The rungs for a plan: without predicted steps there are no fits to aim, only the formula's share is left."""
+        aims = [(share if predicts else 0.0, part if self.second_order else None) for share, part in AIMS]
+        return [aim for aim in dict.fromkeys(aims) if any(aim)]
+
     def least_psnr(self, quality: Quality, found: Found, dense: float) -> float:
         """What an aimed plan of ``quality``, that was ``found`` before, has to have; ``dense`` is near to second order.
 
@@ -113,3 +120,7 @@ class Aim:
             return -math.inf
         reached_levels = [level for level in LEVELS.values() if level <= found.quality.psnr]
         return max([min(found.quality.psnr - AIM_DB, dense + NEAR_DB), *reached_levels])
+
+
+def _way(share: float, second_order: float | None) -> str:
+    return f"{share:g} of the way" if share else f"by a share of {second_order:g}"

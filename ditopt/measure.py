@@ -77,18 +77,20 @@ class Evaluator:
                 spent.append(time.perf_counter() - began)
         return sum(spent) / len(spent) if spent else 0.0
 
-    def quality(self, rules: Sequence[Rule], pairs: Sequence[tuple[str, int]]) -> tuple[Quality, float]:
-        """Quality of ``rules`` on ``pairs`` against their references, and the mean seconds of a generation.
-
-        A plan under which a generation has NaN or infinite values has ``FAILED`` quality.
-        """
+    def samples(self, rules: Sequence[Rule], pairs: Sequence[tuple[str, int]]) -> list[Tensor] | None:
+        """What ``pairs`` generate under ``rules``; None where a generation has NaN or infinite values."""
         self.bind(rules)
-        samples = []
+        try:
+            return [self.adapter.checked_rollout(prompt, seed) for prompt, seed in pairs]
+        except NonFiniteError:
+            return None
+
+    def compare(self, samples: Sequence[Tensor] | None, pairs: Sequence[tuple[str, int]]) -> Quality:
+        """Quality of samples of ``pairs`` against their references; ``FAILED`` where there are none."""
+        return FAILED if samples is None else compare(samples, [self.references[pair] for pair in pairs])
+
+    def quality(self, rules: Sequence[Rule], pairs: Sequence[tuple[str, int]]) -> tuple[Quality, float]:
+        """Quality of ``rules`` on ``pairs``, and the mean seconds of a generation."""
         began = time.perf_counter()
-        for prompt, seed in pairs:
-            try:
-                samples.append(self.adapter.checked_rollout(prompt, seed))
-            except NonFiniteError:
-                return FAILED, time.perf_counter() - began
-        seconds = (time.perf_counter() - began) / len(pairs)
-        return compare(samples, [self.references[pair] for pair in pairs]), seconds
+        samples = self.samples(rules, pairs)
+        return self.compare(samples, pairs), (time.perf_counter() - began) / len(pairs)

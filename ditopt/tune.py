@@ -119,9 +119,10 @@ class Tuner:
 
     def _alone(self, rules: Sequence[Rule]) -> Quality:
         """What ``rules`` measure on the tuning prompts while the other networks are dense."""
-        quality, _ = self.evaluator.quality(rules, self.pairs)
+        samples = self.evaluator.samples(rules, self.pairs)
+        quality = self.evaluator.compare(samples, self.pairs)
         if not self.fixed:
-            self._note(rules, quality)
+            self._note(rules, quality, self._to_finer(samples))
         return quality
 
     def _make_steering(self, part: NetworkProfile) -> Steering | None:
@@ -140,11 +141,20 @@ class Tuner:
         """How near, in dB, the dense samples are to those of a second-order solver; None where these are not known."""
         return self._to_finer([self.evaluator.references[pair] for pair in self.pairs])
 
-    def _to_finer(self, samples: Sequence[Tensor]) -> float | None:
+    def _to_finer(self, samples: Sequence[Tensor] | None) -> float | None:
         finer = self.evaluator.finer
-        if not all(pair in finer for pair in self.pairs):
+        if samples is None or not all(pair in finer for pair in self.pairs):
             return None
         return compare(samples, [finer[pair].sample for pair in self.pairs]).psnr
+
+    def refittable(self, solution: Solution) -> bool:
+        """Whether the plan can be refitted in closed loop: one that predicts ranges of blocks cannot."""
+        return self._steering is not None and not solution.draft.ranges
+
+    @staticmethod
+    def predicts(solution: Solution) -> bool:
+        """Whether some step is predicted, so that there are factors to fit."""
+        return bool(solution.draft.families)
 
     def aim(self, solution: Solution, share: float, second_order: float | None = None) -> Solution | None:
         """``solution`` refitted to paths a ``share`` of the way from the dense ones to the second-order ones.
@@ -157,7 +167,7 @@ class Tuner:
         second-order paths are known.
         """
         finer = self.evaluator.finer
-        if self._steering is None or solution.draft.ranges or not all(pair in finer for pair in self.pairs):
+        if self._steering is None or not self.refittable(solution) or not all(pair in finer for pair in self.pairs):
             return None
         self.stage_name = "aim"
         paths = self.evaluator.paths[self.network]
@@ -170,7 +180,7 @@ class Tuner:
         return None if refit is solution else refit
 
     def finer_of(self, solution: Solution | None) -> float | None:
-        """How near, in dB, the tuning prompts' samples under a refitted plan are to the second-order ones."""
+        """How near, in dB, the tuning prompts' samples under a tried plan are to the second-order ones."""
         known = self._tried(solution)
         return None if known is None else known.finer
 
@@ -351,8 +361,7 @@ class Tuner:
             refit, samples = steering(solution, self.fixed)
         except NonFiniteError:
             return solution
-        quality = compare(samples, [self.evaluator.references[pair] for pair in self.pairs])
-        self._note(refit.rules, quality, self._to_finer(samples))
+        self._note(refit.rules, self.evaluator.compare(samples, self.pairs), self._to_finer(samples))
         return refit
 
     def _tried(self, solution: Solution | None) -> Tried | None:
@@ -377,8 +386,8 @@ class Tuner:
 
     def _measure(self, rules: Sequence[Rule]) -> Measurement:
         if self._key(rules) not in self.tried:
-            quality, _ = self.evaluator.quality([*self.fixed, *rules], self.pairs)
-            self._note(rules, quality)
+            samples = self.evaluator.samples([*self.fixed, *rules], self.pairs)
+            self._note(rules, self.evaluator.compare(samples, self.pairs), self._to_finer(samples))
         found = self.tried[self._key(rules)]
         return Measurement(self.target.error(found.quality), found.seconds)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +253,12 @@ def test_a_source_edited_during_the_search_makes_its_plan_stale(desk: Bench, mon
 def test_the_digest_is_of_every_source_of_this_repository(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert root == flow.ROOT and all(any((root / folder).rglob("*.py")) for folder in flow.SOURCES)
     seen: list[Path] = []
-    monkeypatch.setattr(flow, "digest", lambda files, below: seen.extend(files) or "")
+
+    def recorded(files: Iterable[Path], below: Path) -> str:
+        seen.extend(files)
+        return ""
+
+    monkeypatch.setattr(flow, "digest", recorded)
     flow.source_digest()
     assert {path.suffix for path in seen} >= {".py", ".cpp"} and root / "ditopt/verify.py" in seen
     assert set(flow.surroundings()) == {"torch", "diffusers", "cpu"}

@@ -250,6 +250,22 @@ def test_an_aimed_plan_is_nearer_to_the_second_order_samples(tuner: Tuner) -> No
 
 
 @pytest.mark.parametrize("tuner", [euler], indirect=True)
+def test_a_plan_that_computes_every_step_is_aimed_too(tuner: Tuner) -> None:
+    plain = solve_kept(tuner.problem, tuner.problem.steps)
+    assert not tuner.predicts(plain) and tuner.refittable(plain)
+    tuner._measure(plain.rules)
+    assert tuner.finer_of(plain) == pytest.approx(tuner.finer_psnr, abs=0.05), "it is the dense model"
+    aimed = tuner.aim(plain, 0.0, 1.0)
+    before, after = tuner.finer_of(plain), tuner.finer_of(aimed)
+    assert aimed is not None and aimed.kept == plain.kept and before is not None and after is not None
+    assert after > before + 1
+    samples = tuner.evaluator.samples(aimed.rules, tuner.pairs)
+    assert samples is not None
+    finer = [tuner.evaluator.finer[pair].sample for pair in tuner.pairs]
+    assert compare(samples, finer).psnr == pytest.approx(after, abs=0.05), "the compiled plan does what was promised"
+
+
+@pytest.mark.parametrize("tuner", [euler], indirect=True)
 def test_a_plan_that_would_need_too_many_graphs_is_not_aimed(tuner: Tuner) -> None:
     plain = tuner._improve(solve_kept(tuner.problem, 6))
     tuner.max_variants = plain.variants

@@ -43,6 +43,12 @@ class FakeTuner:
     def finer_of(self, solution: object) -> float | None:
         return None
 
+    def predicts(self, solution: object) -> bool:
+        return True
+
+    def refittable(self, solution: object) -> bool:
+        return True
+
     def missing_db(self, solution: object) -> float:
         return 0.0
 
@@ -398,17 +404,47 @@ def test_a_plan_without_room_for_second_order_is_aimed_by_its_fits(monkeypatch: 
 
 def test_a_plan_that_cannot_be_aimed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     class Plain(AimingTuner):
-        def finer_of(self, solution: Any) -> float | None:
-            return None
+        def refittable(self, solution: object) -> bool:
+            return False
 
     monkeypatch.setattr(verify, "Tuner", Plain)
     one = searching(SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}), Target(speedup=2.0))
-    solution: Any = SimpleNamespace(rules=(), draft=SimpleNamespace(ranges={"blocks.0..3": None}))
+    solution: Any = SimpleNamespace(rules=())
     before = Found((), Quality(40.0, 40.0, 0.0, (40.0,)), {"transformer": solution}, one._tuners)
     assert one._aim(before) is before
     assert one.reasons == [
-        "not refitted towards a second-order path: the plan's predictors are the profile's own, as it predicts ranges"
+        "not refitted towards a second-order path: it predicts ranges of blocks, by the profile's own factors"
     ]
+
+
+class Computes(AimingTuner):
+    """Its plans compute every step, so a rung is a share of the formula alone."""
+
+    def predicts(self, solution: object) -> bool:
+        return False
+
+    def aim(self, solution: Any, share: float, second_order: float) -> Any:
+        assert share == 0.0
+        return super().aim(solution, *next(each for each in aim.AIMS if each[1] == second_order))
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+def test_a_plan_that_computes_every_step_is_aimed_by_the_formula_alone(
+    monkeypatch: pytest.MonkeyPatch, second_order: bool
+) -> None:
+    monkeypatch.setattr(verify, "Tuner", Computes)
+    quality = Quality(60.0, 60.0, 0.0, (60.0,))
+    one = searching(
+        SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}, quality=lambda *_: (quality, 0.0)),
+        SPEED,
+    )
+    one.second_order = second_order
+    solution: Any = SimpleNamespace(rules=("plain", 0))
+    after = one._aim(Found(solution.rules, quality, {"transformer": solution}, one._tuners))
+    assert getattr(after.solutions["transformer"], "rung", 0) == (4 if second_order else 0)
+    if not second_order:
+        (reason,) = one.reasons
+        assert "every step is computed, and techniques leave 'second_order' out" in reason
 
 
 class Pipeline(DiffusersAdapter):

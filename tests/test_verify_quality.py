@@ -37,6 +37,12 @@ class FakeTuner:
     def finer_of(self, solution: object) -> float | None:
         return None
 
+    def predicts(self, solution: object) -> bool:
+        return True
+
+    def refittable(self, solution: object) -> bool:
+        return True
+
     def find(self, margin: float) -> Any:
         self.margins.append(margin)
         assert self.target.min_psnr is not None
