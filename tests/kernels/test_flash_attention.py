@@ -110,6 +110,14 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 @needs_dot_products
+def test_early_keys_do_not_fade_in_a_long_sequence() -> None:
+    """Equal scores weigh all values alike: the first half of the keys has ones, the second none."""
+    query, key, value = operands(1, 1, 1, 64, 60_000, 2, 2)
+    value[:, :, :30_000], value[:, :, 30_000:] = 1.0, 0.0
+    assert (attend((0 * query, key, value), 0.25).float() - 0.5).abs().max() < 1e-4
+
+
+@needs_dot_products
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
     parts, before = operands(1, 3, 3, 200, 130, 32, 32), torch.get_num_threads()
     many = cpu.flash_attention(*parts, 0.2)
