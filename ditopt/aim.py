@@ -58,10 +58,10 @@ class Aim:
             return found
         predicts = tuner.predicts(solution)
         aims = self._aims(predicts)
-        if least is None or not tuner.refittable(solution) or not aims:
-            why = "it predicts ranges of blocks, by the profile's own factors"
-            if not aims:
-                why = "every step is computed, and techniques leave 'second_order' out"
+        why = tuner.obstacle(solution)
+        if not aims:
+            why = "every step is computed, and techniques leave 'second_order' out"
+        if least is None or why is not None:
             self.reasons.append(f"not refitted towards a second-order path: {why}")
             return found
         best, nearest, enough = found, least, dense + AIM_SPARE_DB

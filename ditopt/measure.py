@@ -90,7 +90,9 @@ class Evaluator:
         return FAILED if samples is None else compare(samples, [self.references[pair] for pair in pairs])
 
     def quality(self, rules: Sequence[Rule], pairs: Sequence[tuple[str, int]]) -> tuple[Quality, float]:
-        """Quality of ``rules`` on ``pairs``, and the mean seconds of a generation."""
+        """Quality of ``rules`` on ``pairs``, and the mean seconds of a generation; ``FAILED`` as ``compare`` has it."""
+        self.bind(rules)
         began = time.perf_counter()
         samples = self.samples(rules, pairs)
-        return self.compare(samples, pairs), (time.perf_counter() - began) / len(pairs)
+        seconds = (time.perf_counter() - began) / len(pairs)
+        return self.compare(samples, pairs), seconds

@@ -147,9 +147,13 @@ class Tuner:
             return None
         return compare(samples, [finer[pair].sample for pair in self.pairs]).psnr
 
-    def refittable(self, solution: Solution) -> bool:
-        """Whether the plan can be refitted in closed loop: one that predicts ranges of blocks cannot."""
-        return self._steering is not None and not solution.draft.ranges
+    def obstacle(self, solution: Solution) -> str | None:
+        """Why the plan cannot be aimed; None if it can."""
+        if self._steering is None:
+            return "fits are left out of the techniques, or there are no dense paths"
+        if solution.draft.ranges:
+            return "it predicts ranges of blocks, by the profile's own factors"
+        return "the tuning prompts' samples under it are not known" if self.finer_of(solution) is None else None
 
     @staticmethod
     def predicts(solution: Solution) -> bool:
@@ -167,7 +171,7 @@ class Tuner:
         second-order paths are known.
         """
         finer = self.evaluator.finer
-        if self._steering is None or not self.refittable(solution) or not all(pair in finer for pair in self.pairs):
+        if self._steering is None or solution.draft.ranges or not all(pair in finer for pair in self.pairs):
             return None
         self.stage_name = "aim"
         paths = self.evaluator.paths[self.network]

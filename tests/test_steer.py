@@ -252,8 +252,9 @@ def test_an_aimed_plan_is_nearer_to_the_second_order_samples(tuner: Tuner) -> No
 @pytest.mark.parametrize("tuner", [euler], indirect=True)
 def test_a_plan_that_computes_every_step_is_aimed_too(tuner: Tuner) -> None:
     plain = solve_kept(tuner.problem, tuner.problem.steps)
-    assert not tuner.predicts(plain) and tuner.refittable(plain)
+    assert "are not known" in str(tuner.obstacle(plain))
     tuner._measure(plain.rules)
+    assert not tuner.predicts(plain) and tuner.obstacle(plain) is None
     assert tuner.finer_of(plain) == pytest.approx(tuner.finer_psnr, abs=0.05), "it is the dense model"
     aimed = tuner.aim(plain, 0.0, 1.0)
     before, after = tuner.finer_of(plain), tuner.finer_of(aimed)
@@ -263,6 +264,15 @@ def test_a_plan_that_computes_every_step_is_aimed_too(tuner: Tuner) -> None:
     assert samples is not None
     finer = [tuner.evaluator.finer[pair].sample for pair in tuner.pairs]
     assert compare(samples, finer).psnr == pytest.approx(after, abs=0.05), "the compiled plan does what was promised"
+
+
+@pytest.mark.parametrize("tuner", [euler], indirect=True)
+def test_what_cannot_be_aimed_has_its_reason(tuner: Tuner) -> None:
+    plain = solve_kept(tuner.problem, 6)
+    ranged = replace(plain, draft=replace(plain.draft, ranges={"blocks.0..1": None}))  # type: ignore[dict-item]
+    assert "predicts ranges of blocks" in str(tuner.obstacle(ranged))
+    tuner._steering = None
+    assert "fits are left out" in str(tuner.obstacle(plain)) and tuner.aim(plain, 0.5) is None
 
 
 @pytest.mark.parametrize("tuner", [euler], indirect=True)

@@ -46,8 +46,8 @@ class FakeTuner:
     def predicts(self, solution: object) -> bool:
         return True
 
-    def refittable(self, solution: object) -> bool:
-        return True
+    def obstacle(self, solution: object) -> str | None:
+        return None
 
     def missing_db(self, solution: object) -> float:
         return 0.0
@@ -404,17 +404,15 @@ def test_a_plan_without_room_for_second_order_is_aimed_by_its_fits(monkeypatch: 
 
 def test_a_plan_that_cannot_be_aimed_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     class Plain(AimingTuner):
-        def refittable(self, solution: object) -> bool:
-            return False
+        def obstacle(self, solution: object) -> str | None:
+            return "of a reason"
 
     monkeypatch.setattr(verify, "Tuner", Plain)
     one = searching(SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}), Target(speedup=2.0))
     solution: Any = SimpleNamespace(rules=())
     before = Found((), Quality(40.0, 40.0, 0.0, (40.0,)), {"transformer": solution}, one._tuners)
     assert one._aim(before) is before
-    assert one.reasons == [
-        "not refitted towards a second-order path: it predicts ranges of blocks, by the profile's own factors"
-    ]
+    assert one.reasons == ["not refitted towards a second-order path: of a reason"]
 
 
 class Computes(AimingTuner):

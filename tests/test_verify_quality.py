@@ -40,8 +40,8 @@ class FakeTuner:
     def predicts(self, solution: object) -> bool:
         return True
 
-    def refittable(self, solution: object) -> bool:
-        return True
+    def obstacle(self, solution: object) -> str | None:
+        return None
 
     def find(self, margin: float) -> Any:
         self.margins.append(margin)

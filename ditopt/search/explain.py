@@ -20,6 +20,7 @@ AS_TRACED = "as the model has it"
 OWN_ORDER = "outputs as computed"
 NOT_AIMED = "before fits and computed steps were aimed so, samples were farther from those of a second-order solver"
 
+STEPS_GIVEN = "the steps given are better spent here"
 _OTHERWISE = "the whole schedule's error, the limit of {} variants, a block range, or what was measured decided"
 
 
@@ -118,7 +119,8 @@ def _rivals(
             yield Rival(candidate.name, np.inf, np.inf, _impossible(candidate, history))
             continue
         change = ledger.cost(family, step, history) - own + shift
-        reason = _against(ledger, choice, error, change, shift, max_variants)
+        everything = len(computed) == len(ledger.among)
+        reason = _against(ledger, choice, error, change, shift, max_variants, everything)
         yield Rival(candidate.name, error, objective + change, reason)
 
 
@@ -146,11 +148,15 @@ def _against_computing(ledger: _Ledger, step: int, change: float, limit: int) ->
     return f"would lower the predicted objective by {-change:.3g} s, but {_OTHERWISE.format(limit)}"
 
 
-def _against(ledger: _Ledger, choice: StepChoice, error: float, change: float, shift: float, limit: int) -> str:
+def _against(
+    ledger: _Ledger, choice: StepChoice, error: float, change: float, shift: float, limit: int, everything: bool
+) -> str:
+    """``everything``: whether the plan computes all steps."""
     unit = "" if ledger.lam is None else " s"
     if choice.candidate is None:
         if change >= 0 and ledger.lam is None:
-            return f"raises the plan's error (objective +{change:.3g}); the steps given are better spent here"
+            spent = "rollouts or the speed asked for let all steps be computed" if everything else STEPS_GIVEN
+            return f"raises the plan's error (objective +{change:.3g}); {spent}"
         if change >= 0 and change - shift < 0:
             return f"cheaper here, but later steps need this one computed (objective +{change:.3g}{unit})"
         if change >= 0:

@@ -101,6 +101,9 @@ def test_exactly_so_many_steps_are_kept(count: int) -> None:
     solution = solve_kept(random_problem(2, 9), count)
     assert len(solution.kept) == count and solution.variants <= 8
     assert solution.predicted_seconds == pytest.approx(count + 0.1 * (9 - count))
+    reasons = [rival.reason for explanation in solution.explanations for rival in explanation.rivals]
+    assert any("let all steps be computed" in reason for reason in reasons) == (count == 9)
+    assert any("better spent here" in reason for reason in reasons) == (count == 4)
 
 
 def test_what_cannot_be_solved_is_named() -> None:
