@@ -3,6 +3,7 @@
 ``ditopt::attention`` stands for one attention call of the model while a graph is analysed, so that no
 device decomposes it out of sight. The pass ``lower_attention`` turns it back before Inductor sees it, unless the pass
 ``flash`` has put ``ditopt::flash_attention`` in its place, of which ``refusal`` tells what its kernels do not take.
+``ditopt::block_sparse_attention`` attends to listed blocks of keys only (``block_sparse_attention.lists``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditopt._torch import has_amx, has_bfloat16_dot_products
+from ditopt.kernels.block_sparse_attention.lists import BlockLists, check
 
 LIBRARY = torch.library.Library("ditopt", "DEF")
 LIBRARY.define(
@@ -19,6 +21,10 @@ LIBRARY.define(
     "bool is_causal=False, float? scale=None, bool enable_gqa=False) -> Tensor"
 )
 LIBRARY.define("flash_attention(Tensor query, Tensor key, Tensor value, float scale) -> Tensor")
+LIBRARY.define(
+    "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor indices, Tensor counts, int query_block, "
+    "int key_block, float scale) -> (Tensor, Tensor)"
+)
 
 SETTINGS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 """What attention takes behind its three operands, with its defaults, in order."""
@@ -67,6 +73,7 @@ torch.library.register_fake("ditopt::attention", plain_attention, lib=LIBRARY)
 
 ATTENTION = torch.ops.ditopt.attention.default
 FLASH_ATTENTION = torch.ops.ditopt.flash_attention.default
+BLOCK_SPARSE_ATTENTION = torch.ops.ditopt.block_sparse_attention.default
 
 
 def _fake_flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -80,8 +87,9 @@ torch.library.register_fake("ditopt::flash_attention", _fake_flash_attention, li
 def refusal(query: Tensor, key: Tensor, value: Tensor, scale: float, dtype: torch.dtype) -> str | None:
     """Why no kernel of ``ditopt::flash_attention`` takes these operands, were they of ``dtype``; None if one does."""
     parts = (query, key, value)
-    if any(part.device.type != "cpu" for part in parts):
-        return f"there is no kernel for {query.device.type}"
+    elsewhere = _elsewhere(*parts)
+    if elsewhere is not None:
+        return elsewhere
     if dtype != torch.bfloat16:
         return f"there is a kernel for torch.bfloat16 only, not for {dtype}"
     if not has_bfloat16_dot_products():
@@ -90,11 +98,65 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, scale: float, dtype: torc
         return "this processor has AMX, which torch's attention uses"
     if len({part.dtype for part in parts}) > 1:
         return f"operands are of several dtypes: {', '.join(str(part.dtype) for part in parts)}"
+    mismatch = _mismatch(query, key, value, scale)
+    if mismatch is not None:
+        return mismatch
+    odd = query.shape[3] % 2 or value.shape[3] % 2
+    return f"an odd number of channels: {query.shape[3]}, {value.shape[3]}" if odd else None
+
+
+def _fake_block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    query_block: int,
+    key_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    out = _fake_flash_attention(query, key, value, scale)
+    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+torch.library.register_fake("ditopt::block_sparse_attention", _fake_block_sparse_attention, lib=LIBRARY)
+
+QUERY_TASK = 64
+"""Blocks of queries have a multiple of so many tokens."""
+
+
+def block_sparse_refusal(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, scale: float) -> str | None:
+    """Why no kernel of ``ditopt::block_sparse_attention`` takes these operands; None if one does."""
+    parts = (query, key, value)
+    elsewhere = _elsewhere(*parts, lists.indices, lists.counts)
+    if elsewhere is not None:
+        return elsewhere
+    if len({part.dtype for part in parts}) > 1 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        dtypes = ", ".join(str(part.dtype) for part in parts)
+        return f"operands are of {dtypes}; all of float32, of bfloat16 or of float16 are taken"
+    mismatch = _mismatch(query, key, value, scale)
+    if mismatch is not None:
+        return mismatch
+    if lists.query_block % QUERY_TASK or lists.key_block % 2:
+        sizes = f"blocks of {lists.query_block} queries and {lists.key_block} keys"
+        return f"{sizes}: multiples of {QUERY_TASK} and of 2 are taken"
+    return check(lists, query.shape[0], query.shape[1], query.shape[2])
+
+
+def _elsewhere(*parts: Tensor) -> str | None:
+    """Of operands on a device that there is no kernel for, the first one's; None if all are on the processor."""
+    devices = [part.device.type for part in parts if part.device.type != "cpu"]
+    return f"there is no kernel for {devices[0]}" if devices else None
+
+
+def _mismatch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> str | None:
+    """What does not fit in attention's operands and their scale; None if all does."""
+    parts = (query, key, value)
     if any(part.ndim != 4 for part in parts) or len({part.shape[0] for part in parts}) > 1:
         return "operands are not [B, H, S, D] of one batch"
     shapes = ", ".join(str(list(part.shape)) for part in parts)
-    if query.shape[3] % 2 or value.shape[3] % 2 or 0 in (*query.shape, *key.shape, *value.shape):
-        return f"an odd number of channels, or no token at all: {shapes}"
+    if 0 in (*query.shape, *key.shape, *value.shape):
+        return f"a size is 0, so there is no token, head or channel at all: {shapes}"
     if key.shape[:3] != value.shape[:3] or query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3]:
         return f"heads, tokens or channels do not match: {shapes}"
-    return None if scale > 0 else f"the scale is {scale:g}"
+    return None if scale > 0 else f"the scale is {scale:g}, it has to be above 0"

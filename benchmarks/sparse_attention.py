@@ -1,0 +1,116 @@
+"""Attention to listed blocks against torch's dense one, in turn: how much of the ideal speed-up each density gives.
+
+    python -m benchmarks.sparse_attention [--flex] [--json FILE]
+
+8 heads of 4,096 tokens and 64 channels, seeded operands, random lists of 64 x 64 blocks. Equal budgets give every head
+the density; unequal ones one dense head among seven. The ideal is dense time times density. ``--flex`` times compiled
+FlexAttention on the same lists as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ditopt.device import describe_device
+from ditopt.kernels.block_sparse_attention.cpu import block_sparse_attention
+from ditopt.kernels.block_sparse_attention.lists import BlockLists
+from ditopt.profiler.timing import time_in_turn, timed, warmed
+
+HEADS, TOKENS, CHANNELS, BLOCK = 8, 4096, 64, 64
+DENSITIES = (1.0, 0.5, 0.25, 0.1, 0.05)
+
+
+def lists_of(density: float, equal: bool) -> BlockLists:
+    """Random lists; ``equal``: every head has the density, else the first head has all blocks."""
+    count, generator = TOKENS // BLOCK, torch.Generator().manual_seed(0)
+    budget = max(1, round(density * count))
+    order = torch.rand(1, HEADS, count, count, generator=generator).argsort(-1)
+    attended = order < budget
+    if not equal:
+        attended[:, 0] = True
+    return BlockLists.from_map(attended, BLOCK, BLOCK)
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists) -> Callable[[], Tensor]:
+    """Compiled FlexAttention on the same lists, as full blocks."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    count = TOKENS // BLOCK
+    indices = F.pad(lists.indices, (0, count - lists.indices.shape[-1])).contiguous()
+    none = torch.zeros_like(lists.counts)
+    mask = BlockMask.from_kv_blocks(none, torch.zeros_like(indices), lists.counts, indices, BLOCK_SIZE=(BLOCK, BLOCK))
+    compiled: Any = torch.compile(flex_attention, fullgraph=True)
+    return partial(compiled, query, key, value, block_mask=mask)
+
+
+def measure(dtype: torch.dtype, density: float, equal: bool, with_flex: bool) -> dict[str, Any]:
+    """Seconds of every contender and the share of the ideal speed-up."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, TOKENS, HEADS, CHANNELS).mul(1.5).to(dtype).transpose(1, 2) for _ in range(3))
+    lists = lists_of(density, equal)
+    real = float(lists.density(TOKENS, TOKENS).mean())
+    contenders: dict[str, Callable[[], Tensor]] = {
+        "torch": partial(F.scaled_dot_product_attention, query, key, value),
+        "ditopt": lambda: block_sparse_attention(
+            query, key, value, lists.indices, lists.counts, BLOCK, BLOCK, CHANNELS**-0.5
+        )[0],
+    }
+    if with_flex:
+        contenders["flex"] = flex(query, key, value, lists)
+    with torch.no_grad():
+        seconds = time_in_turn({name: warmed(timed(run)) for name, run in contenders.items()})
+    rate = 4 * HEADS * TOKENS**2 * CHANNELS * real / 1e9
+    found: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "density": real, "equal": equal}
+    for name, taken in seconds.items():
+        found[name] = {"seconds": taken, "gflops": (rate if name != "torch" else rate / real) / taken}
+        if name != "torch":
+            found[name]["of_ideal"] = seconds["torch"] * real / taken
+    return found
+
+
+def peak(dtype: torch.dtype) -> float:
+    """GFLOP/s of a product of 2,048 x 2,048 matrices, the median of nine."""
+    one = torch.randn(2048, 2048).to(dtype)
+    run = warmed(timed(lambda: one @ one))
+    return 2 * 2048**3 / statistics.median(run() for _ in range(9)) / 1e9
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Time and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flex", action="store_true", help="time compiled FlexAttention too")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args(argv)
+    kept: dict[str, Any] = {"device": describe_device(torch.device("cpu")), "torch": torch.__version__, "rows": []}
+    print(f"{kept['device']}, torch {kept['torch']}")
+    for dtype in (torch.float32, torch.bfloat16):
+        kept[f"peak_{dtype}".replace("torch.", "")] = highest = peak(dtype)
+        print(f"{dtype}: products reach {highest:.0f} GFLOP/s")
+        for density in DENSITIES:
+            for equal in (True, False) if density < 1 else (True,):
+                found = measure(dtype, density, equal, options.flex)
+                kept["rows"].append(found)
+                print(f"  density {found['density']:.3f}{'' if equal else ', one dense head'}")
+                for name in ("torch", "ditopt", "flex"):
+                    if name in found:
+                        each = found[name]
+                        share = f", {each['of_ideal']:.0%} of the ideal" if "of_ideal" in each else ""
+                        print(f"    {name:7}{1e3 * each['seconds']:9.3f} ms {each['gflops']:7.0f} GFLOP/s{share}")
+    if options.json:
+        options.json.write_text(json.dumps(kept, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""How the tokens of a sequence lie in space: frames x rows x columns, and text before or behind them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ditopt.errors import InputError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Tokens in raster order (columns fastest, frames slowest), with ``text`` tokens of a prompt beside them.
+
+    An image has one frame. ``text_first``: text stands before the video's tokens, else behind them.
+
+    Raises:
+        InputError: a size is below 1, or there is a negative number of text tokens.
+    """
+
+    frames: int
+    rows: int
+    columns: int
+    text: int = 0
+    text_first: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.frames, self.rows, self.columns) < 1 or self.text < 0:
+            raise InputError(f"{self}: frames, rows and columns have to be at least 1, text at least 0")
+
+    def __str__(self) -> str:
+        text = f" with {self.text} text tokens" if self.text else ""
+        return f"geometry of {self.frames} x {self.rows} x {self.columns} tokens{text}"
+
+    @property
+    def video(self) -> int:
+        """Tokens without text."""
+        return self.frames * self.rows * self.columns
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of the sequence."""
+        return self.video + self.text
+
+    def expect(self, tokens: int) -> None:
+        """Check that a sequence has the tokens of this geometry.
+
+        Raises:
+            InputError: it has another number.
+        """
+        if tokens != self.tokens:
+            raise InputError(f"{self} makes {self.tokens} tokens, the sequence has {tokens}")

@@ -1,0 +1,451 @@
+// Attention to lists of key blocks, on x86-64, in the widest vectors that it is compiled for and DITOPT_LANES lets it use;
+// bfloat16 needs AVX-512's dot products.
+//
+// One task is 64 queries of one head, and the longest lists are begun first. Within a task everything is held transposed,
+// queries along the lanes: scores [key][query], the result [channel][query]. So maxima and sums over keys are plain
+// vector operations, and keys and values are read as broadcast words. A word is what a product takes at once: one float,
+// or a pair of bfloat16 numbers. Keys are read where they lie; bfloat16 values are interleaved once, rows 2j and 2j+1
+// channel by channel, as a product over keys takes them in pairs.
+//
+// Neighbouring blocks of a list make a run, and a run is taken in chunks of at most CHUNK keys between two rescalings.
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+namespace {
+
+#ifndef DITOPT_LANES
+#define DITOPT_LANES 16
+#endif
+#if defined(__AVX512F__) && DITOPT_LANES >= 16
+#define DITOPT_AVX512
+constexpr int LANES = 16, VECTORS = 4;  // 6 x 4 of 32 registers are sums
+#elif defined(__AVX__) && DITOPT_LANES >= 8
+#define DITOPT_AVX
+constexpr int LANES = 8, VECTORS = 2;   // 6 x 2 of 16
+#else
+constexpr int LANES = 4, VECTORS = 2;
+#endif
+constexpr int TASK = 64;                 // queries
+constexpr int STRIP = LANES * VECTORS;   // queries of a register tile
+constexpr int STRIPS = TASK / STRIP;
+constexpr int CHUNK = 96;                // keys
+constexpr int ROWS = 6;                  // of a register tile
+
+typedef float Floats __attribute__((vector_size(LANES * 4), may_alias));  // words are stored as either, read as either
+typedef int32_t Ints __attribute__((vector_size(LANES * 4), may_alias));
+
+template <class To, class From>
+inline To bits(From value) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &value, sizeof to);
+    return to;
+}
+
+template <class V>
+inline V load(const void* at) {
+    return *(const V*)at;  // aligned
+}
+
+inline void store(void* at, Floats value) { *(Floats*)at = value; }
+inline void store(void* at, Ints value) { *(Ints*)at = value; }
+
+inline Floats all(float value) { return Floats{} + value; }
+
+// The second where either is NaN: so NaN in a later score is kept, and one in an earlier score is in the sum already.
+inline Floats larger(Floats one, Floats two) {
+#if defined(DITOPT_AVX512)
+    return (Floats)_mm512_max_ps((__m512)one, (__m512)two);
+#elif defined(DITOPT_AVX)
+    return (Floats)_mm256_max_ps((__m256)one, (__m256)two);
+#else
+    return one > two ? one : two;
+#endif
+}
+
+// 2^x for x <= 0, by a polynomial of least relative error on [-1/2, 1/2]: 7.5e-5, or 9.1e-8 and exact for 0. NaN stays
+// NaN, -inf gives 0.
+template <int degree>
+inline Floats exp2_of(Floats x) {
+#if defined(DITOPT_AVX512)
+    const Floats whole = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const Floats magic = all(12582912.0f);  // 1.5 * 2^23: the sum's last bits are the nearest integer
+    const Floats bounded = x < -126.0f ? all(-126.0f) : x;
+    const Floats shifted = bounded + magic, whole = shifted - magic;
+#endif
+    const Floats part = x - whole;
+    Floats power;
+    if constexpr (degree == 3) {
+        power = part * 0.05517166f + 0.24261113f;
+        power = power * part + 0.69326097f;
+        power = power * part + 0.99992806f;
+    } else {
+        power = part * 1.32647273e-3f + 9.67151299e-3f;
+        power = power * part + 5.55073358e-2f;
+        power = power * part + 2.40222424e-1f;
+        power = power * part + 6.93147004e-1f;
+        power = power * part + 1.0f;
+    }
+#if defined(DITOPT_AVX512)
+    return (Floats)_mm512_scalef_ps((__m512)power, (__m512)whole);
+#else
+    const Floats scale = bits<Floats>((bits<Ints>(shifted) + 127) << 23);
+    return x < -126.0f ? all(0.0f) : power * scale;
+#endif
+}
+
+// Products of float32: a word is a number.
+struct Single {
+    typedef float Element;
+    static constexpr int PACKED = 1, DEGREE = 5;
+
+    static Floats add_product(Floats sum, Ints lanes, const void* word) {
+        return sum + bits<Floats>(lanes) * *(const float*)word;
+    }
+};
+
+#if defined(DITOPT_AVX512) && defined(__AVX512BF16__)
+#define DITOPT_PAIRS
+// Products of bfloat16 pairs, summed in float32.
+struct Paired {
+    typedef uint16_t Element;
+    static constexpr int PACKED = 2, DEGREE = 3;
+
+    static Floats add_product(Floats sum, Ints lanes, const void* word) {
+        int pair;
+        std::memcpy(&pair, word, sizeof pair);  // keys may lie at odd numbers
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)lanes, (__m512bh)_mm512_set1_epi32(pair));
+    }
+
+    // Lane i holds (even[i], odd[i]), the even one in the lower half.
+    static Ints join(Floats even, Floats odd) {
+        const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+        const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                               23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        return (Ints)_mm512_permutexvar_epi16(order, halves);
+    }
+
+    static void interleave(const uint16_t* even, const uint16_t* odd, int channels, uint32_t* to) {
+        int c = 0;
+        for (; c + 16 <= channels; c += 16) {
+            const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(even + c)));
+            __m512i high = _mm512_setzero_si512();
+            if (odd) high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(odd + c))), 16);
+            _mm512_storeu_si512(to + c, _mm512_or_si512(low, high));
+        }
+        for (; c < channels; ++c) to[c] = even[c] | (odd ? uint32_t(odd[c]) << 16 : 0u);
+    }
+};
+#endif
+
+// One stage of a transposition: rows i and i + S exchange every second group of S lanes.
+template <int S, bool SECOND, std::size_t... I>
+inline Ints exchanged(Ints one, Ints two, std::index_sequence<I...>) {
+    return __builtin_shufflevector(one, two, (int(I) / S % 2 == 0 ? int(I) + (SECOND ? S : 0)
+                                                                  : LANES + int(I) - (SECOND ? 0 : S))...);
+}
+
+template <int S>
+inline void exchange(Ints (&rows)[LANES]) {
+    constexpr auto lanes = std::make_index_sequence<LANES>();
+    for (int i = 0; i < LANES; ++i)
+        if (i / S % 2 == 0) {
+            const Ints one = rows[i], two = rows[i + S];
+            rows[i] = exchanged<S, false>(one, two, lanes);
+            rows[i + S] = exchanged<S, true>(one, two, lanes);
+        }
+    if constexpr (2 * S < LANES) exchange<2 * S>(rows);
+}
+
+// `high` x `wide` words at `from`, transposed at `to`; what is missing of LANES x LANES is not read and not written.
+inline void transpose(const char* from, int64_t stride, int high, int wide, char* to, int64_t to_stride) {
+    Ints rows[LANES];
+    for (int i = 0; i < LANES; ++i) {
+        rows[i] = Ints{};
+        if (i < high) std::memcpy(&rows[i], from + i * stride, wide == LANES ? LANES * 4 : wide * 4);
+    }
+    exchange<1>(rows);
+    for (int i = 0; i < LANES && i < wide; ++i)
+        std::memcpy(to + i * to_stride, &rows[i], high == LANES ? LANES * 4 : high * 4);
+}
+
+struct State {
+    alignas(64) float scores[CHUNK][STRIP];
+    alignas(64) int32_t shares[CHUNK][STRIP];  // softmax numerators, as words
+    alignas(64) float largest[TASK], sum[TASK], scaled[STRIP];
+};
+
+// `rows` keys against a strip of queries; folds the scores into `largest`.
+template <class F, int rows>
+inline void score(const typename F::Element* keys, int64_t stride, const int32_t* queries, int words,
+                  float (*scores)[STRIP], Floats (&largest)[VECTORS]) {
+    Floats sums[rows][VECTORS] = {};
+    for (int word = 0; word < words; ++word) {
+        Ints lanes[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) lanes[v] = load<Ints>(queries + word * STRIP + LANES * v);
+        for (int r = 0; r < rows; ++r)
+            for (int v = 0; v < VECTORS; ++v)
+                sums[r][v] = F::add_product(sums[r][v], lanes[v], keys + r * stride + word * F::PACKED);
+    }
+    for (int r = 0; r < rows; ++r)
+        for (int v = 0; v < VECTORS; ++v) {
+            store(scores[r] + LANES * v, sums[r][v]);
+            largest[v] = larger(largest[v], sums[r][v]);
+        }
+}
+
+// `rows` channels of the result: what there is, scaled, and the values of `words` words of keys.
+template <class F, int rows>
+inline void gather(const int32_t* values, int64_t stride, const int32_t (*shares)[STRIP], int words,
+                   const float* scaled, float* result) {
+    Floats sums[rows][VECTORS];
+    for (int r = 0; r < rows; ++r)
+        for (int v = 0; v < VECTORS; ++v)
+            sums[r][v] = load<Floats>(result + r * STRIP + LANES * v) * load<Floats>(scaled + LANES * v);
+    for (int word = 0; word < words; ++word) {
+        Ints lanes[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) lanes[v] = load<Ints>(shares[word] + LANES * v);
+        for (int r = 0; r < rows; ++r)
+            for (int v = 0; v < VECTORS; ++v)
+                sums[r][v] = F::add_product(sums[r][v], lanes[v], values + word * stride + r);
+    }
+    for (int r = 0; r < rows; ++r)
+        for (int v = 0; v < VECTORS; ++v) store(result + r * STRIP + LANES * v, sums[r][v]);
+}
+
+// Calls `tile<rows>(at)` until `count` rows are done, ROWS at a time and then the rest at once.
+template <class Tile>
+inline void in_tiles(int count, Tile tile) {
+    int at = 0;
+    for (; at + ROWS <= count; at += ROWS) tile(std::integral_constant<int, ROWS>(), at);
+    switch (count - at) {
+        case 5: tile(std::integral_constant<int, 5>(), at); break;
+        case 4: tile(std::integral_constant<int, 4>(), at); break;
+        case 3: tile(std::integral_constant<int, 3>(), at); break;
+        case 2: tile(std::integral_constant<int, 2>(), at); break;
+        case 1: tile(std::integral_constant<int, 1>(), at); break;
+    }
+}
+
+// Numerators of `count` scores a query, their sum and what earlier results are scaled by.
+template <class F>
+inline void softmax(State& state, float* sums, float* most, const Floats (&largest)[VECTORS], int count, float factor) {
+    const float lowest = -std::numeric_limits<float>::infinity();
+    for (int v = 0; v < VECTORS; ++v) {
+        const Floats before = load<Floats>(most + LANES * v);
+        // Where all scores so far are -inf nothing is subtracted from them, so that they stay it.
+        const Floats shift = largest[v] == lowest ? all(0.0f) : largest[v] * factor;
+        // Where the largest stays this is 1, so that earlier keys do not fade with the number of chunks.
+        const Floats scaled = exp2_of<5>(before * factor - shift);
+        Floats sum = load<Floats>(sums + LANES * v) * scaled;
+        const auto share = [&](int row) {
+            return exp2_of<F::DEGREE>(load<Floats>(state.scores[row] + LANES * v) * factor - shift);
+        };
+        for (int row = 0; row < count; row += F::PACKED) {
+            Floats one = share(row);
+            if constexpr (F::PACKED == 1) {
+                store(state.shares[row] + LANES * v, one);
+            } else {
+                Floats two = row + 1 < count ? share(row + 1) : Floats{};
+                store(state.shares[row / 2] + LANES * v, F::join(one, two));
+                one += two;
+            }
+            sum += one;
+        }
+        store(most + LANES * v, largest[v]);
+        store(sums + LANES * v, sum);
+        store(state.scaled + LANES * v, scaled);
+    }
+}
+
+struct Sizes {
+    int64_t batch, heads, key_heads, queries, keys, depth, channels, list_batch, width, query_block, key_block;
+};
+
+inline int64_t blocks(int64_t tokens, int64_t block) { return (tokens + block - 1) / block; }
+
+// The first list that is wrong, as {row, what, value}: what is 1 for a count, 2 for an index; row -1 if none is.
+void check(const Sizes& s, const int32_t* indices, const int32_t* counts, int64_t* wrong) {
+    const int64_t rows = s.list_batch * s.heads * blocks(s.queries, s.query_block);
+    const int64_t key_blocks = blocks(s.keys, s.key_block);
+    wrong[0] = -1;
+    for (int64_t row = 0; row < rows; ++row) {
+        if (counts[row] < 0 || counts[row] > s.width) {
+            wrong[0] = row, wrong[1] = 1, wrong[2] = counts[row];
+            return;
+        }
+        int64_t before = -1;
+        for (int64_t i = 0; i < counts[row]; ++i) {
+            const int64_t index = indices[row * s.width + i];
+            if (index <= before || index >= key_blocks) {
+                wrong[0] = row, wrong[1] = 2, wrong[2] = index;
+                return;
+            }
+            before = index;
+        }
+    }
+}
+
+template <class F>
+void attend(const typename F::Element* query, const typename F::Element* key, const typename F::Element* value,
+            typename F::Element* out, float* lse, const int32_t* indices, const int32_t* counts, int32_t* interleaved,
+            const Sizes& s, const int64_t* strides, float scale, int threads) {
+    typedef typename F::Element Element;
+    const int64_t *of_query = strides, *of_key = strides + 3, *of_value = strides + 6, *of_out = strides + 9;
+    const int words = int(s.depth / F::PACKED), channels = int(s.channels), out_words = channels / F::PACKED;
+    const int64_t tiles = blocks(s.queries, TASK), query_blocks = blocks(s.queries, s.query_block);
+    const int64_t value_words = blocks(s.keys, F::PACKED), tasks = s.batch * s.heads * tiles;
+    const float factor = scale * 1.44269504088896f, lowest = -std::numeric_limits<float>::infinity();
+
+    const auto list_of = [&](int64_t task) {
+        const int64_t tile = task % tiles, head = task / tiles % s.heads, b = task / tiles / s.heads;
+        return ((s.list_batch > 1 ? b : 0) * s.heads + head) * query_blocks + tile * TASK / s.query_block;
+    };
+    std::vector<int64_t> order(tasks);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return counts[list_of(a)] > counts[list_of(b)]; });
+
+#pragma omp parallel num_threads(threads)
+    {
+        if constexpr (F::PACKED == 2) {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < s.batch * s.key_heads * value_words; ++row) {
+                const int64_t word = row % value_words, head = row / value_words % s.key_heads, b = row / value_words / s.key_heads;
+                const Element* even = value + b * of_value[0] + head * of_value[1] + 2 * word * of_value[2];
+                F::interleave(even, 2 * word + 1 < s.keys ? even + of_value[2] : nullptr, channels, (uint32_t*)interleaved + row * channels);
+            }
+        }
+
+        auto* state = (State*)std::aligned_alloc(64, sizeof(State));
+        const int64_t room = (int64_t(words) + channels) * TASK;
+        auto* packed = (int32_t*)std::aligned_alloc(64, room * 4);  // [STRIPS][words][STRIP]
+        float* result = (float*)packed + int64_t(words) * TASK;     // [STRIPS][channels][STRIP]
+#pragma omp for schedule(dynamic)
+        for (int64_t number = 0; number < tasks; ++number) {
+            const int64_t task = order[number], list = list_of(task);
+            const int64_t tile = task % tiles, head = task / tiles % s.heads, b = task / tiles / s.heads;
+            const int64_t key_head = head / (s.heads / s.key_heads), first_query = tile * TASK;
+            const int here = int(std::min<int64_t>(TASK, s.queries - first_query));
+            const Element* from = query + b * of_query[0] + head * of_query[1] + first_query * of_query[2];
+            const Element* head_keys = key + b * of_key[0] + key_head * of_key[1];
+            const int32_t* head_values;
+            int64_t value_stride;
+            if constexpr (F::PACKED == 2) {
+                head_values = interleaved + (b * s.key_heads + key_head) * value_words * channels;
+                value_stride = channels;
+            } else {
+                head_values = (const int32_t*)(value + b * of_value[0] + key_head * of_value[1]);
+                value_stride = of_value[2];
+            }
+            std::memset(packed, 0, room * 4);
+            for (int q = 0; q < here; q += LANES)
+                for (int w = 0; w < words; w += LANES)
+                    transpose((const char*)(from + q * of_query[2]) + 4 * w, of_query[2] * int64_t(sizeof(Element)),
+                              std::min(LANES, here - q), std::min(LANES, words - w),
+                              (char*)(packed + (q / STRIP * int64_t(words) + w) * STRIP + q % STRIP), STRIP * 4);
+            std::fill(state->sum, state->sum + TASK, 0.0f);
+            std::fill(state->largest, state->largest + TASK, lowest);
+
+            const int32_t* listed = indices + list * s.width;
+            for (int at = 0; at < counts[list];) {
+                int next = at + 1;
+                while (next < counts[list] && listed[next] == listed[next - 1] + 1) ++next;
+                const int64_t begin = listed[at] * s.key_block, end = std::min<int64_t>(s.keys, (listed[next - 1] + 1) * s.key_block);
+                at = next;
+                const int64_t chunks = blocks(end - begin, CHUNK), even = (blocks(end - begin, chunks) + 1) / 2 * 2;
+                for (int64_t first_key = begin; first_key < end; first_key += even) {
+                    const int count = int(std::min(even, end - first_key));
+                    const Element* chunk = head_keys + first_key * of_key[2];
+                    const int32_t* chunk_values = head_values + first_key / F::PACKED * value_stride;
+                    const int key_words = int(blocks(count, F::PACKED));
+                    for (int strip = 0; strip * STRIP < here; ++strip) {
+                        Floats largest[VECTORS];
+                        for (int v = 0; v < VECTORS; ++v) largest[v] = load<Floats>(state->largest + strip * STRIP + LANES * v);
+                        in_tiles(count, [&](auto rows, int k) {
+                            score<F, rows()>(chunk + k * of_key[2], of_key[2], packed + strip * int64_t(words) * STRIP, words,
+                                             state->scores + k, largest);
+                        });
+                        softmax<F>(*state, state->sum + strip * STRIP, state->largest + strip * STRIP, largest, count, factor);
+                        in_tiles(channels, [&](auto rows, int c) {
+                            gather<F, rows()>(chunk_values + c, value_stride, state->shares, key_words, state->scaled,
+                                              result + (strip * int64_t(channels) + c) * STRIP);
+                        });
+                    }
+                }
+            }
+
+            float* logs = lse + (b * s.heads + head) * s.queries + first_query;
+            for (int q = 0; q < here; ++q) {
+                const float most = state->largest[q];
+                logs[q] = !counts[list] ? lowest : most == -lowest ? most : most * scale + std::log(state->sum[q]);
+            }
+            Element* to = out + b * of_out[0] + head * of_out[1] + first_query * of_out[2];
+            for (int strip = 0; strip * STRIP < here; ++strip) {
+                float* made = result + strip * int64_t(channels) * STRIP;
+                for (int v = 0; v < VECTORS; ++v) {
+                    const int q = strip * STRIP + LANES * v;
+                    if (q >= here) break;
+                    const Floats sum = load<Floats>(state->sum + q);
+                    const Floats weight = counts[list] ? 1.0f / sum : all(0.0f);
+                    for (int w = 0; w < out_words; w += LANES) {
+                        alignas(64) int32_t tile_words[LANES][LANES];
+                        const int wide = std::min(LANES, out_words - w);
+                        for (int i = 0; i < wide; ++i) {
+                            const float* row = made + (w + i) * F::PACKED * STRIP + LANES * v;
+                            if constexpr (F::PACKED == 1)
+                                store(tile_words[i], load<Floats>(row) * weight);
+                            else
+                                store(tile_words[i], F::join(load<Floats>(row) * weight, load<Floats>(row + STRIP) * weight));
+                        }
+                        transpose((const char*)tile_words, LANES * 4, wide, std::min(LANES, here - q),
+                                  (char*)(to + q * of_out[2]) + 4 * w, of_out[2] * int64_t(sizeof(Element)));
+                    }
+                }
+            }
+        }
+        std::free(packed);
+        std::free(state);
+    }
+}
+
+}  // namespace
+
+// How many floats a vector has.
+extern "C" int ditopt_lanes() { return LANES; }
+
+// Sizes as in `Sizes`. Strides, in elements: of query, key, value and result each batch, head, row; the last dimension is
+// dense. `lse` is [batch, heads, queries]. `interleaved` has room for the values in bfloat16, and is not read otherwise.
+// Returns 0; 1 if a list is wrong (`wrong` says which), 2 if no kernel for the element was compiled.
+extern "C" int ditopt_block_sparse_attention(const void* query, const void* key, const void* value, void* out, float* lse,
+                                             const int32_t* indices, const int32_t* counts, int32_t* interleaved,
+                                             const int64_t* sizes, const int64_t* strides, float scale, int element_bytes,
+                                             int threads, int64_t* wrong) {
+    Sizes s;
+    std::memcpy(&s, sizes, sizeof s);
+    check(s, indices, counts, wrong);
+    if (wrong[0] >= 0) return 1;
+    if (element_bytes == 4) {
+        attend<Single>((const float*)query, (const float*)key, (const float*)value, (float*)out, lse, indices, counts,
+                       interleaved, s, strides, scale, threads);
+        return 0;
+    }
+#if defined(DITOPT_PAIRS)
+    attend<Paired>((const uint16_t*)query, (const uint16_t*)key, (const uint16_t*)value, (uint16_t*)out, lse, indices, counts,
+                   interleaved, s, strides, scale, threads);
+    return 0;
+#else
+    return 2;
+#endif
+}

@@ -1,0 +1,97 @@
+"""``ditopt::block_sparse_attention`` on processors: a C++ kernel, built when first called, for the vectors there are.
+
+Float32 runs in AVX-512, AVX2 or whatever else there is; bfloat16 by dot products of pairs where the processor has them,
+and as float32 where not, as float16 does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditopt._torch import has_bfloat16_dot_products, load_cpp
+from ditopt.kernels.block_sparse_attention.lists import BlockLists, told
+from ditopt.kernels.ops import LIBRARY, block_sparse_refusal
+
+SOURCE = Path(__file__).with_name("attention.cpp")
+FLAGS = ("-ffp-contract=fast", "-Wno-psabi")
+WIDEST = 16
+"""Floats of the widest vectors; 8 and 4 are what processors without AVX-512, or without AVX, have."""
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    query_block: int,
+    key_block: int,
+    scale: float,
+    lanes: int = WIDEST,
+) -> tuple[Tensor, Tensor]:
+    """Attention to listed blocks: ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]``, lists -> result, log-sum.
+
+    The result is ``[B, H, S, E]`` of the operands' dtype and lies as ``[B, S, H, E]``; the natural logarithm of the
+    softmax's sum is ``[B, H, S]`` float32. Any strides. Sums are float32. ``BlockLists`` tells of the lists; a query
+    without a listed key has a result of zero and a logarithm of -inf. NaN and infinity go where dense attention to the
+    listed keys has them. ``lanes``: how many floats the kernel's vectors may have.
+
+    Raises:
+        ValueError: the kernel does not take these operands, or a list is wrong; it says which and why.
+    """
+    lists = BlockLists(indices, counts, query_block, key_block)
+    refused = block_sparse_refusal(query, key, value, lists, scale)
+    if refused is not None:
+        raise ValueError(f"ditopt::block_sparse_attention: {refused}")
+    dtype = query.dtype
+    pairs = dtype == torch.bfloat16 and lanes == WIDEST and has_bfloat16_dot_products()
+    pairs = pairs and not (query.shape[3] % 2 or value.shape[3] % 2)
+    if dtype != torch.float32 and not pairs:
+        query, key, value = (part.float() for part in (query, key, value))
+    query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
+    (batch, heads, queries, depth), (_, key_heads, keys, channels) = query.shape, value.shape
+    out = query.new_empty(batch, queries, heads, channels).transpose(1, 2)
+    logs = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    words = batch * key_heads * ((keys + 1) // 2) * channels if pairs else 0
+    interleaved = torch.empty(words, dtype=torch.int32)
+    width = indices.shape[-1]
+    sizes = (batch, heads, key_heads, queries, keys, depth, channels, len(counts), width, query_block, key_block)
+    strides = [stride for part in (query, key, value, out) for stride in part.stride()[:3]]
+    tensors = (query, key, value, out, logs, indices.contiguous(), counts.contiguous(), interleaved)
+    wrong = (ctypes.c_int64 * 3)()
+    failed = library(lanes).ditopt_block_sparse_attention(
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        (ctypes.c_int64 * len(strides))(*strides),
+        ctypes.c_float(scale),
+        ctypes.c_int(query.element_size()),
+        ctypes.c_int(torch.get_num_threads()),
+        wrong,
+    )
+    if failed == 1:
+        row, what, index = wrong
+        key_blocks = -(-keys // key_block)
+        raise ValueError(
+            f"ditopt::block_sparse_attention: {told(counts, row, None if what == 1 else index, width, key_blocks)}"
+        )
+    if failed:
+        raise RuntimeError(
+            f"ditopt::block_sparse_attention: the compiler made no kernel for {dtype}, though the processor has the "
+            "instructions; a newer one (GCC 12 or later) does"
+        )
+    return out.to(dtype), logs
+
+
+@cache
+def library(lanes: int = WIDEST) -> Any:
+    """The kernel, compiled for vectors of at most ``lanes`` floats."""
+    return load_cpp(SOURCE.read_text(encoding="utf-8"), (*FLAGS, f"-DDITOPT_LANES={lanes}"))
+
+
+LIBRARY.impl("block_sparse_attention", block_sparse_attention, "CPU")

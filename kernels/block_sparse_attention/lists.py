@@ -1,0 +1,103 @@
+"""Which blocks of keys every block of queries attends to, as one padded table for all heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def blocks(tokens: int, block: int) -> int:
+    """How many blocks of ``block`` tokens hold ``tokens``; the last one may be short."""
+    return -(-tokens // block)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLists:
+    """Lists of whole blocks; what no list names is not attended to.
+
+    Attributes:
+        indices: ``[B or 1, H, Qb, W]`` int32: key blocks in ascending order; behind a list's count anything.
+        counts: ``[B or 1, H, Qb]`` int32: how many of ``W`` a query block has.
+        query_block: tokens of a query block; the last one may be short.
+        key_block: tokens of a key block.
+    """
+
+    indices: Tensor
+    counts: Tensor
+    query_block: int
+    key_block: int
+
+    @classmethod
+    def from_map(cls, attended: Tensor, query_block: int, key_block: int) -> BlockLists:
+        """The lists of a boolean map ``[B or 1, H, Qb, Kb]``."""
+        counts = attended.sum(-1)
+        width = max(1, int(counts.max()) if counts.numel() else 1)
+        first = torch.argsort(~attended, dim=-1, stable=True)[..., :width]  # what is attended to first, in its order
+        return cls(first.to(torch.int32).contiguous(), counts.to(torch.int32).contiguous(), query_block, key_block)
+
+    def to_map(self, key_blocks: int) -> Tensor:
+        """The boolean map ``[B or 1, H, Qb, key_blocks]``."""
+        within = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
+        spare = torch.where(within, self.indices.long(), key_blocks)
+        found = torch.zeros(*self.counts.shape, key_blocks + 1, dtype=torch.bool, device=self.indices.device)
+        return found.scatter_(-1, spare, True)[..., :key_blocks]  # what is written
+
+    def density(self, queries: int, keys: int) -> Tensor:
+        """``[H]``: the share of all query and key pairs that each head attends to."""
+        key_blocks, query_blocks = blocks(keys, self.key_block), self.counts.shape[-1]
+        key_sizes = _sizes(key_blocks, self.key_block, keys).to(self.indices.device)
+        query_sizes = _sizes(query_blocks, self.query_block, queries).to(self.indices.device)
+        attended = self.to_map(key_blocks).double() @ key_sizes
+        return (attended @ query_sizes).mean(0) / (queries * keys)
+
+
+def _sizes(count: int, block: int, tokens: int) -> Tensor:
+    """Tokens of each of ``count`` blocks."""
+    return (tokens - block * torch.arange(count)).clamp(max=block).double()
+
+
+def check(lists: BlockLists, batch: int, heads: int, queries: int) -> str | None:
+    """What is wrong with the shapes of lists for attention of these sizes; None if nothing is."""
+    indices, counts = lists.indices, lists.counts
+    if indices.ndim != 4 or counts.shape != indices.shape[:3]:
+        return f"indices are {list(indices.shape)} and counts {list(counts.shape)}, not [B, H, Qb, W] and [B, H, Qb]"
+    if indices.dtype != torch.int32 or counts.dtype != torch.int32:
+        return f"indices are {indices.dtype} and counts {counts.dtype}, not torch.int32"
+    if lists.query_block < 1 or lists.key_block < 1:
+        return f"blocks of {lists.query_block} queries and {lists.key_block} keys"
+    query_blocks = blocks(queries, lists.query_block)
+    if counts.shape[0] not in (1, batch) or counts.shape[1:] != (heads, query_blocks):
+        return (
+            f"lists are for {list(counts.shape)} [B, H, Qb], the operands have {[batch, heads, query_blocks]} "
+            f"({queries} queries in blocks of {lists.query_block})"
+        )
+    return None
+
+
+def check_entries(lists: BlockLists, keys: int) -> str | None:
+    """What is wrong with the entries themselves: a count beyond the padding, an index out of range or out of order."""
+    width, key_blocks = lists.indices.shape[-1], blocks(keys, lists.key_block)
+    beyond = (lists.counts < 0) | (lists.counts > width)
+    if beyond.any():
+        return told(lists.counts, beyond.flatten().nonzero()[0].item(), None, width, key_blocks)
+    within = torch.arange(width, device=lists.counts.device) < lists.counts[..., None]
+    before = torch.nn.functional.pad(lists.indices, (1, 0), value=-1)[..., :-1]
+    wrong = within & ((lists.indices <= before) | (lists.indices >= key_blocks))
+    if wrong.any():
+        at = int(wrong.flatten().nonzero()[0])
+        return told(lists.counts, at // width, int(lists.indices.flatten()[at]), width, key_blocks)
+    return None
+
+
+def told(counts: Tensor, row: float, index: int | None, width: int, key_blocks: int) -> str:
+    """The message for a wrong list, number ``row`` of ``counts``: its count, or its entry ``index``."""
+    heads, query_blocks = counts.shape[1:]
+    row = int(row)
+    where = (
+        f"batch {row // query_blocks // heads}, head {row // query_blocks % heads}, query block {row % query_blocks}"
+    )
+    if index is None:
+        return f"the list of {where} has {int(counts.flatten()[row])} entries, its padding has room for 0 to {width}"
+    return f"the list of {where} names key block {index}; there are {key_blocks}, named once each, in ascending order"

@@ -1,0 +1,40 @@
+"""What the kernels of ``ditopt::block_sparse_attention`` have to give, written out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, check, check_entries
+
+
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax over the listed keys of ``scale * query key^T``, times ``value``; and the log of the softmax's sum.
+
+    ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]`` -> ``[B, H, S, E]`` and ``[B, H, S]``, in the operands'
+    dtype (float64 for an oracle). A query without any listed key has a result of zero and a log of -inf. What is not
+    listed does not matter, NaN included.
+
+    Raises:
+        ValueError: lists do not fit the operands, or an entry is wrong.
+    """
+    batch, heads, queries, _ = query.shape
+    wrong = check(lists, batch, heads, queries) or check_entries(lists, key.shape[2])
+    if wrong is not None:
+        raise ValueError(wrong)
+    group = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
+    keys = key.shape[2]
+    attended = lists.to_map(blocks(keys, lists.key_block)).repeat_interleave(lists.key_block, dim=-1)[..., :keys]
+    attended = attended.repeat_interleave(lists.query_block, dim=-2)[..., : query.shape[2], :]
+    scores = (scale * query @ key.transpose(-2, -1)).masked_fill(~attended, -torch.inf)
+    logs = torch.logsumexp(scores, dim=-1)
+    shares = torch.softmax(scores, dim=-1).masked_fill(~attended, 0.0)  # a row of -inf alone gives NaN
+    if value.isfinite().all():
+        out = shares @ value
+    else:  # zero times what is not finite would be NaN where it is not listed
+        products = (shares[..., None] * value[:, :, None]).masked_fill(~attended[..., None], 0.0)
+        out = products.sum(-2)
+    return out, logs

@@ -1,0 +1,235 @@
+"""Sparse patterns: maps of blocks against the definition token by token, orders, text, names."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ditopt.errors import InputError
+from ditopt.geometry import Geometry
+from ditopt.kernels.patterns._infra import Integers, Pattern
+from ditopt.kernels.patterns.band import Band
+from ditopt.kernels.patterns.orders import by_pixel, by_tile, inverse
+from ditopt.kernels.patterns.radial import Radial
+from ditopt.kernels.patterns.registry import PATTERNS, pattern_from_data, pattern_to_data
+from ditopt.kernels.patterns.sink import Sink
+from ditopt.kernels.patterns.spatial import Spatial
+from ditopt.kernels.patterns.temporal import Temporal
+from ditopt.kernels.patterns.union import Union
+from ditopt.kernels.patterns.whole import Everything, Nothing
+from ditopt.kernels.patterns.window import Window
+
+Token = tuple[int, int, int]
+Rule = Callable[[Any, Token, Token, Geometry], bool]
+
+
+def raster(token: Token, geometry: Geometry, frame: bool = True) -> int:
+    """The token's place in the video, or in its frame."""
+    return ((token[0] * frame) * geometry.rows + token[1]) * geometry.columns + token[2]
+
+
+def band(p: Band, q: Token, k: Token, g: Geometry) -> bool:
+    return abs(raster(q, g) - raster(k, g)) <= p.width * g.columns + 1e-9
+
+
+def spatial(p: Spatial, q: Token, k: Token, g: Geometry) -> bool:
+    return abs(q[0] - k[0]) <= p.frames
+
+
+def temporal(p: Temporal, q: Token, k: Token, g: Geometry) -> bool:
+    return abs(q[1] - k[1]) <= p.rows and abs(q[2] - k[2]) <= p.columns
+
+
+def window(p: Window, q: Token, k: Token, g: Geometry) -> bool:
+    return all(abs(q[a] // p.tile[a] - k[a] // p.tile[a]) <= p.reach[a] for a in range(3))
+
+
+def radial(p: Radial, q: Token, k: Token, g: Geometry) -> bool:
+    away, reach = max(abs(q[0] - k[0]), 1), p.width * g.rows * g.columns
+    while away >= 2:
+        away, reach = away // 2, reach / 2
+    return abs(raster(q, g, False) - raster(k, g, False)) <= reach + 1e-9
+
+
+def sink(p: Sink, q: Token, k: Token, g: Geometry) -> bool:
+    sizes = (g.frames, g.rows, g.columns)
+    places = [
+        tuple(math.floor(share * size + 1e-9) for share, size in zip(place, sizes, strict=True)) for place in p.places
+    ]
+    return k[0] < p.frames or k in places
+
+
+def union(p: Union, q: Token, k: Token, g: Geometry) -> bool:
+    return any(RULES[type(part)](part, q, k, g) for part in p.of)
+
+
+RULES: dict[type[Pattern], Rule] = {
+    Band: band,
+    Spatial: spatial,
+    Temporal: temporal,
+    Window: window,
+    Radial: radial,
+    Sink: sink,
+    Union: union,
+    Everything: lambda *_: True,
+    Nothing: lambda *_: False,
+}
+
+small = st.integers(0, 2)
+simple: st.SearchStrategy[Pattern] = st.one_of(
+    st.builds(Band, width=st.floats(0, 3)),
+    st.builds(Spatial, frames=small),
+    st.builds(Temporal, rows=small, columns=small),
+    st.builds(Window, tile=st.tuples(*3 * [st.integers(1, 3)]), reach=st.tuples(*3 * [st.integers(0, 1)])),
+    st.builds(Radial, width=st.floats(0.05, 1)),
+    st.builds(Sink, frames=small, places=st.lists(st.tuples(*3 * [st.floats(0, 0.99)]), max_size=2).map(tuple)),
+    st.just(Everything()),
+    st.just(Nothing()),
+)
+patterns = st.one_of(simple, st.builds(Union, of=st.tuples(simple, simple)))
+geometries = st.builds(
+    Geometry,
+    frames=st.integers(1, 11),
+    rows=st.integers(1, 3),
+    columns=st.integers(1, 6),
+    text=st.integers(0, 5),
+    text_first=st.booleans(),
+)
+
+
+def by_tokens(pattern: Pattern, g: Geometry, query_block: int, key_block: int, order: Integers | None) -> np.ndarray:
+    """The map by asking of every pair of tokens."""
+    tokens: list[Token | None] = list(itertools.product(range(g.frames), range(g.rows), range(g.columns)))
+    tokens = tokens if order is None else [tokens[place] for place in order]
+    text: list[Token | None] = [None] * g.text
+    tokens = text + tokens if g.text_first else tokens + text
+    found = np.zeros((-(-len(tokens) // query_block), -(-len(tokens) // key_block)), dtype=bool)
+    for (i, q), (j, k) in itertools.product(enumerate(tokens), enumerate(tokens)):
+        if q is None or k is None or RULES[type(pattern)](pattern, q, k, g):
+            found[i // query_block, j // key_block] = True
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    pattern=patterns,
+    geometry=geometries,
+    blocks=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    order=st.sampled_from(["raster", "pixel", "tile"]),
+)
+def test_maps_are_what_the_definition_says(
+    pattern: Pattern, geometry: Geometry, blocks: tuple[int, int], order: str
+) -> None:
+    permutation = {"raster": None, "pixel": by_pixel(geometry), "tile": by_tile(geometry, (2, 2, 3))}[order]
+    found = pattern.block_map(geometry, *blocks, permutation)
+    np.testing.assert_array_equal(found, by_tokens(pattern, geometry, *blocks, permutation))
+
+
+@given(geometry=geometries, tile=st.tuples(*3 * [st.integers(1, 3)]))
+def test_orders_are_permutations(geometry: Geometry, tile: tuple[int, int, int]) -> None:
+    for order in (by_pixel(geometry), by_tile(geometry, tile)):
+        np.testing.assert_array_equal(np.sort(order), np.arange(geometry.video))
+        np.testing.assert_array_equal(order[inverse(order)], np.arange(geometry.video))
+
+
+def test_orders_make_patterns_contiguous() -> None:
+    geometry = Geometry(frames=8, rows=16, columns=16)
+    temporal, window = Temporal(rows=1, columns=1), Window(tile=(2, 4, 8), reach=(0, 0, 0))
+    in_raster, in_pixels = (temporal.block_map(geometry, 64, order=order) for order in (None, by_pixel(geometry)))
+    assert in_pixels.mean() < 0.6 * in_raster.mean()
+    in_raster, in_tiles = (
+        window.block_map(geometry, 64, order=order) for order in (None, by_tile(geometry, (2, 4, 8)))
+    )
+    assert in_tiles.mean() < 0.6 * in_raster.mean()
+
+
+@settings(max_examples=30, deadline=None)
+@given(geometry=geometries, block=st.integers(1, 9), data=st.data())
+def test_wider_parameters_attend_to_no_less(geometry: Geometry, block: int, data: Any) -> None:
+    low, high = sorted(data.draw(st.tuples(small, small)))
+    for narrow, wide in (
+        (Spatial(frames=low), Spatial(frames=high)),
+        (Temporal(rows=low, columns=1), Temporal(rows=high, columns=1)),
+        (Band(width=low), Band(width=high)),
+        (Radial(width=(1 + low) / 3), Radial(width=(1 + high) / 3)),
+    ):
+        assert not (narrow.block_map(geometry, block) & ~wide.block_map(geometry, block)).any()
+
+
+@pytest.mark.parametrize("size", [3, 9, 29, 100])
+def test_a_place_is_found_again_where_it_was_measured(size: int) -> None:
+    geometry = Geometry(frames=1, rows=1, columns=size)
+    for column in range(size):
+        found = Sink(frames=0, places=((0.0, 0.0, column / size),)).block_map(geometry, 1)
+        assert np.flatnonzero(found[0]).tolist() == [column]
+
+
+def test_what_makes_no_map_is_told() -> None:
+    geometry = Geometry(frames=1, rows=2, columns=2)
+    with pytest.raises(InputError, match="blocks of 0 queries and 0 keys: both have to be at least 1"):
+        Spatial().block_map(geometry, 0)
+    for order in ([0, 1, 2], [0, 1, 2, 2]):
+        with pytest.raises(InputError, match="the order is no permutation of the 4 tokens of geometry of 1 x 2 x 2"):
+            Spatial().block_map(geometry, 2, order=np.array(order))
+
+
+def test_unions_of_separable_patterns_are_separable() -> None:
+    assert Union(of=(Temporal(), Sink())).separable and not Union(of=(Temporal(), Band(width=1))).separable
+
+
+def test_a_long_sequence_takes_seconds() -> None:
+    geometry = Geometry(frames=33, rows=45, columns=80, text=256)
+    began = time.perf_counter()
+    found = Radial(width=0.5).block_map(geometry, 128)
+    assert time.perf_counter() - began < 60
+    assert found.shape == (931, 931) and 0.05 < found.mean() < 0.6
+
+
+@pytest.mark.parametrize("name", list(PATTERNS))
+def test_a_name_and_parameters_make_a_pattern(name: str) -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "band": {"width": 1.5},
+        "union": {"of": ["dense", {"pattern": "union", "of": [{"pattern": "spatial", "frames": 2}, "skip"]}]},
+    }
+    pattern = pattern_from_data({"pattern": name, **settings.get(name, {})})
+    assert type(pattern) is PATTERNS[name] and type(pattern) in RULES
+    assert pattern_from_data(pattern_to_data(pattern)) == pattern
+    assert hash(pattern) == hash(pattern_from_data(pattern_to_data(pattern)))
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ("spacial", "pattern 'spacial' is unknown; write one of band, dense"),
+        ({"frames": 1}, "is unknown"),
+        ({"pattern": "spatial", "rows": 1}, "rows"),
+        ({"pattern": "spatial", "frames": -1}, "greater than or equal to 0"),
+        ({"pattern": "union", "of": ["dense"]}, "at least 2"),
+        ({"pattern": "window", "tile": [0, 1, 1]}, "greater than or equal to 1"),
+        (3, "is unknown"),
+        ({"pattern": ["spatial"]}, "is unknown"),
+        ({"pattern": "union", "of": "dense"}, "'of' has to be a list of patterns"),
+    ],
+)
+def test_wrong_patterns_are_told(data: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        pattern_from_data(data)
+
+
+def test_a_geometry_says_what_does_not_fit() -> None:
+    with pytest.raises(InputError, match="0 x 2 x 2 tokens: frames, rows and columns have to be at least 1"):
+        Geometry(frames=0, rows=2, columns=2)
+    with pytest.raises(InputError, match="at least 0"):
+        Geometry(frames=1, rows=2, columns=2, text=-1)
+    geometry = Geometry(frames=2, rows=3, columns=4, text=5)
+    geometry.expect(29)
+    with pytest.raises(InputError, match="2 x 3 x 4 tokens with 5 text tokens makes 29 tokens, the sequence has 30"):
+        geometry.expect(30)
