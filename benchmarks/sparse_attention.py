@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +24,8 @@ from torch.nn import functional as F
 from ditopt.device import describe_device
 from ditopt.kernels.block_sparse_attention.cpu import block_sparse_attention
 from ditopt.kernels.block_sparse_attention.lists import BlockLists
-from ditopt.profiler.timing import time_in_turn, timed, warmed
+from ditopt.plan import write_text_atomically
+from ditopt.profiler.timing import product_seconds, time_in_turn, timed, warmed
 
 HEADS, TOKENS, CHANNELS, BLOCK = 8, 4096, 64, 64
 DENSITIES = (1.0, 0.5, 0.25, 0.1, 0.05)
@@ -80,10 +80,9 @@ def measure(dtype: torch.dtype, density: float, equal: bool, with_flex: bool) ->
 
 
 def peak(dtype: torch.dtype) -> float:
-    """GFLOP/s of a product of 2,048 x 2,048 matrices, the median of nine."""
-    one = torch.randn(2048, 2048).to(dtype)
-    run = warmed(timed(lambda: one @ one))
-    return 2 * 2048**3 / statistics.median(run() for _ in range(9)) / 1e9
+    """GFLOP/s of a product of 2,048 x 2,048 matrices."""
+    square = torch.empty(2048, 2048, device="cpu")
+    return 2 * 2048**3 / product_seconds(square, square, dtype) / 1e9
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
                         share = f", {each['of_ideal']:.0%} of the ideal" if "of_ideal" in each else ""
                         print(f"    {name:7}{1e3 * each['seconds']:9.3f} ms {each['gflops']:7.0f} GFLOP/s{share}")
     if options.json:
-        options.json.write_text(json.dumps(kept, indent=1) + "\n")
+        write_text_atomically(options.json, json.dumps(kept, indent=2) + "\n")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ditopt.errors import InputError
@@ -32,9 +33,14 @@ class Geometry:
         return f"geometry of {self.frames} x {self.rows} x {self.columns} tokens{text}"
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Frames, rows and columns."""
+        return self.frames, self.rows, self.columns
+
+    @property
     def video(self) -> int:
         """Tokens without text."""
-        return self.frames * self.rows * self.columns
+        return math.prod(self.sizes)
 
     @property
     def tokens(self) -> int:

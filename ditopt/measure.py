@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -77,13 +78,17 @@ class Evaluator:
                 spent.append(time.perf_counter() - began)
         return sum(spent) / len(spent) if spent else 0.0
 
-    def samples(self, rules: Sequence[Rule], pairs: Sequence[tuple[str, int]]) -> list[Tensor] | None:
-        """What ``pairs`` generate under ``rules``; None where a generation has NaN or infinite values."""
+    def samples(self, rules: Sequence[Rule], pairs: Sequence[tuple[str, int]]) -> tuple[list[Tensor] | None, float]:
+        """What ``pairs`` generate under ``rules``, and the mean seconds of a generation.
+
+        None in place of samples where a generation has NaN or infinite values.
+        """
         self.bind(rules)
-        try:
-            return [self.adapter.checked_rollout(prompt, seed) for prompt, seed in pairs]
-        except NonFiniteError:
-            return None
+        found: list[Tensor] | None = None
+        began = time.perf_counter()
+        with suppress(NonFiniteError):
+            found = [self.adapter.checked_rollout(prompt, seed) for prompt, seed in pairs]
+        return found, (time.perf_counter() - began) / max(len(pairs), 1)
 
     def compare(self, samples: Sequence[Tensor] | None, pairs: Sequence[tuple[str, int]]) -> Quality:
         """Quality of samples of ``pairs`` against their references; ``FAILED`` where there are none."""
@@ -91,8 +96,5 @@ class Evaluator:
 
     def quality(self, rules: Sequence[Rule], pairs: Sequence[tuple[str, int]]) -> tuple[Quality, float]:
         """Quality of ``rules`` on ``pairs``, and the mean seconds of a generation; ``FAILED`` as ``compare`` has it."""
-        self.bind(rules)
-        began = time.perf_counter()
-        samples = self.samples(rules, pairs)
-        seconds = (time.perf_counter() - began) / len(pairs)
+        samples, seconds = self.samples(rules, pairs)
         return self.compare(samples, pairs), seconds

@@ -119,7 +119,7 @@ class Tuner:
 
     def _alone(self, rules: Sequence[Rule]) -> Quality:
         """What ``rules`` measure on the tuning prompts while the other networks are dense."""
-        samples = self.evaluator.samples(rules, self.pairs)
+        samples, _ = self.evaluator.samples(rules, self.pairs)
         quality = self.evaluator.compare(samples, self.pairs)
         if not self.fixed:
             self._note(rules, quality, self._to_finer(samples))
@@ -390,7 +390,7 @@ class Tuner:
 
     def _measure(self, rules: Sequence[Rule]) -> Measurement:
         if self._key(rules) not in self.tried:
-            samples = self.evaluator.samples([*self.fixed, *rules], self.pairs)
+            samples, _ = self.evaluator.samples([*self.fixed, *rules], self.pairs)
             self._note(rules, self.evaluator.compare(samples, self.pairs), self._to_finer(samples))
         found = self.tried[self._key(rules)]
         return Measurement(self.target.error(found.quality), found.seconds)

@@ -260,7 +260,7 @@ def test_a_plan_that_computes_every_step_is_aimed_too(tuner: Tuner) -> None:
     before, after = tuner.finer_of(plain), tuner.finer_of(aimed)
     assert aimed is not None and aimed.kept == plain.kept and before is not None and after is not None
     assert after > before + 1
-    samples = tuner.evaluator.samples(aimed.rules, tuner.pairs)
+    samples, _ = tuner.evaluator.samples(aimed.rules, tuner.pairs)
     assert samples is not None
     finer = [tuner.evaluator.finer[pair].sample for pair in tuner.pairs]
     assert compare(samples, finer).psnr == pytest.approx(after, abs=0.05), "the compiled plan does what was promised"

@@ -337,6 +337,21 @@ def test_a_plan_is_aimed_within_bounds(
     assert after.quality.psnr == (held_out[rung - 1] if rung else found)
 
 
+EXCELLENT = Quality(60.0, 60.0, 0.0, (60.0,))
+
+
+def with_much_to_spare() -> VerifiedSearch:
+    """A search for speed whose plans have 60 dB, whatever they are."""
+    sessions = {"transformer": SimpleNamespace(programs=[])}
+    return searching(SimpleNamespace(sessions=sessions, quality=lambda *_: (EXCELLENT, 0.0)), SPEED)
+
+
+def aimed(one: VerifiedSearch) -> Found:
+    """What comes of aiming a plan of 60 dB."""
+    solution: Any = SimpleNamespace(rules=("plain", 0))
+    return one._aim(Found(solution.rules, EXCELLENT, {"transformer": solution}, one._tuners))
+
+
 @pytest.mark.parametrize(
     ("reached", "rung"),
     [
@@ -352,13 +367,8 @@ def test_rungs_need_not_come_nearer_one_after_the_other(
             return reached[getattr(solution, "rung", 0)]
 
     monkeypatch.setattr(verify, "Tuner", Uneven)
-    quality = Quality(60.0, 60.0, 0.0, (60.0,))
-    one = searching(
-        SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}, quality=lambda *_: (quality, 0.0)),
-        SPEED,
-    )
-    solution: Any = SimpleNamespace(rules=("plain", 0))
-    after = one._aim(Found(solution.rules, quality, {"transformer": solution}, one._tuners))
+    one = with_much_to_spare()
+    after = aimed(one)
     assert getattr(after.solutions["transformer"], "rung", 0) == rung
 
 
@@ -371,14 +381,9 @@ def test_fits_alone_are_aimed_where_second_order_is_left_out(monkeypatch: pytest
             return super().aim(solution, *next(each for each in aim.AIMS if each[0] == share))
 
     monkeypatch.setattr(verify, "Tuner", Alone)
-    quality = Quality(60.0, 60.0, 0.0, (60.0,))
-    one = searching(
-        SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}, quality=lambda *_: (quality, 0.0)),
-        SPEED,
-    )
+    one = with_much_to_spare()
     one.second_order = False
-    solution: Any = SimpleNamespace(rules=("plain", 0))
-    one._aim(Found(solution.rules, quality, {"transformer": solution}, one._tuners))
+    aimed(one)
     assert asked == [(0.6, None), (0.25, None), (0.5, None)]  # bisected: 0.6 is near enough, less is not
 
 
@@ -390,13 +395,8 @@ def test_a_plan_without_room_for_second_order_is_aimed_by_its_fits(monkeypatch: 
 
     monkeypatch.setattr(verify, "Tuner", Full)
     monkeypatch.setattr(aim, "AIMS", aim.AIMS[3:])
-    quality = Quality(60.0, 60.0, 0.0, (60.0,))
-    one = searching(
-        SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}, quality=lambda *_: (quality, 0.0)),
-        SPEED,
-    )
-    solution: Any = SimpleNamespace(rules=("plain", 0))
-    after = one._aim(Found(solution.rules, quality, {"transformer": solution}, one._tuners))
+    one = with_much_to_spare()
+    after = aimed(one)
     assert getattr(after.solutions["transformer"], "rung", 0) == 2
     (reason,) = one.reasons
     assert "not refitted 0.75 of the way to a second-order path: more than 8 graphs would be needed" in reason
@@ -431,14 +431,9 @@ def test_a_plan_that_computes_every_step_is_aimed_by_the_formula_alone(
     monkeypatch: pytest.MonkeyPatch, second_order: bool
 ) -> None:
     monkeypatch.setattr(verify, "Tuner", Computes)
-    quality = Quality(60.0, 60.0, 0.0, (60.0,))
-    one = searching(
-        SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}, quality=lambda *_: (quality, 0.0)),
-        SPEED,
-    )
+    one = with_much_to_spare()
     one.second_order = second_order
-    solution: Any = SimpleNamespace(rules=("plain", 0))
-    after = one._aim(Found(solution.rules, quality, {"transformer": solution}, one._tuners))
+    after = aimed(one)
     assert getattr(after.solutions["transformer"], "rung", 0) == (4 if second_order else 0)
     if not second_order:
         (reason,) = one.reasons

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-import ditopt.kernels.block_sparse_attention.cpu  # both register the operators of passes and of plans
-import ditopt.kernels.flash_attention.cpu  # noqa: F401
+import ditopt.kernels.flash_attention.cpu  # noqa: F401  # registers the operator that flash puts into graphs
 from ditopt._torch import BoxedCallable, fake_mode_of, lower, trace_aten
 from ditopt.passes._infra import GraphIndex, PassManager, StepPlan
 from ditopt.passes.audit import audit, only_needed_by

@@ -20,7 +20,6 @@ AS_TRACED = "as the model has it"
 OWN_ORDER = "outputs as computed"
 NOT_AIMED = "before fits and computed steps were aimed so, samples were farther from those of a second-order solver"
 
-STEPS_GIVEN = "the steps given are better spent here"
 _OTHERWISE = "the whole schedule's error, the limit of {} variants, a block range, or what was measured decided"
 
 
@@ -155,7 +154,8 @@ def _against(
     unit = "" if ledger.lam is None else " s"
     if choice.candidate is None:
         if change >= 0 and ledger.lam is None:
-            spent = "rollouts or the speed asked for let all steps be computed" if everything else STEPS_GIVEN
+            given = "rollouts or the speed asked for let all steps be computed"
+            spent = given if everything else "the steps given are better spent here"
             return f"raises the plan's error (objective +{change:.3g}); {spent}"
         if change >= 0 and change - shift < 0:
             return f"cheaper here, but later steps need this one computed (objective +{change:.3g}{unit})"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ditopt._torch import has_bfloat16_dot_products, load_cpp
-from ditopt.kernels.block_sparse_attention.lists import BlockLists, told
+from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, told
 from ditopt.kernels.ops import LIBRARY, block_sparse_refusal
 
 SOURCE = Path(__file__).with_name("attention.cpp")
@@ -58,7 +58,7 @@ def block_sparse_attention(
     (batch, heads, queries, depth), (_, key_heads, keys, channels) = query.shape, value.shape
     out = query.new_empty(batch, queries, heads, channels).transpose(1, 2)
     logs = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    words = batch * key_heads * ((keys + 1) // 2) * channels if pairs else 0
+    words = batch * key_heads * blocks(keys, 2) * channels if pairs else 0
     interleaved = torch.empty(words, dtype=torch.int32)
     width = indices.shape[-1]
     sizes = (batch, heads, key_heads, queries, keys, depth, channels, len(counts), width, query_block, key_block)
@@ -76,10 +76,8 @@ def block_sparse_attention(
     )
     if failed == 1:
         row, what, index = wrong
-        key_blocks = -(-keys // key_block)
-        raise ValueError(
-            f"ditopt::block_sparse_attention: {told(counts, row, None if what == 1 else index, width, key_blocks)}"
-        )
+        wrong_list = told(counts, row, None if what == 1 else index, width, blocks(keys, key_block))
+        raise ValueError(f"ditopt::block_sparse_attention: {wrong_list}")
     if failed:
         raise RuntimeError(
             f"ditopt::block_sparse_attention: the compiler made no kernel for {dtype}, though the processor has the "

@@ -39,10 +39,14 @@ class BlockLists:
 
     def to_map(self, key_blocks: int) -> Tensor:
         """The boolean map ``[B or 1, H, Qb, key_blocks]``."""
-        within = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
-        spare = torch.where(within, self.indices.long(), key_blocks)
+        spare = torch.where(self.used, self.indices.long(), key_blocks)
         found = torch.zeros(*self.counts.shape, key_blocks + 1, dtype=torch.bool, device=self.indices.device)
-        return found.scatter_(-1, spare, True)[..., :key_blocks]  # what is written
+        return found.scatter_(-1, spare, True)[..., :key_blocks]
+
+    @property
+    def used(self) -> Tensor:
+        """``[B or 1, H, Qb, W]``: which entries count."""
+        return torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
 
     def density(self, queries: int, keys: int) -> Tensor:
         """``[H]``: the share of all query and key pairs that each head attends to."""
@@ -81,20 +85,18 @@ def check_entries(lists: BlockLists, keys: int) -> str | None:
     width, key_blocks = lists.indices.shape[-1], blocks(keys, lists.key_block)
     beyond = (lists.counts < 0) | (lists.counts > width)
     if beyond.any():
-        return told(lists.counts, beyond.flatten().nonzero()[0].item(), None, width, key_blocks)
-    within = torch.arange(width, device=lists.counts.device) < lists.counts[..., None]
+        return told(lists.counts, int(beyond.flatten().nonzero()[0]), None, width, key_blocks)
     before = torch.nn.functional.pad(lists.indices, (1, 0), value=-1)[..., :-1]
-    wrong = within & ((lists.indices <= before) | (lists.indices >= key_blocks))
+    wrong = lists.used & ((lists.indices <= before) | (lists.indices >= key_blocks))
     if wrong.any():
         at = int(wrong.flatten().nonzero()[0])
         return told(lists.counts, at // width, int(lists.indices.flatten()[at]), width, key_blocks)
     return None
 
 
-def told(counts: Tensor, row: float, index: int | None, width: int, key_blocks: int) -> str:
+def told(counts: Tensor, row: int, index: int | None, width: int, key_blocks: int) -> str:
     """The message for a wrong list, number ``row`` of ``counts``: its count, or its entry ``index``."""
     heads, query_blocks = counts.shape[1:]
-    row = int(row)
     where = (
         f"batch {row // query_blocks // heads}, head {row // query_blocks % heads}, query block {row % query_blocks}"
     )

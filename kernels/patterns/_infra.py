@@ -25,9 +25,9 @@ SLAB = 1 << 22
 """So many pairs of runs are compared at once."""
 
 
-def whole(tokens: float) -> int:
-    """Tokens of a size that a share of a geometry gives: a third of 9 is 3, whatever rounding made of it."""
-    return int(tokens + 1e-9)
+def whole(tokens: npt.ArrayLike) -> Integers:
+    """Tokens of sizes that shares of a geometry give: a third of 9 is 3, whatever rounding made of it."""
+    return np.floor(np.asarray(tokens) + 1e-9).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,18 @@ class Boxes:
         begin, stop = (part[axis] // unit for part in (other.first, other.last))
         return np.asarray(np.maximum(np.maximum(begin - end[:, None], start[:, None] - stop), 0))
 
-    def spans(self, within: Sequence[int]) -> tuple[Integers, Integers]:
-        """First and last place of each box in raster order; ``within`` are the sizes of the axes that count.
+    def near(self, other: Boxes, sizes: Sequence[int], reach: Integers) -> Booleans:
+        """``[N, M]``: whether boxes that run along columns are at most ``reach`` places apart in raster order.
 
-        A box that runs along columns is without gaps there.
+        ``sizes`` are those of the axes that count: of all three, or of rows and columns for places in frames.
         """
-        axes = AXES[-len(within) :]
-        first, last = (np.ravel_multi_index(tuple(part[list(axes)]), tuple(within)) for part in (self.first, self.last))
+        (begin, end), (first, last) = self._spans(sizes), other._spans(sizes)
+        return np.asarray((first <= end[:, None] + reach) & (last >= begin[:, None] - reach))
+
+    def _spans(self, sizes: Sequence[int]) -> tuple[Integers, Integers]:
+        """First and last place of each box."""
+        axes = list(AXES[-len(sizes) :])
+        first, last = (np.ravel_multi_index(tuple(part[axes]), tuple(sizes)) for part in (self.first, self.last))
         return np.asarray(first), np.asarray(last)
 
     def some(self, where: slice) -> Boxes:
@@ -112,7 +117,7 @@ def _in_blocks(
     sequence = np.arange(geometry.video) if order is None else order
     before = geometry.text if geometry.text_first else 0
     places = before + np.arange(geometry.video)
-    coordinates = np.stack(np.unravel_index(sequence, (geometry.frames, geometry.rows, geometry.columns)))
+    coordinates = np.stack(np.unravel_index(sequence, geometry.sizes))
     moves = np.diff(coordinates, axis=1)
     unit = np.abs(moves).sum(0) == 1
     along = np.where(unit & (moves.sum(0) == 1), np.argmax(moves != 0, axis=0), -1)

@@ -23,7 +23,4 @@ class Band(Pattern):
 
     def reaches(self, queries: Boxes, keys: Boxes, geometry: Geometry) -> Booleans:
         """Boxes whose nearest tokens are near enough."""
-        sizes = (geometry.frames, geometry.rows, geometry.columns)
-        (begin, end), (first, last) = queries.spans(sizes), keys.spans(sizes)
-        reach = whole(self.width * geometry.columns)
-        return (first <= end[:, None] + reach) & (last >= begin[:, None] - reach)
+        return queries.near(keys, geometry.sizes, whole(self.width * geometry.columns))

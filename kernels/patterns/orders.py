@@ -19,7 +19,7 @@ def by_tile(geometry: Geometry, tile: tuple[int, int, int]) -> Integers:
 
     Tiles at an axis's end are short where its size is no multiple.
     """
-    axes = np.indices((geometry.frames, geometry.rows, geometry.columns)).reshape(3, -1)
+    axes = np.indices(geometry.sizes).reshape(3, -1)
     inner, outer = axes % np.reshape(tile, (3, 1)), axes // np.reshape(tile, (3, 1))
     return np.lexsort((*inner[::-1], *outer[::-1]))  # the last key counts most
 

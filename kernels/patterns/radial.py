@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from ditopt.geometry import Geometry
-from ditopt.kernels.patterns._infra import FRAMES, Booleans, Boxes, Pattern
+from ditopt.kernels.patterns._infra import FRAMES, Booleans, Boxes, Pattern, whole
 
 
 class Radial(Pattern):
@@ -30,7 +30,5 @@ class Radial(Pattern):
         """Boxes near enough in their frames for the distance of these."""
         away = np.maximum(queries.gap(keys, FRAMES), 1)
         halvings = np.frexp(away)[1] - 1
-        reach = np.floor(self.width * geometry.rows * geometry.columns * 2.0**-halvings + 1e-9)
-        sizes = (geometry.rows, geometry.columns)
-        (begin, end), (first, last) = queries.spans(sizes), keys.spans(sizes)
-        return np.asarray((first <= end[:, None] + reach) & (last >= begin[:, None] - reach))
+        reach = whole(self.width * geometry.rows * geometry.columns * 2.0**-halvings)
+        return queries.near(keys, geometry.sizes[1:], reach)

@@ -28,7 +28,6 @@ class Sink(Pattern):
         """Boxes of keys that hold a sink, from everywhere."""
         found = keys.first[FRAMES] < self.frames
         for place in self.places:
-            sizes = (geometry.frames, geometry.rows, geometry.columns)
-            at = [whole(share * size) for share, size in zip(place, sizes, strict=True)]
+            at = whole(np.multiply(place, geometry.sizes))
             found = found | np.all([(keys.first[a] <= at[a]) & (keys.last[a] >= at[a]) for a in AXES], axis=0)
         return np.broadcast_to(found, (queries.first.shape[1], keys.first.shape[1]))

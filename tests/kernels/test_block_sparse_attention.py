@@ -16,6 +16,7 @@ from ditopt._torch import has_bfloat16_dot_products
 from ditopt.kernels.block_sparse_attention import cpu, reference
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, check_entries
 from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION
+from tests.kernels.layouts import LAYOUTS, laid_out
 
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Of a number, relative."""
@@ -197,16 +198,11 @@ def test_early_keys_do_not_fade_in_a_long_sequence(dtype: torch.dtype) -> None:
     assert (out.float() - 0.5).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("layout", ["heads first", "channels strided", "a slice"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_do_not_matter(layout: str) -> None:
     parts, lists = operands((2, 3, 3, 70, 100, 32, 16)), drawn(3, 70, 100, 0.8)
     expected, _ = attend(parts, lists, 0.2)
-    if layout == "heads first":
-        query, key, value = (part.contiguous() for part in parts)
-    elif layout == "channels strided":
-        query, key, value = (part.transpose(-1, -2).contiguous().transpose(-1, -2) for part in parts)
-    else:
-        query, key, value = (torch.cat([part, part], -2)[:, :, : part.shape[2]] for part in parts)
+    query, key, value = laid_out(parts, layout)
     assert torch.equal(attend((query, key, value), lists, 0.2)[0], expected)
     assert expected.transpose(1, 2).is_contiguous()
 

@@ -23,6 +23,7 @@ from ditopt.passes.cast import MIN_ROWS
 from ditopt.passes.flash import flash
 from ditopt.passes.simplify import simplifiable
 from ditopt.quality import relative_l2
+from tests.kernels.layouts import LAYOUTS, laid_out
 from tests.tiny import compiled_tiny, euler, make_model
 
 needs_dot_products = pytest.mark.skipif(
@@ -80,16 +81,11 @@ def test_it_is_as_near_to_float64_as_rounding_allows(
 
 
 @needs_dot_products
-@pytest.mark.parametrize("layout", ["heads first", "channels strided", "a slice"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_do_not_matter(layout: str) -> None:
     parts = operands(2, 3, 3, 70, 100, 32, 16)
     expected = cpu.flash_attention(*parts, 0.2)
-    if layout == "heads first":
-        query, key, value = (part.contiguous() for part in parts)
-    elif layout == "channels strided":
-        query, key, value = (part.transpose(-1, -2).contiguous().transpose(-1, -2) for part in parts)
-    else:
-        query, key, value = (torch.cat([part, part], -2)[:, :, : part.shape[2]] for part in parts)
+    query, key, value = laid_out(parts, layout)
     assert torch.equal(cpu.flash_attention(query, key, value, 0.2), expected)
     assert expected.transpose(1, 2).is_contiguous()
 
