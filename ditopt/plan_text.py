@@ -12,6 +12,7 @@ from ditopt.errors import PlanError
 
 MAX_FINDINGS = 20
 MAX_DIGITS = 40
+CUT_SHORT = "if the file was cut short, make the plan again with `ditopt optimize DIR --prompts FILE -o PLAN`"
 
 
 def read_yaml(text: str, source: str) -> tuple[Any, Any]:
@@ -31,7 +32,8 @@ def read_yaml(text: str, source: str) -> tuple[Any, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}, line {mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or str(error)
-        raise PlanError(f"{where}: not a plan in YAML: {short(problem, 400)}") from None
+        hint = f"; {CUT_SHORT}" if isinstance(error, yaml.parser.ParserError | yaml.scanner.ScannerError) else ""
+        raise PlanError(f"{where}: not a plan in YAML: {short(problem, 400)}{hint}") from None
 
 
 def write_yaml(data: Any) -> str:
@@ -86,7 +88,7 @@ def explain(error: ValidationError, root: Any, source: str) -> str:
             if not (isinstance(part, str) and part.startswith(("function-", "constrained-")))
         ]
         found = finding.get("input")
-        shown = "" if finding["type"] == "missing" else f" (found {short(found)!r})"
+        shown = f"; {CUT_SHORT}" if finding["type"] == "missing" else f" (found {short(found)!r})"
         message = short(finding["msg"].removeprefix("Value error, "), 400)
         if finding["type"] == "extra_forbidden":
             message, shown = "unknown field; remove it or check its spelling", ""

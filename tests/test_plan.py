@@ -130,6 +130,14 @@ def test_malformed_plans_are_named(text: str, message: str) -> None:
         Plan.parse(text, "p.yaml")
 
 
+@pytest.mark.parametrize(
+    "text", ["ditopt: 1\nmodel: {class: A", "ditopt: 1\nmodel: 'A", "ditopt: 1\nmodel: {class: A}\n"]
+)
+def test_a_plan_cut_short_says_how_to_make_it_again(text: str) -> None:
+    with pytest.raises(PlanError, match="if the file was cut short, make the plan again with `ditopt optimize"):
+        Plan.parse(text, "p.yaml")
+
+
 def rule_lines(steps: str, count: int) -> str:
     return HEAD + "rules:\n" + f"- {{sites: step, steps: {steps}, do: reuse}}\n" * count
 
