@@ -7,10 +7,15 @@ follows in closed form. Profiles of several runs merge by concatenating prompts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from ditopt.geometry import Geometry
+from ditopt.measures import Table
 
 Array = npt.NDArray[np.float64]
 
@@ -67,7 +72,8 @@ class NetworkProfile:
     factor by which a planted output error of step t (times its width) grows up to the final sample;
     ``range_weights`` the measured factor, per step, from an error in a block range's residual to one in the output;
     ``seconds`` what a ``full`` and a ``predicted`` step take, what predicting a range saves, and, under a dtype's name,
-    what a full step takes in it.
+    what a full step takes in it. ``tables`` hold what the collectors measured, by collector and site; ``geometry`` is how
+    the tokens of its self-attention lie, None where that is not known.
     """
 
     timesteps: tuple[float, ...]
@@ -78,15 +84,25 @@ class NetworkProfile:
     grams: dict[str, FeatureGram]
     seconds: dict[str, float] = field(default_factory=dict)
     range_weights: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    tables: dict[str, dict[str, Table]] = field(default_factory=dict)
+    geometry: Geometry | None = None
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The networks' profiles and the norm of the final samples (for relative errors)."""
+    """The networks' profiles and the norm of the final samples (for relative errors).
+
+    ``plan`` is the data of a plan without rules that says what was profiled (model, sampler, geometry, device, inputs);
+    ``sample`` facts of the finished samples, from which a relative error becomes a PSNR: ``peak`` (the range of values)
+    and ``numel``; ``reasons`` what was left out, and why.
+    """
 
     networks: dict[str, NetworkProfile]
     prompts: tuple[str, ...]
     sample_norm: float
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    sample: Mapping[str, float] = field(default_factory=dict)
+    reasons: tuple[str, ...] = ()
 
 
 def merge(first: Profile, second: Profile) -> Profile:

@@ -24,7 +24,8 @@ PRODUCTS = {torch.ops.aten.addmm.default: (1, 2), torch.ops.aten.mm.default: (0,
 class Trace:
     """One captured graph. ``boundaries[i]`` is the edge before block i; the last one ends the last block.
 
-    ``roots`` are the positions of the inputs that carry what changes with the latents.
+    ``roots`` are the positions of the inputs that carry what changes with the latents; ``site_nodes`` the names of the
+    nodes that are the attention and linear sites, by site name.
     """
 
     index: int
@@ -35,6 +36,7 @@ class Trace:
     blocks: tuple[str, ...] = ()
     boundaries: tuple[Boundary, ...] = ()
     sites: tuple[Site, ...] = ()
+    site_nodes: dict[str, str] = field(default_factory=dict)
     roots: tuple[int, ...] = ()
     notes: list[str] = field(default_factory=list)
 
@@ -253,7 +255,8 @@ def _find_sites(trace: Trace) -> list[Site]:
                     len(node.args) > 3 and node.args[3] is not None,
                 )
             )
-        elif node.target in PRODUCTS and _seen_through(node.args[PRODUCTS[node.target][1]]) in weights:
+            trace.site_nodes[sites[-1].name] = node.name
+        elif node.target in PRODUCTS and seen_through(node.args[PRODUCTS[node.target][1]]) in weights:
             left, right = (node.args[i].meta["val"] for i in PRODUCTS[node.target])
             rows = math.prod(map(int, left.shape[:-1]))  # a strided input makes a batched product of a linear layer
             sites.append(
@@ -265,6 +268,7 @@ def _find_sites(trace: Trace) -> list[Site]:
                     rows,
                 )
             )
+            trace.site_nodes[sites[-1].name] = node.name
     if trace.boundaries:
         for position, name in enumerate(trace.blocks):
             streams = trace.boundaries[position + 1].streams
@@ -274,7 +278,7 @@ def _find_sites(trace: Trace) -> list[Site]:
     return sites
 
 
-def _seen_through(node: fx.Node) -> fx.Node:
+def seen_through(node: fx.Node) -> fx.Node:
     """What a value is made of, if only views, casts and expansions lie between."""
     while node.op == "call_function" and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]

@@ -1,0 +1,168 @@
+"""Runs a captured graph node by node, and shows the values at chosen nodes to collectors.
+
+One collector is one file beside this one. It lives for one generation of one network: it names the nodes it wants,
+reduces their values to statistics as they pass, and gives a table per site at the end.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ditopt.calls import NetworkCalls
+from ditopt.errors import RolloutError
+from ditopt.measures import Table
+from ditopt.runtime.program import Compute
+from ditopt.trace import Trace
+
+Edit = Callable[[Any], Any]
+"""Makes another value of a node's."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Which call of a generation it is: its step, and the guidance branches that its batch holds, in order."""
+
+    step: int
+    branches: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The values of one node in one call: what it was given (its arguments, tensors in place of nodes) and its result."""
+
+    moment: Moment
+    node: fx.Node
+    arguments: tuple[Any, ...]
+    settings: Mapping[str, Any]
+    result: Any
+
+
+class Collector(ABC):
+    """Statistics of what one network computes in one generation.
+
+    ``wanted`` are the names of the graph's nodes that it wants to see; ``reasons`` what it leaves out, and why, with the
+    number of calls: a site that cannot be measured is skipped by name, never in silence.
+    """
+
+    name: str
+    wanted: frozenset[str]
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, int] = {}
+
+    @abstractmethod
+    def see(self, seen: Seen) -> None:
+        """Take in one node's values; nothing of them may be kept that is as large as they are."""
+
+    def end_call(self, moment: Moment) -> None:
+        """A call of the network is over."""
+
+    @abstractmethod
+    def tables(self) -> dict[str, Table]:
+        """What was measured, by site; every measure per prompt has the axis ``prompt`` first, of length 1."""
+
+    def skip(self, reason: str) -> None:
+        """Count one more time that something was left out."""
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
+
+class Watched(fx.Interpreter):
+    """Runs a trace's graph eagerly; values die after their last use, so it needs no more memory than the model does."""
+
+    def __init__(
+        self, trace: Trace, collectors: Sequence[Collector] = (), edits: Mapping[str, Edit] | None = None
+    ) -> None:
+        super().__init__(trace.gm, garbage_collect_values=True)
+        self.edits = dict(edits or {})
+        self.moment = Moment(0, ())
+        self.collectors = tuple(collectors)
+        self._watching: dict[str, list[Collector]] = {}
+        for collector in collectors:
+            for name in collector.wanted:
+                self._watching.setdefault(name, []).append(collector)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As the base class, with edits, before the collectors that watch the node."""
+        watching, edit = self._watching.get(n.name), self.edits.get(n.name)
+        if watching is None and edit is None:
+            return super().run_node(n)
+        arguments, settings = self.fetch_args_kwargs_from_env(n)
+        result = super().run_node(n)
+        if edit is not None:
+            result = edit(result)
+        for collector in watching or ():
+            collector.see(Seen(self.moment, n, arguments, settings, result))
+        return result
+
+
+@dataclass
+class WatchedCalls:
+    """An interceptor: answers the calls of one generation of a network by interpreting its graph.
+
+    ``edits`` gives the edits of a call (None: none), so that errors can be planted and patterns tried.
+    """
+
+    trace: Trace
+    calls: NetworkCalls
+    collectors: Sequence[Collector] = ()
+    edits: Callable[[Moment], Mapping[str, Edit]] | None = None
+    count: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        self._interpreter = Watched(self.trace, self.collectors)
+
+    def __call__(self, arguments: list[Any], compute: Compute) -> Sequence[Any]:
+        """Answer one call of the network.
+
+        Raises:
+            RolloutError: there are more calls than in the recorded generation.
+        """
+        self._interpreter.moment = moment = self._next(arguments)
+        self._interpreter.edits = dict(self.edits(moment)) if self.edits is not None else {}
+        with torch.no_grad():
+            outputs: Sequence[Any] = self._interpreter.run(*arguments)
+        for collector in self.collectors:
+            collector.end_call(moment)
+        return outputs
+
+    @property
+    def complete(self) -> bool:
+        """Whether every call of the recorded pattern was seen."""
+        return self.count == len(self.calls.calls)
+
+    def _next(self, arguments: Sequence[Any]) -> Moment:
+        if self.complete:
+            raise RolloutError(
+                "the rollout calls the model more often than in the recorded generation; it must call it alike for "
+                "every prompt"
+            )
+        moment = moment_of(self.calls, self.count)
+        self.count += 1
+        return moment
+
+
+def moment_of(calls: NetworkCalls, number: int) -> Moment:
+    """What the ``number``-th call of a generation is."""
+    step, branch = calls.calls[number]
+    return Moment(step, (0, 1) if calls.batched else (branch,))
+
+
+def of_branches(moment: Moment, value: Tensor) -> list[tuple[int, Tensor]]:
+    """The part of a batched value ``[B, ...]`` that each guidance branch of a call has."""
+    parts = value.chunk(len(moment.branches)) if len(moment.branches) > 1 else (value,)
+    return list(zip(moment.branches, parts, strict=True))
+
+
+def reasons_of(collectors: Iterable[Collector]) -> list[str]:
+    """What collectors left out, with how often."""
+    return [
+        f"{collector.name}: {reason} ({count} times)"
+        for collector in collectors
+        for reason, count in collector.reasons.items()
+    ]
