@@ -72,8 +72,8 @@ class NetworkProfile:
     factor by which a planted output error of step t (times its width) grows up to the final sample;
     ``range_weights`` the measured factor, per step, from an error in a block range's residual to one in the output;
     ``seconds`` what a ``full`` and a ``predicted`` step take, what predicting a range saves, and, under a dtype's name,
-    what a full step takes in it. ``tables`` hold what the collectors measured, by collector and site; ``geometry`` is how
-    the tokens of its self-attention lie, None where that is not known.
+    what a full step takes in it. ``tables`` hold what the collectors measured, by collector and site; ``geometry`` says
+    how the tokens of its self-attention lie, None where that is not known.
     """
 
     timesteps: tuple[float, ...]

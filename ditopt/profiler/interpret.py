@@ -34,7 +34,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Seen:
-    """The values of one node in one call: what it was given (its arguments, tensors in place of nodes) and its result."""
+    """The values of one node in one call: its arguments (tensors in place of nodes) and its result."""
 
     moment: Moment
     node: fx.Node
@@ -46,8 +46,8 @@ class Seen:
 class Collector(ABC):
     """Statistics of what one network computes in one generation.
 
-    ``wanted`` are the names of the graph's nodes that it wants to see; ``reasons`` what it leaves out, and why, with the
-    number of calls: a site that cannot be measured is skipped by name, never in silence.
+    ``wanted`` are the names of the graph's nodes that it wants to see; ``reasons`` what it leaves out, and why, with how
+    often: a site that cannot be measured is skipped by name, never in silence.
     """
 
     name: str
@@ -59,9 +59,6 @@ class Collector(ABC):
     @abstractmethod
     def see(self, seen: Seen) -> None:
         """Take in one node's values; nothing of them may be kept that is as large as they are."""
-
-    def end_call(self, moment: Moment) -> None:
-        """A call of the network is over."""
 
     @abstractmethod
     def tables(self) -> dict[str, Table]:
@@ -127,8 +124,6 @@ class WatchedCalls:
         self._interpreter.edits = dict(self.edits(moment)) if self.edits is not None else {}
         with torch.no_grad():
             outputs: Sequence[Any] = self._interpreter.run(*arguments)
-        for collector in self.collectors:
-            collector.end_call(moment)
         return outputs
 
     @property

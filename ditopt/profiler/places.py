@@ -52,8 +52,7 @@ def attentions(trace: Trace) -> tuple[Attention, ...]:
             continue
         cross = node.args[1] not in changing
         projection = _product_behind(node)
-        weight = None if projection is None else PRODUCTS[projection.target][1]
-        found.append(Attention(site, node, cross, projection, weight))
+        found.append(Attention(site, node, cross, *(projection or (None, None))))
     return tuple(found)
 
 
@@ -102,8 +101,11 @@ def linears(trace: Trace) -> tuple[tuple[LinearSite, fx.Node], ...]:
     )
 
 
-def _product_behind(node: fx.Node) -> fx.Node | None:
-    """The first product with a weight that a value goes into, if only views, casts and copies lie between."""
+def _product_behind(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """The first product that a value goes into, with its weight's place among the arguments.
+
+    Only views, casts and copies may lie between.
+    """
     at = node
     while True:
         users = [user for user in at.users if user.op == "call_function"]
@@ -112,9 +114,9 @@ def _product_behind(node: fx.Node) -> fx.Node | None:
         (user,) = users
         if user.target in PRODUCTS:
             left, right = PRODUCTS[user.target]
-            given = user.args[left]
-            weight = seen_through(user.args[right])
-            return user if given is at and weight.op == "placeholder" else None
+            weight = user.args[right]
+            known = isinstance(weight, fx.Node) and seen_through(weight).op == "placeholder"
+            return (user, right) if user.args[left] is at and known else None
         if user.target is ATTENTION or len(user.all_input_nodes) != 1:
             return None
         at = user
