@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ditopt.api import apply, optimize
+    from ditopt.api import apply, optimize, profile_model
     from ditopt.errors import (
         AuditError,
         DitoptError,
@@ -37,9 +37,14 @@ __all__ = [
     "__version__",
     "apply",
     "optimize",
+    "profile_model",
 ]
 
-_HOMES = {"apply": "ditopt.api", "optimize": "ditopt.api", "Plan": "ditopt.plan", "Profile": "ditopt.profile"}
+_HOMES = {
+    **dict.fromkeys(("apply", "optimize", "profile_model"), "ditopt.api"),
+    "Plan": "ditopt.plan",
+    "Profile": "ditopt.profile",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ditopt.errors import InputError, PlanMismatchError
+from ditopt.geometry import Geometry
 from ditopt.plan import Plan
+from ditopt.profile import Profile
 
 ModelT = TypeVar("ModelT")
 
@@ -130,19 +132,73 @@ def apply(model: ModelT, plan: str | Path | Plan, *, on_mismatch: str = "error")
     return model
 
 
-def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
+def profile_model(
+    model: Any,
+    prompts: Sequence[str],
+    *,
+    rollout: Callable[..., Any] | None = None,
+    pipe_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    techniques: Sequence[str] | None = None,
+    collect: Sequence[str] | None = None,
+    geometry: Geometry | tuple[int, ...] | None = None,
+    resume: bool = True,
+    quiet: bool = False,
+) -> Profile:
+    """Measure what a model does under its sampling loop, and give the model back as it was.
+
+    Args:
+        model: a diffusers pipeline, or a bare ``nn.Module`` with ``rollout``.
+        prompts: at least one; prompt i is generated with ``seed + i``.
+        rollout: of a bare module, as for ``optimize``.
+        pipe_kwargs: what the pipeline is called with: steps, guidance, size.
+        seed: of the first prompt's noise.
+        techniques: kinds of decision to measure for, as for ``optimize``; default all.
+        collect: which tables to take beside that: ``attention``, ``patterns``, ``features``, ``tokens``, ``linear`` and
+            ``sensitivity``; default all.
+        geometry: how the self-attention's tokens lie, (frames, rows, columns) with the number of text tokens as an
+            optional fourth; default: found from the model's config, its inputs or its attention.
+        resume: take up an interrupted run's checkpoints; they are kept prompt by prompt.
+        quiet: print nothing.
+
+    Returns:
+        The profile: ``save`` it, look at it with ``ditopt report``, or search it with ``ditopt search``.
+
+    Raises:
+        InputError: an argument cannot be used; the message says which and what would be right.
+        RolloutError: the sampling loop does not call the model, gives NaN or is not deterministic.
+        TraceError: no step, block or attention was found to decide on.
+    """
+    from ditopt.adapters import adapt
+    from ditopt.console import Reporter
+    from ditopt.profiler.take import profile_alone
+    from ditopt.techniques import Techniques, choose_collectors
+
+    texts = check_prompts(prompts, least=1)
+    chosen, tables = Techniques.choose(techniques), choose_collectors(collect)
+    if isinstance(geometry, tuple):
+        if len(geometry) not in (3, 4) or not all(isinstance(size, int) for size in geometry):
+            raise InputError(f"geometry={geometry!r}: give (frames, rows, columns) or (frames, rows, columns, text)")
+        geometry = Geometry(*geometry)
+    adapter = adapt(model, rollout, pipe_kwargs)
+    return profile_alone(adapter, texts, chosen, tables, geometry, pipe_kwargs, seed, resume, Reporter(quiet))
+
+
+def check_prompts(prompts: Sequence[str], least: int = 2) -> tuple[str, ...]:
     """The prompts as a tuple.
 
     Raises:
-        InputError: there are fewer than two, or one is not a text.
+        InputError: there are fewer than ``least``, or one is not a text.
     """
     if isinstance(prompts, str):
-        raise InputError(f"calib_prompts is one text ({prompts!r}); give a list of at least two prompts")
+        raise InputError(f"calib_prompts is one text ({prompts!r}); give a list of texts, at least {least}")
     found = tuple(prompts)
     wrong = [prompt for prompt in found if not isinstance(prompt, str)]
     if wrong:
         raise InputError(f"calib_prompts holds {wrong[0]!r}, a {type(wrong[0]).__name__}; prompts are texts")
-    if len(found) < 2:
+    if not found and least == 1:
+        raise InputError("there are no prompts; give a list of texts")
+    if len(found) < least:
         raise InputError(
             f"{len(found)} calibration prompts are too few: one half is profiled and the other verifies; give at "
             "least 2, better 8"

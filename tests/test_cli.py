@@ -14,7 +14,7 @@ import ditopt.report.doctor
 from ditopt.cli import app, pipe_settings, read_prompts
 from ditopt.decisions import Fit, Forecast, Reuse
 from ditopt.errors import InputError, PlanError
-from ditopt.optimizer import ALL_TECHNIQUES
+from ditopt.techniques import ALL_TECHNIQUES
 from ditopt.plan import DevicePrint, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.report.doctor import Finding
 

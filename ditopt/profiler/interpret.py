@@ -46,7 +46,7 @@ class Seen:
 class Collector(ABC):
     """Statistics of what one network computes in one generation.
 
-    ``wanted`` are the names of the graph's nodes that it wants to see; ``reasons`` what it leaves out, and why, with how
+    ``wanted`` are the names of the graph's nodes that it wants to see; ``reasons`` what it leaves out, and why, and how
     often: a site that cannot be measured is skipped by name, never in silence.
     """
 

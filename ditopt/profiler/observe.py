@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from ditopt.errors import RolloutError
 from ditopt.measure import Evaluator
 from ditopt.profiler.features import FeatureCollector
-from ditopt.runtime.program import Observation, Observer, Program
+from ditopt.runtime.program import Interceptor, Observation, Observer, Program
 
 Pair = tuple[str, int]
 Observers = Sequence[tuple[Program, Observer]]
@@ -97,3 +97,16 @@ def _in_place(observers: Observers) -> Iterator[None]:
     finally:
         for program, _ in observers:
             program.observer = None
+
+
+@contextmanager
+def intercepted(evaluator: Evaluator, programs: Mapping[str, Program], by: Mapping[str, Interceptor]) -> Iterator[None]:
+    """Dense generations in which the networks named in ``by`` are answered by its interceptors."""
+    evaluator.bind(())
+    for name, interceptor in by.items():
+        programs[name].interceptor = interceptor
+    try:
+        yield
+    finally:
+        for name in by:
+            programs[name].interceptor = None

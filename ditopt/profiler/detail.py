@@ -1,0 +1,192 @@
+"""Further generations of the profiled prompts, run node by node under the collectors that were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ditopt.calls import NetworkCalls
+from ditopt.console import Reporter
+from ditopt.errors import RolloutError
+from ditopt.geometry import Geometry
+from ditopt.measure import Evaluator
+from ditopt.measures import joined
+from ditopt.profile import FeatureGram, NetworkProfile, Profile
+from ditopt.profiler.attention import attention_collectors
+from ditopt.profiler.checkpoint import Checkpoints
+from ditopt.profiler.find_geometry import find_geometry
+from ditopt.profiler.interpret import Collector, WatchedCalls, reasons_of
+from ditopt.profiler.kept_tables import HEADER, Tables, from_tensors, to_tensors
+from ditopt.profiler.linear_inputs import LinearInputs
+from ditopt.profiler.observe import Pair, captured_once, inputs_of, intercepted
+from ditopt.profiler.places import attentions
+from ditopt.profiler.planted_sites import SiteSensitivity
+from ditopt.profiler.run import whole_program
+from ditopt.profiler.site_features import FeatureTables
+from ditopt.profiler.tokens import TokenChange
+from ditopt.quality import relative_l2
+from ditopt.runtime.program import Program
+
+MAP_BYTES = 256 * 2**20
+"""Of all pooled attention maps of a profile; with many heads or prompts the maps are coarser."""
+INTERPRETED_APART = 1e-2
+"""Relative L2 of the sample between an interpreted and a compiled generation beyond which it is said."""
+ANCHORS = 6
+
+
+@dataclass
+class DetailRun:
+    """What a run needs; ``calls`` are per network, ``given`` is the user's geometry (None: to be found)."""
+
+    evaluator: Evaluator
+    calls: Mapping[str, NetworkCalls]
+    checkpoints: Checkpoints
+    reporter: Reporter
+    collect: tuple[str, ...]
+    given: Geometry | None = None
+    reasons: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._shared: dict[str, dict[str, Tensor]] = {}
+        self._geometry: dict[str, Geometry | None] = {}
+
+    def __call__(self, profile: Profile, pairs: Sequence[Pair]) -> tuple[dict[str, NetworkProfile], tuple[str, ...]]:
+        """The networks' profiles with their tables, and what was left out.
+
+        Raises:
+            InputError: the given geometry does not fit the model's tokens.
+            RolloutError: the loop calls the model differently from prompt to prompt.
+        """
+        self._find_geometries(pairs[0])
+        found: dict[str, list[Tables]] = {name: [] for name in self.programs}
+        with self.reporter.stage(f"profile: {', '.join(self.collect)}", len(pairs)) as stage:
+            for index, pair in enumerate(pairs):
+                for name, tables in self._prompt(index, pair, len(pairs)).items():
+                    found[name].append(tables)
+                stage.advance()
+        networks = {name: self._network(profile.networks[name], name, found[name]) for name in self.programs}
+        if "sensitivity" in self.collect:
+            sensitivity = SiteSensitivity(self.evaluator, self.calls, self.checkpoints, self.reporter)
+            for name, sites in sensitivity(networks, pairs[0]).items():
+                networks[name].tables["sensitivity"] = sites
+            self.reasons += sensitivity.reasons
+        return networks, tuple(dict.fromkeys(self.reasons))
+
+    @property
+    def programs(self) -> dict[str, Program]:
+        """The networks' programs."""
+        return {name: whole_program(session) for name, session in self.evaluator.sessions.items()}
+
+    def _find_geometries(self, pair: Pair) -> None:
+        for name, program in self.programs.items():
+            (arguments,) = inputs_of(self.evaluator, pair, [program])
+            variants = program.variants
+            config = getattr(self.evaluator.adapter.networks[name], "config", None)
+            found, how = find_geometry(variants.trace, variants.latents, config, self.given, None, arguments=arguments)
+            if found is None:
+                found, how = self._inferred(name, program, pair, arguments)
+            self._geometry[name] = found
+            self.reporter.say(f"  {name}: {found if found is not None else 'tokens in one line'} ({how})")
+            if found is None:
+                self.reasons.append(f"{name}: the geometry of its tokens is not known ({how}); give geometry=")
+
+    def _inferred(
+        self, name: str, program: Program, pair: Pair, arguments: Sequence[Any]
+    ) -> tuple[Geometry | None, str]:
+        """From one more generation, in which attention is looked at as if tokens lay in one line."""
+        trace = program.variants.trace
+        collectors = attention_collectors(trace, self.calls[name], None, names=("attention",))
+        self._generate(pair, {name: collectors})
+        tables = [table for each in collectors for table in each.tables().values() if "by_distance" in table.measures]
+        if not tables:
+            return None, "no self-attention to infer it from"
+        config = getattr(self.evaluator.adapter.networks[name], "config", None)
+        return find_geometry(trace, program.variants.latents, config, None, tables[0], arguments=arguments)
+
+    def _prompt(self, index: int, pair: Pair, prompts: int) -> dict[str, Tables]:
+        """The tables of one prompt per network, from its checkpoint if there is one."""
+        names = list(self.programs)
+        key = f"tables{index}.{'-'.join(self.collect)}"
+        kept = {name: self.checkpoints.load(f"{key}.{name}", [HEADER]) for name in names}
+        if not index and all(each is not None for each in kept.values()):
+            self._shared = {name: _coefficients(each or {}) for name, each in kept.items()}
+        if all(each is not None for each in kept.values()):
+            return {name: from_tensors(each or {}) for name, each in kept.items()}
+        collectors = {name: self._collectors(name, program, prompts) for name, program in self.programs.items()}
+        sample = self._generate(pair, collectors)
+        apart = relative_l2(sample, self.evaluator.references[pair])
+        if apart > INTERPRETED_APART:
+            self.reasons.append(f"prompt {pair[0]!r}: its interpreted and compiled samples differ by {apart:.1%}")
+        found = {}
+        for name, of_network in collectors.items():
+            found[name] = {each.name: each.tables() for each in of_network}
+            self.reasons += [f"{name}: {reason}" for reason in reasons_of(of_network)]
+            shared: dict[str, Tensor] = next(
+                (each.coefficients for each in of_network if isinstance(each, FeatureTables)), {}
+            )
+            if not index:
+                self._shared[name] = shared
+            bundle = to_tensors(found[name])
+            bundle |= {f"{SHARED}{site}": value for site, value in shared.items()} if not index else {}
+            self.checkpoints.save(f"{key}.{name}", bundle)
+        return found
+
+    def _collectors(self, name: str, program: Program, prompts: int) -> list[Collector]:
+        trace, calls, geometry = program.variants.trace, self.calls[name], self._geometry[name]
+        wanted = [each for each in ("attention", "patterns") if each in self.collect]
+        found: list[Collector] = []
+        if wanted:
+            heads = sum(entry.site.heads for entry in attentions(trace))
+            maps = max(1, heads * ANCHORS * calls.branches * prompts)
+            side = int(min(128, max(16, np.sqrt(MAP_BYTES / 2 / maps))))
+            found += attention_collectors(trace, calls, geometry, map_side=side, names=tuple(wanted))
+        if "features" in self.collect:
+            found.append(FeatureTables(trace, calls, shared=self._shared.get(name)))
+        if "tokens" in self.collect:
+            found.append(TokenChange(trace, calls, geometry))
+        if "linear" in self.collect:
+            found.append(LinearInputs(trace, calls))
+        return found
+
+    def _generate(self, pair: Pair, collectors: Mapping[str, Sequence[Collector]]) -> Tensor:
+        programs = self.programs
+        watched = {
+            name: WatchedCalls(programs[name].variants.trace, self.calls[name], c) for name, c in collectors.items()
+        }
+        with captured_once(self.evaluator, pair), intercepted(self.evaluator, programs, watched):
+            sample = self.evaluator.adapter.checked_rollout(*pair)
+        if not all(each.complete for each in watched.values()):
+            raise RolloutError(
+                f"the rollout of prompt {pair[0]!r} calls the model less often than that of the first prompt; "
+                "it must call it alike for every prompt"
+            )
+        return sample
+
+    def _network(self, profile: NetworkProfile, name: str, prompts: Sequence[Tables]) -> NetworkProfile:
+        """A network's profile with the prompts' tables joined; Gram matrices of features become its own."""
+        tables: Tables = {
+            collector: {site: joined([each[collector][site] for each in prompts]) for site in sites}
+            for collector, sites in prompts[0].items()
+        }
+        grams = dict(profile.grams)
+        present = next(iter(profile.grams.values())).present
+        for site, table in tables.get("features", {}).items():
+            gram = table.measures.get("gram")
+            if gram is not None and site not in grams:
+                values = np.asarray(gram.values, dtype=np.float64)
+                grams[site] = FeatureGram(site, len(profile.timesteps), self.calls[name].branch_names, values, present)
+        for site, table in tables.get("features", {}).items():
+            rest = {key: measure for key, measure in table.measures.items() if key != "gram"}
+            tables["features"][site] = replace(table, measures=rest)
+        return replace(profile, grams=grams, tables=tables, geometry=self._geometry[name])
+
+
+SHARED = "shared."
+
+
+def _coefficients(bundle: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(SHARED): value for key, value in bundle.items() if key.startswith(SHARED)}

@@ -1,0 +1,349 @@
+"""How much an error at a module's output moves the network's output, and the final sample.
+
+The first is measured by errors planted in single calls of one generation: noise of a tenth of a module's output, and
+in self-attention a head left out. The second follows from it with the growth of an output's error
+(``sensitivity.py``); errors planted in real rollouts, at modules of every kind, depth and phase of the schedule, say
+how far that holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditopt.calls import NetworkCalls
+from ditopt.console import Reporter, Stage
+from ditopt.measure import Evaluator
+from ditopt.measures import Label, Measure, Table
+from ditopt.profile import NetworkProfile
+from ditopt.profiler.checkpoint import Checkpoints
+from ditopt.profiler.interpret import Collector, Edit, Seen, Watched, moment_of, of_branches
+from ditopt.profiler.kept_tables import HEADER, from_tensors, to_tensors
+from ditopt.profiler.observe import Pair, intercepted, observed
+from ditopt.profiler.places import SELF, Attention, Module, attentions, modules
+from ditopt.profiler.run import whole_program
+from ditopt.profiler.sensitivity import Tape
+from ditopt.runtime.program import Compute, Program, copied
+from ditopt.trace import Trace
+
+NOISE = 0.1
+"""Planted noise relative to the output's root mean square, channel by channel."""
+MOST_SITES = 24
+STEPS = (0.1, 0.35, 0.65, 0.9)
+"""Where in the schedule single calls are planted, as shares of its length."""
+ERRORS = ("noise", "head")
+ROLLOUT_ERRORS = ("noise", "reuse")
+ROLLOUTS = "rollouts"
+"""The site under which the planted rollouts' table stands."""
+THIRDS = (1 / 6, 1 / 2, 5 / 6)
+
+
+class Keeper(Collector):
+    """Holds the latest value of each of some nodes."""
+
+    name = "keeper"
+
+    def __init__(self, *nodes: str) -> None:
+        super().__init__()
+        self.wanted = frozenset(nodes)
+        self.kept: dict[str, Tensor] = {}
+
+    def see(self, seen: Seen) -> None:
+        """Hold the node's result."""
+        self.kept[seen.node.name] = seen.result
+
+    def tables(self) -> dict[str, Table]:
+        """None: it measures nothing."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Plant:
+    """An error planted in a rollout: where, in which step, and of what kind."""
+
+    module: Module
+    step: int
+    error: str
+
+    def __str__(self) -> str:
+        return f"{self.module.site}, step {self.step}, {self.error}"
+
+
+def anchor_steps_of(steps: int) -> tuple[int, ...]:
+    """The steps in which single calls are planted."""
+    return tuple(sorted({min(round(share * steps), steps - 1) for share in STEPS}))
+
+
+def chosen_modules(trace: Trace) -> tuple[Module, ...]:
+    """The modules in which errors are planted: all, or of many some of each kind, spread evenly in depth."""
+    found = modules(trace)
+    kinds: dict[str, list[Module]] = {}
+    for module in found:
+        kinds.setdefault(module.kind, []).append(module)
+    most = max(1, MOST_SITES // max(len(kinds), 1))
+    kept = {
+        of_kind[int(at)].site
+        for of_kind in kinds.values()
+        for at in np.unique(np.linspace(0, len(of_kind) - 1, min(most, len(of_kind))).round())
+    }
+    return tuple(module for module in found if module.site in kept)
+
+
+def plants(found: Sequence[Module], steps: int) -> tuple[Plant, ...]:
+    """Nine plants: each third of the depth in each third of the schedule, kinds and errors in turn (a Latin square)."""
+    kinds = list(dict.fromkeys(module.kind for module in found))
+    chosen = []
+    for number, (depth, phase) in enumerate(product(range(3), range(3))):
+        of_kind = [module for module in found if module.kind == kinds[(depth + phase) % len(kinds)]]
+        module = of_kind[min(int(THIRDS[depth] * len(of_kind)), len(of_kind) - 1)]
+        step = min(max(round(THIRDS[phase] * steps), 1), steps - 1)
+        chosen.append(Plant(module, step, ROLLOUT_ERRORS[number % 2]))
+    return tuple(dict.fromkeys(chosen))
+
+
+def noisy(seed: int) -> Edit:
+    """Adds noise of ``NOISE`` times the root mean square of every channel (the last dimension)."""
+
+    def edit(value: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value.device)
+        rms = value.float().square().mean(tuple(range(value.ndim - 1)), keepdim=True).sqrt()
+        return (value.float() + NOISE * rms * drawn).to(value.dtype)
+
+    return edit
+
+
+def without_head(head: int) -> Edit:
+    """Leaves one head of an attention's result ``[B, H, S, D]`` out."""
+
+    def edit(value: Tensor) -> Tensor:
+        left = value.clone()
+        left[:, head] = 0
+        return left
+
+    return edit
+
+
+@dataclass
+class CallPlants:
+    """An interceptor: answers a generation's calls by interpreting, and plants errors in those of some steps.
+
+    ``found`` holds, per site, error and step, ``||change of the output|| / ||error||`` of each planted branch.
+    """
+
+    trace: Trace
+    calls: NetworkCalls
+    stage: Stage
+    found: dict[tuple[str, str, int], list[float]] = field(default_factory=dict)
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self.modules = chosen_modules(self.trace)
+        self._attention = attention_of(self.trace, self.modules)
+        self.steps = anchor_steps_of(len(self.calls.timesteps))
+
+    def __call__(self, arguments: list[Any], compute: Compute) -> Sequence[Any]:
+        """Answer one call."""
+        moment = moment_of(self.calls, self.count)
+        self.count += 1
+        if moment.step not in self.steps or 0 not in moment.branches:
+            return compute(arguments)
+        last = self.modules[-1]
+        keeper = Keeper(last.node.name)
+        outputs: Sequence[Any] = Watched(self.trace, [keeper]).run(*arguments)
+        base = keeper.kept[last.node.name]
+        for position in reversed(range(len(self.modules))):
+            module, before = self.modules[position], self.modules[position - 1]
+            for error, edits in self._edits(position, moment.step).items():
+                keeper = Keeper(module.node.name, before.node.name)
+                changed = Watched(self.trace, [keeper], edits).run(*arguments)
+                self._note(moment, module, error, keeper.kept[module.node.name] - base, changed[0] - outputs[0])
+            base = keeper.kept[before.node.name]  # upstream of the plant, so it is what it was
+            self.stage.advance()
+        return outputs
+
+    def _edits(self, position: int, step: int) -> dict[str, dict[str, Edit]]:
+        module = self.modules[position]
+        found = {"noise": {module.node.name: noisy(1000 * step + position)}}
+        attention = self._attention.get(module.site)
+        if attention is not None:
+            head = self.steps.index(step) % attention.site.heads
+            found["head"] = {attention.node.name: without_head(head)}
+        return found
+
+    def _note(self, moment: Any, module: Module, error: str, planted: Tensor, moved: Tensor) -> None:
+        parts = zip(of_branches(moment, planted), of_branches(moment, moved), strict=True)
+        for (_, one), (_, two) in parts:
+            ratio = float(two.double().norm()) / max(float(one.double().norm()), 1e-30)
+            self.found.setdefault((module.site, error, moment.step), []).append(ratio)
+
+    def tables(self) -> dict[str, Table]:
+        """``to_output`` ``[prompt, anchor, error]`` by site: the mean over branches in the logarithm."""
+        found = {}
+        for module in self.modules:
+            values = np.full((1, len(self.steps), len(ERRORS)), np.nan, dtype=np.float32)
+            for (row, step), (column, error) in product(enumerate(self.steps), enumerate(ERRORS)):
+                ratios = self.found.get((module.site, error, step))
+                if ratios:
+                    values[0, row, column] = np.exp(np.mean(np.log(np.maximum(ratios, 1e-30))))
+            measure = Measure(("prompt", "anchor", "error"), values, partial=True)
+            labels: dict[str, tuple[Label, ...]] = {"anchor": self.steps, "error": ERRORS}
+            found[module.site] = Table({"to_output": measure}, labels, {"kind": module.kind})
+        return found
+
+
+def attention_of(trace: Trace, found: Sequence[Module]) -> dict[str, Attention]:
+    """The attention site inside each self-attention module, by the module's name."""
+    return {
+        module.site: entry
+        for module in found
+        for entry in attentions(trace)
+        if module.kind == SELF and (entry.site.name == module.site or entry.site.name.startswith(f"{module.site}."))
+    }
+
+
+@dataclass
+class RolloutPlant:
+    """An interceptor: plays a dense generation back up to a plant, answers that step with the error, then computes."""
+
+    trace: Trace
+    calls: NetworkCalls
+    outputs: Sequence[Sequence[Any]]
+    plant: Plant
+    errors: dict[int, float] = field(default_factory=dict)
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self._before: dict[int, Tensor] = {}
+
+    def __call__(self, arguments: list[Any], compute: Compute) -> Sequence[Any]:
+        """Answer one call."""
+        number, node = self.count, self.plant.module.node.name
+        self.count += 1
+        moment = moment_of(self.calls, number)
+        if moment.step > self.plant.step:
+            return compute(arguments)
+        if moment.step < self.plant.step:
+            if moment.step == self.plant.step - 1 and self.plant.error == "reuse":
+                keeper = Keeper(node)
+                Watched(self.trace, [keeper]).run(*arguments)
+                self._before |= {branch: part.clone() for branch, part in of_branches(moment, keeper.kept[node])}
+            return copied(self.outputs[number])
+        whole = [self._before[branch] for branch in moment.branches if branch in self._before]
+
+        def edit(value: Tensor) -> Tensor:
+            known = self.plant.error == "reuse" and len(whole) == len(moment.branches)
+            planted = torch.cat(whole) if known else noisy(number)(value)
+            for (branch, mine), (_, theirs) in zip(
+                of_branches(moment, value), of_branches(moment, planted), strict=True
+            ):
+                self.errors[branch] = float((theirs.double() - mine.double()).norm())
+            return planted
+
+        result: Sequence[Any] = Watched(self.trace, (), {node: edit}).run(*arguments)
+        return result
+
+
+@dataclass
+class SiteSensitivity:
+    """Measures one generation's sensitivities for every network."""
+
+    evaluator: Evaluator
+    calls: Mapping[str, NetworkCalls]
+    checkpoints: Checkpoints
+    reporter: Reporter
+    reasons: list[str] = field(default_factory=list)
+
+    def __call__(self, networks: Mapping[str, NetworkProfile], pair: Pair) -> dict[str, dict[str, Table]]:
+        """Per network the tables by site; those of planted rollouts stand under ``ROLLOUTS``."""
+        programs = {name: whole_program(session) for name, session in self.evaluator.sessions.items()}
+        usable = {name: chosen_modules(program.variants.trace) for name, program in programs.items()}
+        found: dict[str, dict[str, Table]] = {name: {} for name in networks}
+        for name in [name for name in networks if not usable[name]]:
+            self.reasons.append(f"{name}: no module with one output was found in its blocks, so no error was planted")
+        total = sum(len(usable[name]) * len(anchor_steps_of(len(self.calls[name].timesteps))) + 9 for name in networks)
+        with self.reporter.stage("profile: errors planted at sites", total) as stage:
+            tape: Tape | None = None
+            for name in [name for name in networks if usable[name]]:
+                found[name] = self._single_calls(name, programs, pair, stage)
+                every = plants(usable[name], len(self.calls[name].timesteps))
+                rows = []
+                for number, plant in enumerate(every):
+                    kept = self.checkpoints.load(f"{name}.plant{number}", ["moved", "errors"])
+                    if kept is None:
+                        tape = tape or self._tape(pair, programs)
+                        kept = self._rollout(name, programs, tape, plant, pair)
+                        self.checkpoints.save(f"{name}.plant{number}", kept)
+                    rows.append((plant, float(kept["moved"]), kept["errors"].tolist()))
+                    stage.advance()
+                found[name][ROLLOUTS] = rollouts_table(networks[name], found[name], rows)
+        return found
+
+    def _single_calls(self, name: str, programs: Mapping[str, Program], pair: Pair, stage: Stage) -> dict[str, Table]:
+        kept = self.checkpoints.load(f"{name}.sites", [HEADER])
+        if kept is not None:
+            return from_tensors(kept)["sensitivity"]
+        planting = CallPlants(programs[name].variants.trace, self.calls[name], stage)
+        with intercepted(self.evaluator, programs, {name: planting}):
+            self.evaluator.adapter.checked_rollout(*pair)
+        tables = planting.tables()
+        self.checkpoints.save(f"{name}.sites", to_tensors({"sensitivity": tables}))
+        return tables
+
+    def _tape(self, pair: Pair, programs: Mapping[str, Program]) -> Tape:
+        tape = Tape(self.calls)
+        observed(self.evaluator, pair, [(program, partial(tape.record, name)) for name, program in programs.items()])
+        return tape
+
+    def _rollout(
+        self, name: str, programs: Mapping[str, Program], tape: Tape, plant: Plant, pair: Pair
+    ) -> dict[str, Tensor]:
+        outputs = [out for network, _, _, out in tape.recorded if network == name]
+        planting = RolloutPlant(programs[name].variants.trace, self.calls[name], outputs, plant)
+        with intercepted(self.evaluator, programs, {name: planting}):
+            sample = self.evaluator.adapter.checked_rollout(*pair)
+        moved = float((sample.double() - self.evaluator.references[pair].double()).norm())
+        errors = [planting.errors.get(branch, 0.0) for branch in range(self.calls[name].branches)]
+        return {"moved": torch.tensor(moved, dtype=torch.float64), "errors": torch.tensor(errors, dtype=torch.float64)}
+
+
+def rollouts_table(
+    network: NetworkProfile, sites: Mapping[str, Table], rows: Sequence[tuple[Plant, float, Sequence[float]]]
+) -> Table:
+    """``measured`` and ``predicted`` ``[prompt, plant]``: how far planted errors moved the final sample (L2 norm).
+
+    Predicted is the error times ``to_output``, the step's width and its sensitivity. Facts: ``scale``, the mean ratio
+    of measured to predicted in the logarithm, and ``spread``, the standard deviation of that logarithm.
+    """
+    measured = np.array([[moved for _, moved, _ in rows]])
+    weights = np.asarray(network.branch_weights)
+    predicted = np.array(
+        [
+            [
+                float(np.linalg.norm(weights * np.asarray(errors)))
+                * output_growth(sites[plant.module.site], plant.step)
+                * network.step_widths[plant.step]
+                * network.sensitivity[plant.step]
+                for plant, _, errors in rows
+            ]
+        ]
+    )
+    logs = np.log(np.maximum(measured, 1e-30) / np.maximum(predicted, 1e-30))
+    facts = {"scale": float(np.exp(logs.mean())), "spread": float(logs.std(ddof=1)) if logs.size > 1 else 0.0}
+    axes = ("prompt", "plant")
+    labels = {"plant": tuple(str(plant) for plant, _, _ in rows)}
+    measures = {"measured": Measure(axes, measured), "predicted": Measure(axes, predicted)}
+    return Table(measures, labels, facts)
+
+
+def output_growth(table: Table, step: int) -> float:
+    """``||change of the output|| / ||error||`` for an error at a site in ``step``, between anchors in the logarithm."""
+    values = np.log(np.maximum(table["to_output"].mean("prompt", "error").values, 1e-30))
+    return float(np.exp(np.interp(step, np.asarray(table.labels["anchor"], dtype=float), values)))

@@ -1,0 +1,112 @@
+"""Takes the profile of a prepared model: what the search needs, and what further collectors are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ditopt.adapters import Adapter
+from ditopt.console import Reporter
+from ditopt.errors import InputError
+from ditopt.geometry import Geometry
+from ditopt.prepare import Pair, Preparation, Prepared, as_it_was, seeded
+from ditopt.profile import Profile
+from ditopt.profiler.checkpoint import Checkpoints
+from ditopt.profiler.run import ProfileRun
+from ditopt.profiler.split import SplitProfileRun
+from ditopt.quality import value_range
+from ditopt.techniques import Techniques
+
+
+def take_profile(
+    prepared: Prepared, techniques: Techniques, checkpoints: Checkpoints, pairs: Sequence[Pair], reporter: Reporter
+) -> Profile:
+    """What the search for decisions of ``techniques`` needs, over (prompt, seed) ``pairs``.
+
+    Raises:
+        RolloutError: the loop calls the model differently from prompt to prompt, or is not deterministic.
+    """
+    evaluator, calls, sampler = prepared.evaluator, prepared.calls, prepared.adapter.sampler()
+    run: ProfileRun | SplitProfileRun
+    if prepared.whole:
+        run = ProfileRun(
+            evaluator,
+            calls,
+            sampler,
+            checkpoints,
+            reporter,
+            techniques.ranges,
+            "fit" in techniques.predictors,
+            techniques.dtypes,
+            techniques.simplify,
+        )
+    else:
+        run = SplitProfileRun(evaluator, prepared.graphs, calls, sampler, checkpoints, reporter)
+    profile = prepared.profile(partial(run, pairs), checkpoints, reporter)
+    samples = [evaluator.references[pair] for pair in pairs]
+    facts = {"peak": float(np.mean([value_range(each) for each in samples])), "numel": float(samples[0].numel())}
+    plan = evaluator.template.model_dump(mode="json", exclude={"target"})
+    return replace(profile, sample=facts, plan=plan)
+
+
+def add_tables(
+    prepared: Prepared,
+    profile: Profile,
+    collect: Sequence[str],
+    geometry: Geometry | None,
+    checkpoints: Checkpoints,
+    pairs: Sequence[Pair],
+    reporter: Reporter,
+) -> Profile:
+    """The profile with the tables of the collectors ``collect``; ``geometry`` is the user's, None: to be found."""
+    if not collect:
+        return profile
+    if not prepared.whole:
+        reason = "attention, features and activations are not measured where graph breaks cut a network"
+        reporter.say(f"  {reason}")
+        return replace(profile, reasons=(*profile.reasons, reason))
+    from ditopt.profiler.detail import DetailRun  # so that who wants no tables does not wait for the collectors
+
+    run = DetailRun(prepared.evaluator, prepared.calls, checkpoints, reporter, tuple(collect), geometry)
+    networks, reasons = run(profile, pairs)
+    return replace(profile, networks=networks, reasons=(*profile.reasons, *reasons))
+
+
+def profile_alone(
+    adapter: Adapter,
+    prompts: Sequence[str],
+    techniques: Techniques,
+    collect: Sequence[str],
+    geometry: Geometry | None,
+    settings: Mapping[str, Any] | None,
+    seed: int,
+    resume: bool,
+    reporter: Reporter,
+) -> Profile:
+    """Prepare a model, take its profile with tables, and give the model back as it was.
+
+    Raises:
+        InputError: a network runs for one step only, or the geometry does not fit.
+        RolloutError: the sampling loop does not call the model, gives NaN or is not deterministic.
+        TraceError: nothing was found to decide on.
+    """
+    pairs = seeded(prompts, seed)
+    reasons: list[str] = []
+    with as_it_was(adapter, always=True):
+        prepare = Preparation(adapter, reporter, reasons, lambda _: nullcontext(), settings, techniques.ranges)
+        prepared = prepare(pairs[0])
+        for name, part in prepared.calls.items():
+            if len(part.timesteps) < 2:
+                raise InputError(
+                    f"{name} runs for {len(part.timesteps)} step only; a profile compares steps: sample with 2 or more"
+                )
+        facts = {"ranges": techniques.ranges, "profile": pairs, "geometry": str(geometry)}
+        checkpoints = prepared.checkpoints(facts, settings, resume)
+        profile = take_profile(prepared, techniques, checkpoints, pairs, reporter)
+        profile = add_tables(prepared, profile, collect, geometry, checkpoints, pairs, reporter)
+    return replace(profile, reasons=tuple(dict.fromkeys((*reasons, *profile.reasons))))

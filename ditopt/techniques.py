@@ -1,0 +1,62 @@
+"""Kinds of decision that a user can choose among, and what the profiler has to measure for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ditopt.decisions import DTYPES
+from ditopt.errors import InputError
+from ditopt.search import TECHNIQUES
+from ditopt.search.space import candidates
+
+OTHERS = RANGES, SIMPLIFY, PRECISION, SECOND_ORDER = "ranges", "simplify", "precision", "second_order"
+"""Kinds of decision that are no predictors of a step."""
+ALL_TECHNIQUES = (*TECHNIQUES, *OTHERS)
+
+COLLECTORS = ("attention", "patterns", "features", "tokens", "linear", "sensitivity")
+"""What can be measured beside the features of steps and ranges, by the name of its tables."""
+
+
+@dataclass(frozen=True)
+class Techniques:
+    """A choice: the predictors of steps by name, and which of the others."""
+
+    predictors: tuple[str, ...]
+    ranges: bool
+    simplify: bool
+    dtypes: tuple[str, ...]
+    second_order: bool
+
+    @classmethod
+    def choose(cls, names: Sequence[str] | None) -> Techniques:
+        """Those called ``names``; None: all.
+
+        Raises:
+            InputError: a name is unknown.
+        """
+        chosen = ALL_TECHNIQUES if names is None else tuple(names)
+        predictors = tuple(name for name in chosen if name not in OTHERS)
+        try:
+            candidates(predictors)
+        except InputError as error:
+            raise InputError(str(error).replace("choose from ", f"choose from {', '.join(OTHERS)}, ")) from None
+        return cls(
+            predictors,
+            RANGES in chosen,
+            SIMPLIFY in chosen,
+            DTYPES if PRECISION in chosen else (),
+            SECOND_ORDER in chosen,
+        )
+
+
+def choose_collectors(names: Sequence[str] | None) -> tuple[str, ...]:
+    """The collectors called ``names``, in their own order; None: all.
+
+    Raises:
+        InputError: a name is unknown.
+    """
+    unknown = sorted(set(names or ()) - set(COLLECTORS))
+    if unknown:
+        raise InputError(f"collect {', '.join(unknown)}: unknown; choose from {', '.join(COLLECTORS)}")
+    return COLLECTORS if names is None else tuple(name for name in COLLECTORS if name in names)
