@@ -20,8 +20,8 @@ from ditopt.measures import Table
 from ditopt.runtime.program import Compute
 from ditopt.trace import Trace
 
-Edit = Callable[[Any], Any]
-"""Makes another value of a node's."""
+Edit = Callable[[tuple[Any, ...], Any], Any]
+"""Makes another value of a node's arguments and its value."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Watched(fx.Interpreter):
         arguments, settings = self.fetch_args_kwargs_from_env(n)
         result = super().run_node(n)
         if edit is not None:
-            result = edit(result)
+            result = edit(arguments, result)
         for collector in watching or ():
             collector.see(Seen(self.moment, n, arguments, settings, result))
         return result

@@ -31,6 +31,7 @@ from ditopt.profiler.places import SELF, Attention, Module, attentions, modules
 from ditopt.profiler.run import whole_program
 from ditopt.profiler.sensitivity import Tape
 from ditopt.runtime.program import Compute, Program, copied
+from ditopt.search.heads import output_growth
 from ditopt.trace import Trace
 
 NOISE = 0.1
@@ -111,7 +112,7 @@ def plants(found: Sequence[Module], steps: int) -> tuple[Plant, ...]:
 def noisy(seed: int) -> Edit:
     """Adds noise of ``NOISE`` times the root mean square of every channel (the last dimension)."""
 
-    def edit(value: Tensor) -> Tensor:
+    def edit(arguments: tuple[Any, ...], value: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value.device)
         rms = value.float().square().mean(tuple(range(value.ndim - 1)), keepdim=True).sqrt()
@@ -123,7 +124,7 @@ def noisy(seed: int) -> Edit:
 def without_head(head: int) -> Edit:
     """Leaves one head of an attention's result ``[B, H, S, D]`` out."""
 
-    def edit(value: Tensor) -> Tensor:
+    def edit(arguments: tuple[Any, ...], value: Tensor) -> Tensor:
         left = value.clone()
         left[:, head] = 0
         return left
@@ -238,9 +239,9 @@ class RolloutPlant:
             return copied(self.outputs[number])
         whole = [self._before[branch] for branch in moment.branches if branch in self._before]
 
-        def edit(value: Tensor) -> Tensor:
+        def edit(given: tuple[Any, ...], value: Tensor) -> Tensor:
             known = self.plant.error == "reuse" and len(whole) == len(moment.branches)
-            planted = torch.cat(whole) if known else noisy(number)(value)
+            planted = torch.cat(whole) if known else noisy(number)(given, value)
             for (branch, mine), (_, theirs) in zip(
                 of_branches(moment, value), of_branches(moment, planted), strict=True
             ):
@@ -341,9 +342,3 @@ def rollouts_table(
     labels = {"plant": tuple(str(plant) for plant, _, _ in rows)}
     measures = {"measured": Measure(axes, measured), "predicted": Measure(axes, predicted)}
     return Table(measures, labels, facts)
-
-
-def output_growth(table: Table, step: int) -> float:
-    """``||change of the output|| / ||error||`` for an error at a site in ``step``, between anchors in the logarithm."""
-    values = np.log(np.maximum(table["to_output"].mean("prompt", "error").values, 1e-30))
-    return float(np.exp(np.interp(step, np.asarray(table.labels["anchor"], dtype=float), values)))

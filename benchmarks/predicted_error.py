@@ -1,0 +1,280 @@
+"""Predicted against measured error of random plans: whole steps reused or forecast, heads under patterns.
+
+    python -m benchmarks.predicted_error --profile p.profile --json docs/results/predicted_error.json
+
+Plans are drawn by a seed: how many steps are computed and which, how the others are predicted, which heads attend to
+which pattern, and from which step on. Their errors are predicted from the profile alone, and measured by generations of
+prompts that it did not see, in which captured graphs run node by node and heads are masked. Ends with Spearman's rank
+correlation of the two and a plot beside the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ditopt.adapters import adapt
+from ditopt.console import Reporter
+from ditopt.geometry import Geometry
+from ditopt.kernels.patterns.registry import pattern_from_data
+from ditopt.plan import write_text_atomically
+from ditopt.prepare import Preparation, Prepared, as_it_was
+from ditopt.profile import NetworkProfile, Profile
+from ditopt.profiler.interpret import Edit, Watched, moment_of
+from ditopt.profiler.observe import intercepted
+from ditopt.profiler.places import attentions
+from ditopt.profiler.run import whole_program
+from ditopt.quality import relative_l2
+from ditopt.runtime.program import Compute
+from ditopt.search.heads import HeadPattern, heads_error
+from ditopt.search.joint import dense, draft_for, finish
+from ditopt.search.problem import SearchProblem
+from ditopt.search.solution import Draft
+
+MODEL = Path("examples/tiny_video")
+
+
+@dataclass(frozen=True)
+class RandomPlan:
+    """A schedule of whole steps, and heads under patterns in computed steps."""
+
+    draft: Draft
+    heads: tuple[HeadPattern, ...]
+
+    def describe(self, total: int) -> str:
+        """In a few words."""
+        kinds = [candidate.name for candidate in self.draft.families.values()]
+        counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) or "none predicted"
+        return f"{len(self.draft.kept)} of {total} steps ({counted}); {len(self.heads)} heads under patterns"
+
+
+def draw_plan(rng: np.random.Generator, problem: SearchProblem, network: NetworkProfile) -> RandomPlan:
+    """A random plan; a third of them have patterns alone, a third a schedule alone."""
+    kind = rng.integers(3)
+    draft = dense(problem)
+    if kind != 0:
+        count = int(rng.integers(problem.steps // 3, problem.steps - 1))
+        others = rng.choice(np.arange(1, problem.steps), size=count - 1, replace=False)
+        names = [["reuse"], ["forecast1"], ["reuse", "forecast1", "forecast2"]][rng.integers(3)]
+        draft = draft_for(problem, sorted({0, *map(int, others)}), names)
+    heads: list[HeadPattern] = []
+    if kind != 1:
+        share, start = rng.uniform(0.05, 0.7), int(rng.integers(0, problem.steps // 2))
+        steps = tuple(step for step in draft.kept if step >= start)
+        for site, table in network.tables["patterns"].items():
+            if "candidate" not in table.labels or len(table.labels["candidate"]) < 2 or not steps:
+                continue
+            for head in range(table["error"].size("head")):
+                if rng.uniform() < share:
+                    candidate = table.labels["candidate"][rng.integers(len(table.labels["candidate"]))]
+                    heads.append(HeadPattern(site, head, candidate, steps))
+    return RandomPlan(draft, tuple(heads))
+
+
+@dataclass
+class Emulated:
+    """An interceptor: answers a generation's calls under a random plan, predictions and masked heads included."""
+
+    prepared: Prepared
+    name: str
+    plan: RandomPlan
+    problem: SearchProblem
+    network: NetworkProfile
+    geometry: Geometry
+    count: int = 0
+    outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.trace = whole_program(self.prepared.evaluator.sessions[self.name]).variants.trace
+        self.calls = self.prepared.calls[self.name]
+        self._names = [candidate.name for candidate in self.problem.candidates]
+        self._edits = self._head_edits()
+
+    def __call__(self, arguments: list[Any], compute: Compute) -> Sequence[Any]:
+        """Answer one call."""
+        moment = moment_of(self.calls, self.count)
+        self.count += 1
+        key = moment.branches[0]
+        kept = [step for step in self.plan.draft.kept if step < moment.step]
+        if moment.step in self.plan.draft.families:
+            candidate = self.plan.draft.families[moment.step]
+            history = kept[::-1][: candidate.history]
+            factors = self.problem.table.coefficients(self._names.index(candidate.name), moment.step, kept[::-1])
+            pairs = zip(history, factors, strict=False)
+            return [torch.stack([factor * self.outputs[key, source] for source, factor in pairs]).sum(0)]
+        edits = {
+            node: edit for node, (steps, edit) in self._edits.items() if any(moment.step in each for each in steps)
+        }
+        outputs: Sequence[Any] = Watched(self.trace, (), edits).run(*arguments)
+        self.outputs[key, moment.step] = outputs[0].clone()
+        return outputs
+
+    def _head_edits(self) -> dict[str, tuple[list[tuple[int, ...]], Edit]]:
+        found: dict[str, tuple[list[tuple[int, ...]], Edit]] = {}
+        for entry in attentions(self.trace):
+            mine = [choice for choice in self.plan.heads if choice.site == entry.site.name]
+            if mine:
+                masks = {choice.head: self._mask(choice) for choice in mine}
+                found[entry.node.name] = ([choice.steps for choice in mine], masked_heads(masks))
+        return found
+
+    def _mask(self, choice: HeadPattern) -> Tensor:
+        """``[S, L]``: which keys a head's queries attend to, in blocks as the profile measured them."""
+        facts = self.network.tables["patterns"][choice.site].facts
+        queries, keys = int(facts["block_queries"]), int(facts["block_keys"])
+        blocks = pattern_from_data(json.loads(str(choice.candidate))).block_map(self.geometry, queries, keys)
+        mask = torch.from_numpy(blocks).repeat_interleave(queries, 0).repeat_interleave(keys, 1)
+        return mask[: self.geometry.tokens, : self.geometry.tokens]
+
+
+def masked_heads(masks: Mapping[int, Tensor]) -> Edit:
+    """Computes heads anew under masks ``[S, L]``; rows that attend to nothing give zeros."""
+
+    def edit(arguments: tuple[Any, ...], value: Tensor) -> Tensor:
+        query, key, rest = arguments[0], arguments[1], arguments[2]
+        scale = arguments[6] if len(arguments) > 6 else None
+        found = value.clone()
+        for head, mask in masks.items():
+            if not bool(mask.any()):
+                found[:, head] = 0
+                continue
+            one = F.scaled_dot_product_attention(
+                query[:, head : head + 1],
+                key[:, head : head + 1],
+                rest[:, head : head + 1],
+                attn_mask=mask,
+                scale=scale,
+            )
+            found[:, head] = torch.where(mask.any(1)[:, None], one[:, 0], 0)
+        return found
+
+    return edit
+
+
+def predicted_error(problem: SearchProblem, network: NetworkProfile, plan: RandomPlan) -> float:
+    """The final sample's relative error, root mean square: that of the schedule and that of the heads, as squares."""
+    schedule = finish(problem, plan.draft, None, 64).predicted_error if plan.draft.families else 0.0
+    heads = heads_error(network, problem, plan.draft, plan.heads) if plan.heads else 0.0
+    return math.hypot(schedule, heads)
+
+
+def drawn(rows: Sequence[Mapping[str, Any]], size: int = 420, margin: int = 52) -> str:
+    """An SVG of measured over predicted error, both logarithmic, with the line on which they agree."""
+    values = [row[key] for row in rows for key in ("predicted", "measured")]
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+
+    def at(value: float) -> float:
+        return margin + (size - 2 * margin) * (math.log10(value) - low) / (high - low)
+
+    parts = [f'<rect width="{size}" height="{size}" fill="#fff"/>']
+    for decade in range(low, high + 1):
+        x = at(10.0**decade)
+        parts.append(
+            f'<path d="M{x:.1f} {margin}V{size - margin}M{margin} {size - x:.1f}H{size - margin}" stroke="#ddd"/>'
+        )
+        parts.append(f'<text x="{x:.1f}" y="{size - margin + 16}" text-anchor="middle">1e{decade}</text>')
+        parts.append(f'<text x="{margin - 6}" y="{size - x + 4:.1f}" text-anchor="end">1e{decade}</text>')
+    parts.append(f'<path d="M{margin} {size - margin}L{size - margin} {margin}" stroke="#999" stroke-dasharray="4 4"/>')
+    for row in rows:
+        place = f'cx="{at(row["predicted"]):.1f}" cy="{size - at(row["measured"]):.1f}"'
+        parts.append(f'<circle {place} r="4" fill="#1f4e8c" fill-opacity=".8"><title>{row["plan"]}</title></circle>')
+    parts.append(f'<text x="{size / 2}" y="{size - 12}" text-anchor="middle">predicted relative error</text>')
+    turned = f'transform="rotate(-90 14 {size / 2})"'
+    parts.append(f'<text x="14" y="{size / 2}" text-anchor="middle" {turned}>measured relative error</text>')
+    style = 'font-family="sans-serif" font-size="11" fill="#333"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size} {size}" {style}>{"".join(parts)}</svg>\n'
+
+
+def rank_correlation(one: Sequence[float], two: Sequence[float]) -> float:
+    """Spearman's: the correlation of ranks (no two values are equal)."""
+    ranks = [np.argsort(np.argsort(values)) for values in (one, two)]
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def measure(
+    prepared: Prepared, name: str, plan: RandomPlan, problem: SearchProblem, profile: Profile, pairs: Sequence[Any]
+) -> float:
+    """The relative error of the finished samples of ``pairs`` under a plan, root mean square."""
+    network = profile.networks[name]
+    geometry = network.geometry
+    assert geometry is not None
+    squares = []
+    for pair in pairs:
+        emulated = Emulated(prepared, name, plan, problem, network, geometry)
+        programs = {key: whole_program(session) for key, session in prepared.evaluator.sessions.items()}
+        with intercepted(prepared.evaluator, programs, {name: emulated}):
+            sample = prepared.adapter.checked_rollout(*pair)
+        squares.append(relative_l2(sample, prepared.evaluator.references[pair]) ** 2)
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Draw, predict and measure."""
+    from diffusers import DiffusionPipeline
+
+    profile = Profile.load(arguments.profile)
+    ((name, network),) = profile.networks.items()
+    texts = [line.strip() for line in arguments.prompts.read_text().splitlines() if line.strip()]
+    unseen = [text for text in texts if text not in profile.prompts][: arguments.limit]
+    pairs = [(text, 5000 + index) for index, text in enumerate(unseen)]
+    pipe = DiffusionPipeline.from_pretrained(arguments.model, trust_remote_code=True)
+    settings = dict(profile.plan["settings"])
+    adapter, reporter = adapt(pipe, None, settings), Reporter()
+    problem = SearchProblem.from_profile(
+        network, ("reuse", "forecast"), sample_norm=profile.sample_norm, additive="norms"
+    )
+    rng = np.random.default_rng(arguments.seed)
+    plans = [draw_plan(rng, problem, network) for _ in range(arguments.plans)]
+    rows = []
+    with as_it_was(adapter, always=True):
+        prepared = Preparation(adapter, reporter, [], lambda _: nullcontext(), settings)(pairs[0])
+        prepared.evaluator.dense(pairs)
+        with reporter.stage("random plans", len(plans)) as stage:
+            for plan in plans:
+                predicted = predicted_error(problem, network, plan)
+                measured = measure(prepared, name, plan, problem, profile, pairs)
+                rows.append({"plan": plan.describe(problem.steps), "predicted": predicted, "measured": measured})
+                stage.advance()
+                reporter.say(f"  predicted {predicted:.4f}, measured {measured:.4f}: {rows[-1]['plan']}")
+    predicted, measured = ([row[key] for row in rows] for key in ("predicted", "measured"))
+    return {
+        "rank_correlation": rank_correlation(predicted, measured),
+        "plans": rows,
+        "prompts": unseen,
+        "seed": arguments.seed,
+        "settings": settings,
+        "profile_prompts": list(profile.prompts),
+        "device": profile.plan["device"],
+    }
+
+
+def main() -> None:
+    """Parse, run, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--profile", type=Path, required=True, help="what `ditopt profile` wrote, with all tables")
+    parser.add_argument("--prompts", type=Path, default=MODEL / "prompts.txt")
+    parser.add_argument("--limit", type=int, default=2, help="prompts to measure on")
+    parser.add_argument("--plans", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    found = run(arguments)
+    write_text_atomically(arguments.json, json.dumps(found, indent=1))
+    write_text_atomically(arguments.json.with_suffix(".svg"), drawn(found["plans"]))
+    print(f"rank correlation {found['rank_correlation']:.3f} over {len(found['plans'])} plans; {arguments.json}")
+
+
+if __name__ == "__main__":
+    main()
