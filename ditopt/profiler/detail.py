@@ -24,7 +24,7 @@ from ditopt.profiler.kept_tables import HEADER, Tables, from_tensors, to_tensors
 from ditopt.profiler.linear_inputs import LinearInputs
 from ditopt.profiler.observe import Pair, captured_once, inputs_of, intercepted
 from ditopt.profiler.places import attentions
-from ditopt.profiler.planted_sites import SiteSensitivity
+from ditopt.profiler.rollout_plants import SiteSensitivity
 from ditopt.profiler.run import whole_program
 from ditopt.profiler.site_features import FeatureTables
 from ditopt.profiler.tokens import TokenChange
