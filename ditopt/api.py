@@ -179,7 +179,8 @@ def profile_model(
     if isinstance(geometry, tuple):
         if len(geometry) not in (3, 4) or not all(isinstance(size, int) for size in geometry):
             raise InputError(f"geometry={geometry!r}: give (frames, rows, columns) or (frames, rows, columns, text)")
-        geometry = Geometry(*geometry)
+        frames, rows, columns, text = (*geometry, 0)[:4]
+        geometry = Geometry(frames, rows, columns, text)
     adapter = adapt(model, rollout, pipe_kwargs)
     return profile_alone(adapter, texts, chosen, tables, geometry, pipe_kwargs, seed, resume, Reporter(quiet))
 

@@ -81,9 +81,12 @@ class Evaluator:
     def samples(self, rules: Sequence[Rule], pairs: Sequence[tuple[str, int]]) -> tuple[list[Tensor] | None, float]:
         """What ``pairs`` generate under ``rules``, and the mean seconds of a generation.
 
-        None in place of samples where a generation has NaN or infinite values.
+        None in place of samples where a generation has NaN or infinite values. Compiling does not count.
         """
         self.bind(rules)
+        for session in self.sessions.values():
+            for program in session.programs:
+                program.compile()
         found: list[Tensor] | None = None
         began = time.perf_counter()
         with suppress(NonFiniteError):

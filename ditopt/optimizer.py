@@ -12,6 +12,7 @@ from typing import Any
 
 from ditopt.adapters import Adapter, DiffusersAdapter, adapt
 from ditopt.console import Reporter
+from ditopt.finish import looks
 from ditopt.guidance import watch_guidance
 from ditopt.measure import Evaluator
 from ditopt.outcome import (
@@ -183,10 +184,16 @@ class Optimizer:
         for session in evaluator.sessions.values():  # what did not apply is told, not dropped
             for program in session.programs:
                 self.reasons += [*program.variants.trace.notes, *program.variants.reasons]
+        further: Mapping[str, Any] = {}
+        path = Path(self.plan_path) if self.plan_path is not None else None
+        if path is not None:
+            with self._timed("samples and work"):
+                whole = all(each.whole for each in graphs.values())
+                further, told = looks(path, evaluator, found.rules, held_out[0], search.rival_sample, whole)
+            self.reasons += told
         result = Result(plan, rows, self.reasons, found.quality, self.timings)
         prompts = {"profiled": [prompt for prompt, _ in profiled], "held_out": [prompt for prompt, _ in held_out]}
-        path = Path(self.plan_path) if self.plan_path is not None else None
-        path = write_outcome(path, plan, search.profile, found, result, prompts)
+        path = write_outcome(path, plan, search.profile, found, result, prompts, further)
         self.reporter.say(f"plan: {path}  (explained by `ditopt explain {path}`)")
         watch = watch_guidance(self.model, plan) if isinstance(self.adapter, DiffusersAdapter) else None
         for session in evaluator.sessions.values():

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from ditopt import store
@@ -22,6 +21,7 @@ from ditopt.report.explained import side_path
 from ditopt.runtime.graphs import Graphs
 from ditopt.runtime.schedule import bind
 from ditopt.search import Solution
+from ditopt.search.planned import Planned, planned_error
 from ditopt.sites import STEP
 from ditopt.tune import Tried, Tuner
 
@@ -124,9 +124,17 @@ def finished_plan(
 
 
 def write_outcome(
-    path: Path | None, plan: Plan, profile: Profile, found: Found, result: Result, prompts: Mapping[str, Sequence[str]]
+    path: Path | None,
+    plan: Plan,
+    profile: Profile,
+    found: Found,
+    result: Result,
+    prompts: Mapping[str, Sequence[str]],
+    further: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the plan, its copy in the user's cache, and the side file that ``ditopt explain`` reads.
+
+    ``further`` are more parts of the side file.
 
     Returns the plan's path: ``path``, or the cache's own if that is None.
 
@@ -140,12 +148,15 @@ def write_outcome(
         "explanations": {
             name: [asdict(entry) for entry in solution.explanations] for name, solution in found.solutions.items()
         },
-        "trials": [_trial_data(tried, plan) for tuner in found.tuners.values() for tried in tuner.tried.values()],
+        "trials": [
+            _trial_data(tried, plan, tuner) for tuner in found.tuners.values() for tried in tuner.tried.values()
+        ],
         "reasons": result.reasons,
         "prompts": {kind: list(texts) for kind, texts in prompts.items()},
         "timings": result.timings,
         "table": result.rows,
         "profile": {name: _profile_data(part) for name, part in profile.networks.items()},
+        **(further or {}),
     }
     write_side(target, side)
     for structure in structures if path is not None else structures[1:]:
@@ -187,7 +198,7 @@ def check_writable(path: Path | None) -> None:
         raise InputError(f"{path} cannot be written: no permission in {path.parent}; choose another folder")
 
 
-def _trial_data(tried: Tried, plan: Plan) -> dict[str, Any]:
+def _trial_data(tried: Tried, plan: Plan, tuner: Tuner) -> dict[str, Any]:
     trial_plan = plan.model_copy(update={"rules": tried.rules})
     kept = {name: list(trial_plan.kept_steps(name)) for name in plan.sampler.timesteps}
     return {
@@ -196,19 +207,32 @@ def _trial_data(tried: Tried, plan: Plan) -> dict[str, Any]:
         "psnr": tried.quality.psnr,
         "worst_psnr": tried.quality.worst_psnr,
         "rel_l2": tried.quality.rel_l2,
+        "predicted_error": _predicted_error(trial_plan, tuner),
         "seconds": tried.seconds,
+        "measured_seconds": tried.measured_seconds,
         "stage": tried.stage,
         "met": tried.met,
     }
 
 
+def _predicted_error(plan: Plan, tuner: Tuner) -> float | None:
+    """What the profile has for a trial, where whole steps alone are predicted: rounding has no prediction."""
+    ranges = tuner.evaluator.sessions[tuner.network].ranges()
+    steps = bind(plan, tuner.network, ranges, partial=bool(plan.breaks)).steps
+    found: dict[int, Planned] = {}
+    for number, step in enumerate(steps):
+        for prediction in step.predictions:
+            if prediction.site != STEP:
+                return None
+            found[number] = Planned(prediction.sources, prediction.factors)
+    return planned_error(tuner.problem, found) if found else None
+
+
 def _profile_data(part: NetworkProfile) -> dict[str, Any]:
-    gram = part.grams[STEP].effective(part.branch_weights).sum(0)[: len(part.timesteps), : len(part.timesteps)]
-    norms = np.sqrt(np.maximum(np.diag(gram), 1e-30))
     return {
         "timesteps": part.timesteps,
         "sigmas": part.sigmas,
-        "similarity": (gram / norms / norms[:, None]).round(5).tolist(),
+        "similarity": part.grams[STEP].similarity(part.branch_weights).round(5).tolist(),
         "sensitivity": part.sensitivity,
         "range_weights": part.range_weights,
         "seconds": part.seconds,

@@ -303,11 +303,20 @@ def count_flops(gm: fx.GraphModule, block: str | None = None) -> int:
         if node.op != "call_function" or (block is not None and block_of(node) != block):
             continue
         if node.target in PRODUCTS:
-            left = node.args[PRODUCTS[node.target][0]].meta["val"]
-            total += 2 * int(left.numel()) * int(node.meta["val"].shape[-1])
+            total += product_flops(node)
         elif node.target is ATTENTION:
-            query, key, value = (node.args[i].meta["val"] for i in range(3))
-            total += 2 * int(query.numel()) * int(key.shape[-2]) + 2 * int(query.numel() // query.shape[-1]) * int(
-                key.shape[-2]
-            ) * int(value.shape[-1])
+            total += attention_flops(node)
     return total
+
+
+def product_flops(node: fx.Node) -> int:
+    """FLOPs of a product among ``PRODUCTS``."""
+    left = node.args[PRODUCTS[node.target][0]].meta["val"]  # type: ignore[index,union-attr]  # it is one of them
+    return 2 * int(left.numel()) * int(node.meta["val"].shape[-1])
+
+
+def attention_flops(node: fx.Node) -> int:
+    """FLOPs of an attention: queries with keys, and the result with values."""
+    query, key, value = (node.args[i].meta["val"] for i in range(3))  # type: ignore[union-attr]  # they are nodes
+    rows, keys = int(query.numel() // query.shape[-1]), int(key.shape[-2])
+    return 2 * rows * keys * (int(query.shape[-1]) + int(value.shape[-1]))

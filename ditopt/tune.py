@@ -55,7 +55,8 @@ class Tried:
     """One plan tried by real rollouts on the tuning prompts.
 
     ``share`` is what it took of the budget; ``finer`` how near in dB its samples are to those of a second-order solver
-    in place of the loop's own, where these are known.
+    in place of the loop's own, where these are known. ``seconds`` are the cost model's, ``measured_seconds`` what a
+    generation took, where it was not refitted in the loop.
     """
 
     stage: str
@@ -65,6 +66,7 @@ class Tried:
     met: bool
     share: float = 1.0
     finer: float | None = None
+    measured_seconds: float | None = None
 
 
 @dataclass
@@ -119,10 +121,10 @@ class Tuner:
 
     def _alone(self, rules: Sequence[Rule]) -> Quality:
         """What ``rules`` measure on the tuning prompts while the other networks are dense."""
-        samples, _ = self.evaluator.samples(rules, self.pairs)
+        samples, seconds = self.evaluator.samples(rules, self.pairs)
         quality = self.evaluator.compare(samples, self.pairs)
         if not self.fixed:
-            self._note(rules, quality, self._to_finer(samples))
+            self._note(rules, quality, self._to_finer(samples), seconds)
         return quality
 
     def _make_steering(self, part: NetworkProfile) -> Steering | None:
@@ -390,16 +392,20 @@ class Tuner:
 
     def _measure(self, rules: Sequence[Rule]) -> Measurement:
         if self._key(rules) not in self.tried:
-            samples, _ = self.evaluator.samples([*self.fixed, *rules], self.pairs)
-            self._note(rules, self.evaluator.compare(samples, self.pairs), self._to_finer(samples))
+            samples, seconds = self.evaluator.samples([*self.fixed, *rules], self.pairs)
+            self._note(rules, self.evaluator.compare(samples, self.pairs), self._to_finer(samples), seconds)
         found = self.tried[self._key(rules)]
         return Measurement(self.target.error(found.quality), found.seconds)
 
-    def _note(self, rules: Sequence[Rule], quality: Quality, finer: float | None = None) -> None:
+    def _note(
+        self, rules: Sequence[Rule], quality: Quality, finer: float | None = None, measured: float | None = None
+    ) -> None:
         plan = self.evaluator.bind([*self.fixed, *rules])
         seconds, share = self.estimate(plan), self._share(len(plan.kept_steps(self.network)))
         met = self.target.missing_db(quality) <= 0
-        self.tried[self._key(rules)] = Tried(self.stage_name, tuple(rules), quality, seconds, met, share, finer)
+        self.tried[self._key(rules)] = Tried(
+            self.stage_name, tuple(rules), quality, seconds, met, share, finer, measured
+        )
         if self._bar is not None:
             self._bar.advance(f"{seconds:.2f} s, {quality.psnr:.1f} dB", share)
 

@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from ditopt.adapters import DiffusersAdapter
 from ditopt.aim import Aim
 from ditopt.console import Reporter
@@ -52,7 +54,8 @@ class VerifiedSearch:
     """Searches network after network for one target; ``reasons`` says what was missed, ``state_bytes`` of slots.
 
     ``second_order``: whether computed steps may have a share of that formula. ``dense_seconds``: of a dense generation,
-    where one was timed in this run; 0 where none was.
+    where one was timed in this run; 0 where none was. ``rival_sample`` is what the first held-out prompt gives with
+    fewer steps.
     """
 
     evaluator: Evaluator
@@ -69,6 +72,7 @@ class VerifiedSearch:
     reasons: list[str] = field(default_factory=list)
     dense_seconds: float = 0.0
     state_bytes: int = 0
+    rival_sample: Tensor | None = None
 
     def __post_init__(self) -> None:
         self._plan_seconds = math.inf
@@ -357,6 +361,7 @@ class VerifiedSearch:
                 stage.advance()
             seconds = statistics.median_low(spent)  # the first may compile a graph
         evaluator.retarget(False)
+        self.rival_sample = samples[0]
         quality = compare(samples, [evaluator.references[pair] for pair in self.held_out])
         name = f"dense, {steps} steps" + (f", {dtype}" if dtype else "")
         return [Row(name, seconds, dense_seconds / seconds, quality.psnr, quality.worst_psnr, steps, dtype)]

@@ -1,6 +1,6 @@
 """Who may import whom, as the design page draws the house; read off the syntax trees, nothing is imported.
 
-    L0  errors, sites, decisions, plan(_text), profile, measures, device, geometry  data
+    L0  errors, sites, decisions, plan(_text), profile, measures, device, geometry, roles, findings  data
     L1  kernels      cost_models                              never each other
     L2  passes -> kernels.ops      search -> cost_models      never each other
     L3  everything else: profiler, runtime, backend, adapters, api, report, cli, trace, ...
@@ -20,7 +20,23 @@ import pytest
 
 import ditopt
 
-DATA = ("errors", "sites", "decisions", "plan", "plan_text", "profile", "measures", "device", "geometry")
+DATA = (
+    *(
+        "errors",
+        "sites",
+        "decisions",
+        "plan",
+        "plan_text",
+        "profile",
+        "measures",
+        "profile_file",
+        "profile_check",
+        "profile_data",
+        "device",
+        "geometry",
+    ),
+    *("roles", "findings"),
+)
 TOP = ("passes", "kernels", "cost_models")
 
 # What a part of the package may import of the rest, besides itself; a part that is not named here is of L3 and

@@ -14,7 +14,7 @@ from ditopt.console import Reporter
 from ditopt.errors import RolloutError
 from ditopt.geometry import Geometry
 from ditopt.measure import Evaluator
-from ditopt.measures import Numbers, joined
+from ditopt.measures import joined
 from ditopt.profile import FeatureGram, NetworkProfile, Profile
 from ditopt.profiler.attention import attention_collectors
 from ditopt.profiler.checkpoint import Checkpoints
@@ -51,7 +51,7 @@ class DetailRun:
     reasons: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._shared: dict[str, dict[str, Numbers]] = {}
+        self._shared: dict[str, dict[str, Tensor]] = {}
         self._geometry: dict[str, Geometry | None] = {}
 
     def __call__(self, profile: Profile, pairs: Sequence[Pair]) -> tuple[dict[str, NetworkProfile], tuple[str, ...]]:
@@ -188,5 +188,5 @@ class DetailRun:
 SHARED = "shared."
 
 
-def _coefficients(bundle: Mapping[str, Tensor]) -> dict[str, Numbers]:
-    return {key.removeprefix(SHARED): value.numpy() for key, value in bundle.items() if key.startswith(SHARED)}
+def _coefficients(bundle: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(SHARED): value for key, value in bundle.items() if key.startswith(SHARED)}

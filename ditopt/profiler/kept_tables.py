@@ -25,7 +25,7 @@ def to_tensors(tables: Mapping[str, Mapping[str, Table]]) -> dict[str, Tensor]:
             measures = {}
             for name, measure in table.measures.items():
                 key = f"{HEADER}.{len(found)}"
-                found[key] = torch.from_numpy(np.ascontiguousarray(measure.values))
+                found[key] = torch.from_numpy(np.array(measure.values, order="C"))  # sites may share one
                 measures[name] = [key, measure.axes, measure.partial]
             header.append(
                 {

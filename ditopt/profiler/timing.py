@@ -15,6 +15,7 @@ from ditopt.errors import AuditError
 from ditopt.passes._infra import Prediction, StepPlan, tensor_value
 from ditopt.passes.cast import castable
 from ditopt.passes.combine import factors_name, slot_name
+from ditopt.passes.second_order import SECOND_ORDER
 from ditopt.passes.simplify import simplifiable
 from ditopt.runtime.program import Program
 from ditopt.sites import STEP
@@ -35,23 +36,28 @@ Timed = Callable[[], float]
 """Runs a variant once; the seconds it took."""
 
 
-def prepared(program: Program, plan: StepPlan, arguments: Sequence[Any]) -> Timed:
-    """A variant on ``arguments`` (a call's inputs), compiled and run twice.
+def inputs_for(program: Program, plan: StepPlan, arguments: Sequence[Any]) -> list[Any]:
+    """What a variant is called with, on ``arguments`` (a call's inputs).
 
     Slots hold zeros of the recorded shapes: the time of a dense tensor program does not depend on values.
     """
-    variant = program.variants.get(plan)
-    added = {}
+    added: dict[str, Tensor] = {}
     for prediction in plan.predicted:
-        shapes = _feature_values(program, prediction.site)
-        for age in range(prediction.history):
-            for stream, value in enumerate(shapes):
-                added[slot_name(prediction.site, age, stream)] = value
-        added[factors_name(prediction.site)] = torch.zeros(prediction.terms, device=shapes[0].device)
+        added |= _slots(program, prediction.site, prediction.history)
+        added[factors_name(prediction.site)] = torch.zeros(prediction.terms, device=next(iter(added.values())).device)
+    if plan.second_order:
+        added |= _slots(program, STEP, 1)
+        added[factors_name(SECOND_ORDER)] = torch.zeros(2, device=next(iter(added.values())).device)
+    return [arguments[i] if isinstance(i, int) else added[i] for i in program.variants.get(plan).inputs]
+
+
+def prepared(program: Program, plan: StepPlan, arguments: Sequence[Any]) -> Timed:
+    """A variant on ``arguments`` (a call's inputs), compiled and run twice."""
+    variant, given = program.variants.get(plan), inputs_for(program, plan, arguments)
 
     @torch.no_grad()
     def seconds() -> float:
-        values = [arguments[i] if isinstance(i, int) else added[i] for i in variant.inputs]
+        values = list(given)
         began = time.perf_counter()
         results = variant.run(values)
         synchronise(results)
@@ -82,6 +88,11 @@ def time_in_turn(variants: Mapping[str, Timed]) -> dict[str, float]:
     """Median seconds of each, run in turn ``ROUNDS`` times: what slows the machine for a while slows all of them."""
     rounds = [{name: variant() for name, variant in variants.items()} for _ in range(ROUNDS)]
     return {name: statistics.median(each[name] for each in rounds) for name in variants}
+
+
+def _slots(program: Program, site: str, history: int) -> dict[str, Tensor]:
+    values = _feature_values(program, site)
+    return {slot_name(site, age, stream): value for age in range(history) for stream, value in enumerate(values)}
 
 
 def _feature_values(program: Program, site: str) -> list[Tensor]:

@@ -85,7 +85,8 @@ def test_an_error_in_a_call_is_measured_as_a_hook_on_the_module_has_it(compiled:
 
         def plant(_: Any, __: Any, out: Tensor, seed: int = 1000 * step + position, into: Any = planted) -> Tensor:
             into.append(noisy(seed)((), out) - out)
-            return out + into[-1]
+            planted_output: Tensor = out + into[-1]
+            return planted_output
 
         with torch.no_grad():
             dense = plain(*inputs[-1])

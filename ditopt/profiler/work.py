@@ -1,0 +1,136 @@
+"""Where the time of a step goes: the operators of each compiled graph by kind, and what this machine can do at most."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.profiler import ProfilerActivity, profile
+
+from ditopt.kernels.ops import ATTENTION, FLASH_ATTENTION
+from ditopt.passes._infra import StepPlan, tensor_value
+from ditopt.profiler.timing import inputs_for, synchronise
+from ditopt.runtime.program import Program
+from ditopt.trace import PRODUCTS, attention_flops, product_flops
+
+RUNS = 3
+ATTENTION_KIND, PRODUCT_KIND, REST = "attention", "products", "the rest"
+ATTENTION_OPERATORS = ("scaled_dot_product", "flash_attention", "block_sparse_attention")
+PRODUCT_OPERATORS = ("addmm", "::mm", "::bmm", "linear")
+SIDE = 2048
+STREAM = 1 << 26
+"""Products of ``SIDE`` x ``SIDE`` and copies of ``STREAM`` floats are what the machine's rates are measured by."""
+
+
+def variant_work(program: Program, plan: StepPlan, arguments: Sequence[Any]) -> dict[str, Any]:
+    """Seconds of one compiled graph, and of its kinds of operators with their FLOPs, least bytes and calls.
+
+    Attention and products are operators of their own, and a profiler tells their time; the rest is fused, so it has
+    what is left. ``arguments`` are a call's inputs.
+    """
+    variant = program.variants.get(plan)
+    values = inputs_for(program, plan, arguments)
+    counted = counted_work(program.variants.graph(plan))
+
+    @torch.no_grad()
+    def run() -> None:
+        synchronise(variant.run(list(values)))
+
+    run()
+    seconds = _median_seconds(run)
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as seen:
+        for _ in range(RUNS):
+            run()
+    known = {kind: spent / RUNS for kind, spent in _seconds_by_kind(seen.events() or ()).items()}
+    known[REST] = max(seconds - sum(known.values()), 0.0)
+    return {
+        "seconds": seconds,
+        "kinds": {kind: {"seconds": known.get(kind, 0.0), **work} for kind, work in counted.items()},
+    }
+
+
+def counted_work(gm: fx.GraphModule) -> dict[str, dict[str, Any]]:
+    """By kind: FLOPs (two per multiply-add), bytes of operands and results read or written once, calls, dtype."""
+    found: dict[str, dict[str, Any]] = {}
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        if node.target in PRODUCTS:
+            kind, flops = PRODUCT_KIND, product_flops(node)
+        elif node.target in (ATTENTION, FLASH_ATTENTION):
+            kind, flops = ATTENTION_KIND, attention_flops(node)
+        else:
+            continue
+        entry = found.setdefault(kind, {"flops": 0, "bytes": 0, "calls": 0, "dtype": _dtype(node)})
+        parts = [node, *node.all_input_nodes]
+        entry["flops"] += flops
+        entry["bytes"] += sum(tensor_value(part).numel() * tensor_value(part).element_size() for part in parts)
+        entry["calls"] += 1
+    return {**found, REST: {}}
+
+
+def machine_rates(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, Any]:
+    """What this machine does at most, measured now: FLOPs per second of large products by dtype, bytes of a copy."""
+    rates: dict[str, float] = {}
+    for dtype in dtypes:
+        left = torch.ones(SIDE, SIDE, device=device, dtype=dtype)
+
+        def product(left: Tensor = left) -> None:
+            synchronise([left @ left])
+
+        product()
+        rates[_name(dtype)] = 2 * SIDE**3 / _median_seconds(product)
+    source = torch.ones(STREAM, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+        synchronise([target])
+
+    copy()
+    moved = 2 * source.numel() * source.element_size()
+    return {"flops_per_second": rates, "bytes_per_second": moved / _median_seconds(copy)}
+
+
+def _seconds_by_kind(events: Iterable[Any]) -> dict[str, float]:
+    """Seconds of the outermost operators of each kind, what they call included."""
+    found = {ATTENTION_KIND: 0.0, PRODUCT_KIND: 0.0}
+    for event in events:
+        kind = _kind(str(event.name))
+        parent = event.cpu_parent
+        while parent is not None and _kind(str(parent.name)) is None:
+            parent = parent.cpu_parent
+        if kind is not None and parent is None:
+            device = float(getattr(event, "device_time_total", 0.0))
+            found[kind] += (device or float(event.cpu_time_total)) / 1e6
+    return found
+
+
+def _kind(name: str) -> str | None:
+    if any(part in name for part in ATTENTION_OPERATORS):
+        return ATTENTION_KIND
+    return PRODUCT_KIND if any(part in name for part in PRODUCT_OPERATORS) else None
+
+
+def _median_seconds(run: Callable[[], None]) -> float:
+    spent = []
+    for _ in range(RUNS):
+        began = time.perf_counter()
+        run()
+        spent.append(time.perf_counter() - began)
+    return statistics.median(spent)
+
+
+def _dtype(node: fx.Node) -> str:
+    return _name(tensor_value(node.all_input_nodes[-1]).dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

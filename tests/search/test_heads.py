@@ -1,0 +1,87 @@
+"""Errors of heads and of given predictions, against sums done by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from ditopt.measures import Measure, Table
+from ditopt.profile import NetworkProfile
+from ditopt.search import SearchProblem, solve_kept
+from ditopt.search.heads import HeadPattern, heads_error, output_errors
+from ditopt.search.joint import carried, dense, draft_for
+from ditopt.search.planned import Planned, planned_error
+from ditopt.search.quadratic import COHERENCE
+from ditopt.search.table import with_histories
+from ditopt.sites import STEP
+from tests.search.toy import Toy
+
+LOCAL = '{"pattern": "band"}'
+
+
+@pytest.fixture(scope="module")
+def network() -> NetworkProfile:
+    """The toy's profile with one attention site of two heads, of which one candidate costs 10% and 20%."""
+    found = Toy(steps=8).profile()
+    error = np.broadcast_to(np.array([0.1, 0.2])[None, None, None, :, None], (6, 8, 1, 2, 1)).copy()
+    along = ("prompt", "step", "branch")
+    patterns = Table(
+        {"error": Measure((*along, "head", "candidate"), error), "output": Measure(along, np.full((6, 8, 1), 3.0))},
+        {"candidate": (LOCAL,)},
+        {"elements": 16},
+    )
+    growth = Measure(("prompt", "anchor", "error"), np.array([[[2.0], [8.0]]]))
+    sensitivity = Table({"to_output": growth}, {"anchor": (0, 4), "error": ("noise",)})
+    found.tables["patterns"] = {"attn": patterns}
+    found.tables["sensitivity"] = {"attn": sensitivity}
+    return found
+
+
+def test_a_heads_error_at_the_output_is_its_share_of_the_norm_times_the_sites_growth(network: NetworkProfile) -> None:
+    found = output_errors(network, network.tables["sensitivity"], HeadPattern("attn", 1, LOCAL, (2, 7)))
+    norm = 3.0 * 16**0.5
+    assert found[2] == pytest.approx(0.2 * norm * 4.0)  # between 2 and 8 in the logarithm
+    assert found[7] == pytest.approx(0.2 * norm * 8.0)
+    assert found[[0, 1, 3, 4, 5, 6]].tolist() == [0.0] * 6
+
+
+def test_errors_of_heads_add_as_squares_and_those_of_steps_nearly_straight(network: NetworkProfile) -> None:
+    problem = SearchProblem.from_profile(network)
+    everything = dense(problem)
+    alone = [heads_error(network, problem, everything, [HeadPattern("attn", h, LOCAL, (3, 4))]) for h in (0, 1)]
+    both = heads_error(network, problem, everything, [HeadPattern("attn", h, LOCAL, (3, 4)) for h in (0, 1)])
+    assert both == pytest.approx(math.hypot(*alone))
+    steps = [heads_error(network, problem, everything, [HeadPattern("attn", 0, LOCAL, (t,))]) for t in (3, 4)]
+    assert alone[0] ** 2 == pytest.approx(
+        COHERENCE * sum(steps) ** 2 + (1 - COHERENCE) * (steps[0] ** 2 + steps[1] ** 2)
+    )
+
+
+def test_steps_that_read_a_step_with_an_error_carry_it_on(network: NetworkProfile) -> None:
+    problem = SearchProblem.from_profile(network, ("reuse",))
+    draft = draft_for(problem, (0, 1, 4), ["reuse"])
+    weights = carried(problem, draft)
+    assert weights[4] == pytest.approx(problem.weights[4:].sum())
+    assert weights[1] == pytest.approx(problem.weights[1:4].sum())
+    one = heads_error(network, problem, draft, [HeadPattern("attn", 0, LOCAL, (4,))])
+    plain = heads_error(network, problem, dense(problem), [HeadPattern("attn", 0, LOCAL, (4,))])
+    assert one / plain == pytest.approx(problem.weights[4:].sum() / problem.weights[4])
+
+
+def test_a_candidate_that_was_not_measured_is_named(network: NetworkProfile) -> None:
+    with pytest.raises(KeyError, match="other.* is none of candidate"):
+        output_errors(network, network.tables["sensitivity"], HeadPattern("attn", 0, "other", (1,)))
+
+
+def test_given_predictions_have_the_error_that_the_search_gave_them(network: NetworkProfile) -> None:
+    problem = SearchProblem.from_profile(network)
+    solution = solve_kept(problem, 4)
+    given = {
+        choice.step: Planned(choice.sources, choice.coefficients)
+        for choice in solution.choices[STEP]
+        if choice.candidate is not None
+    }
+    assert sorted(given) == sorted(with_histories(solution.kept, problem.steps))
+    assert planned_error(problem, given) == pytest.approx(solution.predicted_error)
