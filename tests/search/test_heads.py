@@ -71,7 +71,7 @@ def test_steps_that_read_a_step_with_an_error_carry_it_on(network: NetworkProfil
 
 
 def test_a_candidate_that_was_not_measured_is_named(network: NetworkProfile) -> None:
-    with pytest.raises(KeyError, match="other.* is none of candidate"):
+    with pytest.raises(KeyError, match=r"other.* is none of candidate"):
         output_errors(network, network.tables["sensitivity"], HeadPattern("attn", 0, "other", (1,)))
 
 
