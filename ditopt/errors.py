@@ -23,6 +23,10 @@ class PlanMismatchError(PlanError):
     """A valid plan that was made for something else: another model, schedule or sampler."""
 
 
+class ProfileError(InputError):
+    """A profile is damaged, malformed or of something else than another; says file and field where they are known."""
+
+
 class AuditError(DitoptError):
     """A compiled graph does not contain what its plan decided."""
 

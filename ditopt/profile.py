@@ -7,15 +7,21 @@ follows in closed form. Profiles of several runs merge by concatenating prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
+from ditopt.errors import InputError, ProfileError
 from ditopt.geometry import Geometry
-from ditopt.measures import Table
+from ditopt.measures import Table, joined
+from ditopt.plan import Plan
 
 Array = npt.NDArray[np.float64]
 
@@ -52,6 +58,12 @@ class FeatureGram:
         if self.has_latents:
             mix[self.steps :, len(self.branches) * self.steps :] = np.eye(self.steps)
         return np.asarray(mix @ self.values @ mix.T)
+
+    def similarity(self, weights: tuple[float, ...]) -> Array:
+        """Cosines ``[T, T]`` between the features of steps, over all prompts; ``weights`` as for ``effective``."""
+        gram = self.effective(weights).sum(axis=0)[: self.steps, : self.steps]
+        norms = np.sqrt(np.maximum(np.diag(gram), 1e-30))
+        return np.asarray(gram / norms / norms[:, None])
 
 
 def branch_shares(present: npt.NDArray[np.bool_], weights: tuple[float, ...]) -> Array:
@@ -104,45 +116,191 @@ class Profile:
     sample: Mapping[str, float] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
 
+    def save(self, path: str | Path) -> None:
+        """Write the profile as one file; see ``ditopt.profile_file``, which raises what this does."""
+        from ditopt.profile_file import save_profile
 
-def merge(first: Profile, second: Profile) -> Profile:
-    """The profile over the prompts of both; they must agree on networks, schedules and branches.
+        save_profile(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read and check a profile file; see ``ditopt.profile_file``, which raises what this does."""
+        from ditopt.profile_file import load_profile
+
+        return load_profile(path)
+
+    def template(self) -> Plan | None:
+        """The plan without rules that says what was profiled; None where the profile does not say.
+
+        Raises:
+            ProfileError: it is malformed; the message names the field.
+        """
+        if not self.plan:
+            return None
+        try:
+            return Plan.model_validate(dict(self.plan))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise ProfileError(f"field plan.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def merge(first: Profile, *others: Profile) -> Profile:
+    """The profile over the prompts of all; they must agree on model, sampler, schedule, geometry and branches.
+
+    What was measured per prompt is put one behind the other. The rest is averaged by the numbers of prompts, growth
+    factors (``sensitivity``, ``range_weights``) in the logarithm, as the profiler averages those of its prompts, and
+    seconds only where they are of the device of ``first``. What some have not measured is left out, and the reasons say
+    so. Merging is associative to rounding, but for seconds where profiles of several devices are merged.
 
     Raises:
-        ValueError: they differ in one of these; the message says which.
+        ProfileError: they differ in something that has to agree; the message says in what, and how.
     """
-    if first.networks.keys() != second.networks.keys():
-        raise ValueError(f"profiles are of networks {sorted(first.networks)} and {sorted(second.networks)}")
+    merged = first
+    for other in others:
+        merged = _merged(merged, other)
+    return merged
+
+
+def _merged(one: Profile, two: Profile) -> Profile:
+    counts = len(one.prompts), len(two.prompts)
+    _agree("networks", list(one.networks), list(two.networks))
+    reasons = [*one.reasons, *two.reasons, *_repeated(one.prompts, two.prompts)]
+    plans = one.template(), two.template()
+    for field_name, mine, theirs in _facts_of_plans(*plans):
+        _agree(field_name, mine, theirs)
+    devices = [None if plan is None else plan.device.device for plan in plans]
+    timed = None in devices or devices[0] == devices[1]
+    if not timed:
+        reasons.append(f"seconds measured on {devices[1]} are left out; those kept are of {devices[0]}")
     networks = {}
-    share = len(first.prompts) / (len(first.prompts) + len(second.prompts))
-    for name, one in first.networks.items():
-        two = second.networks[name]
-        if one.timesteps != two.timesteps or one.grams.keys() != two.grams.keys():
-            raise ValueError(f"profiles of network {name!r} were taken on other schedules or other sites")
-        grams = {
-            site: FeatureGram(
-                site,
-                gram.steps,
-                gram.branches,
-                np.concatenate([gram.values, two.grams[site].values]),
-                gram.present,
-                gram.has_latents,
-            )
-            for site, gram in one.grams.items()
-        }
-        sensitivity = tuple(share * a + (1 - share) * b for a, b in zip(one.sensitivity, two.sensitivity, strict=True))
-        timed = [key for key in one.seconds if key in two.seconds]
-        seconds = {key: share * one.seconds[key] + (1 - share) * two.seconds[key] for key in timed}
-        networks[name] = NetworkProfile(
-            one.timesteps,
-            one.sigmas,
-            one.step_widths,
-            sensitivity,
-            one.branch_weights,
-            grams,
-            seconds,
-            one.range_weights,
-        )
+    for name, part in one.networks.items():
+        left_out: list[str] = []
+        networks[name] = _merged_network(f"networks.{name}", part, two.networks[name], counts, timed, left_out)
+        reasons += [f"{name}: {reason}" for reason in left_out]
+    if one.sample and two.sample:
+        _agree("sample.numel", one.sample.get("numel"), two.sample.get("numel"))
     return Profile(
-        networks, first.prompts + second.prompts, share * first.sample_norm + (1 - share) * second.sample_norm
+        networks,
+        one.prompts + two.prompts,
+        _mean(one.sample_norm, two.sample_norm, counts),
+        one.plan or two.plan,
+        {key: _mean(one.sample[key], two.sample[key], counts) for key in one.sample if key in two.sample},
+        tuple(dict.fromkeys(reasons)),
     )
+
+
+def _merged_network(
+    where: str, one: NetworkProfile, two: NetworkProfile, counts: tuple[int, int], timed: bool, left_out: list[str]
+) -> NetworkProfile:
+    for schedule in ("timesteps", "sigmas", "step_widths"):
+        _agree_closely(f"{where}.{schedule}", getattr(one, schedule), getattr(two, schedule), 1e-6)
+    _agree_closely(f"{where}.branch_weights", one.branch_weights, two.branch_weights, 1e-2)
+    _agree(f"sites of {where}.grams", sorted(one.grams), sorted(two.grams))
+    if one.geometry is not None and two.geometry is not None:
+        _agree(f"{where}.geometry", one.geometry, two.geometry)
+    weighed = _in_both("range weights of ", one.range_weights, two.range_weights, left_out)
+    clocked = _in_both("seconds of ", one.seconds, two.seconds, left_out) if timed else ()
+    return NetworkProfile(
+        one.timesteps,
+        one.sigmas,
+        one.step_widths,
+        _log_mean(f"{where}.sensitivity", one.sensitivity, two.sensitivity, counts),
+        one.branch_weights,
+        {site: _joined_gram(f"{where}.grams.{site}", gram, two.grams[site]) for site, gram in one.grams.items()},
+        {key: _mean(one.seconds[key], two.seconds[key], counts) for key in clocked} if timed else dict(one.seconds),
+        {
+            site: _log_mean(f"{where}.range_weights.{site}", one.range_weights[site], two.range_weights[site], counts)
+            for site in weighed
+        },
+        _joined_tables(where, one, two, counts, left_out),
+        one.geometry or two.geometry,
+    )
+
+
+def _joined_gram(where: str, one: FeatureGram, two: FeatureGram) -> FeatureGram:
+    _agree(f"{where}.steps", one.steps, two.steps)
+    _agree(f"{where}.branches", one.branches, two.branches)
+    _agree(f"{where}.present", one.present.tolist(), two.present.tolist())
+    _agree(f"{where}.has_latents", one.has_latents, two.has_latents)
+    values = np.concatenate([one.values, two.values])
+    return FeatureGram(one.site, one.steps, one.branches, values, one.present, one.has_latents)
+
+
+def _joined_tables(
+    where: str, one: NetworkProfile, two: NetworkProfile, counts: tuple[int, int], left_out: list[str]
+) -> dict[str, dict[str, Table]]:
+    found: dict[str, dict[str, Table]] = {}
+    for collector in _in_both("tables of ", one.tables, two.tables, left_out):
+        mine, theirs = one.tables[collector], two.tables[collector]
+        found[collector] = {}
+        for site in _in_both(f"{collector} tables of ", mine, theirs, left_out):
+            try:
+                found[collector][site] = joined([_plain(mine[site]), _plain(theirs[site])], counts)
+            except InputError as error:
+                raise ProfileError(f"profiles cannot be merged: {where}.tables.{collector}.{site}: {error}") from None
+    return found
+
+
+def _plain(table: Table) -> Table:
+    """The table with facts as a file gives them back: lists for tuples."""
+    return Table(table.measures, table.labels, json.loads(json.dumps(dict(table.facts), default=plain_number)))
+
+
+def plain_number(value: object) -> object:
+    """What JSON writes for a number of numpy; for ``json.dumps(default=...)``. Raises TypeError for anything else."""
+    if isinstance(value, np.generic):
+        number: object = value.item()
+        return number
+    raise TypeError(f"{type(value).__name__} {value!r} is no JSON")
+
+
+def _in_both(what: str, one: Mapping[str, object], two: Mapping[str, object], left_out: list[str]) -> Iterator[str]:
+    """The keys that both have; the others are left out, and that is told."""
+    left_out += [f"{what}{key} are left out: not in all profiles merged" for key in sorted(one.keys() ^ two.keys())]
+    return (key for key in one if key in two)
+
+
+def _repeated(one: Sequence[str], two: Sequence[str]) -> list[str]:
+    both = Counter(one).keys() & Counter(two).keys()
+    return [
+        f"prompt {prompt!r} is in more than one of the profiles merged and counts each time" for prompt in sorted(both)
+    ]
+
+
+def _facts_of_plans(one: Plan | None, two: Plan | None) -> Iterator[tuple[str, Any, Any]]:
+    """What two plans have to agree on: field, and what it is in each."""
+    if one is None or two is None:
+        return
+    yield "plan.model.structure", one.model.structure, two.model.structure
+    yield "plan.model.class", one.model.class_name, two.model.class_name
+    yield "plan.sampler.class", one.sampler.class_name, two.sampler.class_name
+    yield "plan.sampler.guidance", one.sampler.guidance, two.sampler.guidance
+    yield "plan.device.dtype", one.device.dtype, two.device.dtype
+    for name in {**one.geometry, **two.geometry}:
+        where = f"plan.geometry.{name} (but for the batch)"
+        yield where, one.geometry.get(name, ())[1:], two.geometry.get(name, ())[1:]
+    for name in {**one.settings, **two.settings}:
+        yield f"plan.settings.{name}", one.settings.get(name), two.settings.get(name)
+
+
+def _agree(what: str, mine: object, theirs: object) -> None:
+    if mine != theirs:
+        raise ProfileError(f"profiles cannot be merged: {what}: {mine} in one, {theirs} in the other")
+
+
+def _agree_closely(what: str, mine: Sequence[float], theirs: Sequence[float], tolerance: float) -> None:
+    _agree(f"the length of {what}", len(mine), len(theirs))
+    apart = ~np.isclose(mine, theirs, rtol=tolerance, atol=1e-12)
+    if apart.any():
+        at = int(np.argmax(apart))
+        _agree(f"{what}[{at}]", mine[at], theirs[at])
+
+
+def _mean(one: float, two: float, counts: tuple[int, int]) -> float:
+    return float(np.average([one, two], weights=counts))
+
+
+def _log_mean(what: str, one: Sequence[float], two: Sequence[float], counts: tuple[int, int]) -> tuple[float, ...]:
+    _agree(f"the length of {what}", len(one), len(two))
+    logs = np.log(np.maximum([one, two], np.finfo(float).tiny))
+    return tuple(np.exp(np.average(logs, axis=0, weights=counts)).tolist())
