@@ -48,6 +48,7 @@ def profile(
     model: Directory,
     prompts: Prompts,
     output: ProfileOutput,
+    limit: Annotated[int | None, typer.Option(min=1, help="use the first N prompts only")] = None,
     collect: Annotated[list[Collect] | None, typer.Option(help="what to measure, repeatable; default: all")] = None,
     technique: Annotated[
         list[str] | None,
@@ -70,7 +71,7 @@ def profile(
     device: Device = None,
 ) -> None:
     """Measure what a pipeline does on some prompts, and write it as a profile."""
-    texts = read_prompts(prompts)
+    texts = read_prompts(prompts)[:limit]
     settings = pipe_settings(steps, guidance, setting)
     tokens = None if geometry is None else read_geometry(geometry)
     check_output(output, "p.profile")
