@@ -1,4 +1,4 @@
-"""The ``ditopt`` command: optimize, show, explain, diff, report, bench, doctor.
+"""The ``ditopt`` command: optimize, show, explain, diff, report, bench, doctor; of profiles: ``cli_profile``.
 
 What the user did wrong ends in one line and exit code 2; ``diff`` exits with 1 where plans differ, ``doctor``
 where something is broken.
@@ -56,6 +56,7 @@ class Dtype(StrEnum):
 
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="a diffusers pipeline directory (or a Hub id)")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="a plan file")]
+PlanOrProfile = Annotated[Path, typer.Argument(metavar="PLAN", help="a plan file, or a profile (*.profile)")]
 Prompts = Annotated[Path, typer.Option(metavar="FILE", help="prompts, one a line")]
 Steps = Annotated[int | None, typer.Option(min=1, help="sampling steps, as the pipeline counts them")]
 Guidance = Annotated[float | None, typer.Option(help="guidance scale; 1 is without guidance")]
@@ -148,28 +149,40 @@ def optimize(
 
 
 @command
-def show(plan: PlanFile) -> None:
-    """Draw a plan: sites by steps, its figures, and what it was made for."""
+def show(plan: PlanOrProfile) -> None:
+    """Draw a plan: sites by steps, its figures, and what it was made for; or say what a profile holds."""
     from ditopt.plan import Plan
+    from ditopt.report.in_terminal import show_profile
+    from ditopt.report.sources import load_source
     from ditopt.terminal import show_plan
 
-    console = Console()
-    console.print(show_plan(Plan.load(plan), console.width))
+    console, found = Console(), load_source(plan)
+    console.print(show_plan(found, console.width) if isinstance(found, Plan) else show_profile(found))
 
 
 @command
 def explain(
-    plan: PlanFile,
+    plan: PlanOrProfile,
+    site: Annotated[str | None, typer.Argument(metavar="SITE", help="all that is known of one site")] = None,
     step: Annotated[int | None, typer.Option(min=0, help="one step, with all rivals")] = None,
     everything: Annotated[bool, typer.Option("--all", help="every step, with all rivals")] = False,
 ) -> None:
-    """Say why each decision was made and each rival was not."""
+    """Say why each decision was made and each rival was not; of a profile, what is known of a site."""
     from ditopt.plan import Plan
+    from ditopt.report import one_site
     from ditopt.report.explained import Explained, side_path
-    from ditopt.terminal import show_explanations
+    from ditopt.report.sources import load_source
+    from ditopt.terminal import show_explanations, show_site
 
-    Plan.load(plan)
-    Console().print(show_explanations(Explained.load(side_path(plan)), step, everything))
+    console, found = Console(), load_source(plan)
+    if not isinstance(found, Plan):
+        console.print(one_site.explain(found, site, step, everything))
+        return
+    explained = Explained.load(side_path(plan))
+    if site is None:
+        console.print(show_explanations(explained, step, everything))
+    else:
+        console.print(show_site(found, explained, site, step, everything, console.width))
 
 
 @command
@@ -178,7 +191,7 @@ def diff(old: PlanFile, new: PlanFile) -> None:
     from ditopt.plan import Plan, diff_plans
 
     lines = diff_plans(Plan.load(old), Plan.load(new))
-    for line in lines:
+    for line in lines or ["no difference"]:
         typer.echo(line)
     if lines:
         raise typer.Exit(1)
@@ -186,28 +199,24 @@ def diff(old: PlanFile, new: PlanFile) -> None:
 
 @command
 def report(
-    plan: PlanFile,
+    plan: PlanOrProfile,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="HTML", help="where to write the page")],
     bench_json: Annotated[
         Path | None, typer.Option("--bench", metavar="JSON", help="what `bench --json` wrote")
     ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="PROFILE", help="what `profile` measured of the plan's model")
+    ] = None,
 ) -> None:
-    """Write one self-contained HTML page about a plan."""
-    from ditopt.plan import Plan, write_text_atomically
-    from ditopt.report.explained import Explained, read_json, side_path
+    """Write one self-contained HTML page about a plan (with all that lies beside it) or about a profile."""
+    from ditopt.plan import write_text_atomically
     from ditopt.report.html import render_report
+    from ditopt.report.sources import gather
 
-    found = Plan.load(plan)
-    side = side_path(plan)
-    explained = Explained.load(side) if side.exists() else None
-    if explained is None:
-        typer.echo(f"{side} is not there, so the page will not say why")
-    measured = None
-    if bench_json is not None:
-        measured = read_json(bench_json, "what `ditopt bench --json` writes")
-        if not isinstance(measured, dict) or "optimized_s" not in measured:
-            raise InputError(f"{bench_json}: field optimized_s is missing; give what `ditopt bench --json` wrote")
-    write_text_atomically(output, render_report(found, explained, measured, plan.name))
+    found = gather(plan, profile, bench_json)
+    for missing in found.missing:
+        typer.echo(missing)
+    write_text_atomically(output, render_report(**found.given, source=plan.name))
     typer.echo(f"report: {output}")
 
 
@@ -383,5 +392,7 @@ def main() -> None:
     sys.exit(app())
 
 
+import ditopt.cli_profile  # noqa: E402  # its commands are registered here, and it needs what stands above
+
 if __name__ == "__main__":
-    main()
+    ditopt.cli.main()  # of the module by that name: run as a script, this is another one, without those commands

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -12,9 +12,12 @@ from rich.text import Text
 
 from ditopt.errors import InputError
 from ditopt.plan import Plan
-from ditopt.report.explained import Explained, Explanation, Rival
+from ditopt.report.explained import Explained, Explanation
 from ditopt.report.figures import bench_notes, bench_rows, figure
+from ditopt.report.layers import layers_of, with_site
+from ditopt.report.one_site import find_site
 from ditopt.report.picture import MEANINGS, Cell, Picture, kinds_in, pictures
+from ditopt.report.tried import nearest_rivals
 from ditopt.sites import STEP
 
 STYLES = {
@@ -118,21 +121,42 @@ def show_explanations(explained: Explained, step: int | None, everything: bool) 
     return Group(*parts)
 
 
+def show_site(
+    plan: Plan, explained: Explained, site: str, step: int | None, everything: bool, width: int
+) -> RenderableType:
+    """What a plan decides at one site, ``width`` columns wide, and why (``step``, ``everything``: see above).
+
+    Raises:
+        InputError: neither the plan nor its side file speaks of the site, or there is no decision in ``step``.
+    """
+    layers = {name: layers_of(plan, name, explained) for name in plan.sampler.timesteps}
+    drawn = [*pictures(plan), *pictures(plan, layers)]
+    told = [one.site for made in explained.explanations.values() for one in made]
+    find_site(site, [*(row.site for picture in drawn for row in picture.rows), *told], "the plan")
+    found: dict[str, Picture] = {}
+    for picture in drawn:
+        rows = tuple(row for row in picture.rows if row.site == site)
+        if rows:
+            found.setdefault(picture.network, replace(picture, rows=rows))
+    parts: list[RenderableType] = []
+    for name, picture in found.items():
+        parts += [Text(name, style="bold"), *_grid(picture, width)]
+    parts += [_legend(kinds_in(tuple(found.values()))), Text("")] if found else []
+    why = {name: tuple(with_site(made, site, layers.get(name, ()))) for name, made in explained.explanations.items()}
+    of_site = {"explanations": {name: made for name, made in why.items() if made}, "reasons": ()}
+    return Group(*parts, show_explanations(explained.model_copy(update=of_site), step, everything))
+
+
 def _title(one: Explanation) -> str:
     return f"step {one.step}, {one.site}" if one.step is not None else one.site
 
 
 def _one_line_each(made: Sequence[Explanation]) -> Table:
+    """Decisions with their nearest rivals; those that say the same are one, over their steps."""
     table = Table("decision", "chosen", "nearest rival", "why not")
-    for one in made:
-        best = min(one.rivals, key=_rank, default=None)
-        _row(table, _title(one), one.chosen, best.name if best else "–", best.reason if best else "there was no other")
+    for one in nearest_rivals(made):
+        _row(table, one.title, one.chosen, one.rival, one.reason)
     return table
-
-
-def _rank(rival: Rival) -> float:
-    value = rival.objective
-    return value if value is not None and math.isfinite(value) else math.inf
 
 
 def _with_rivals(one: Explanation) -> Table:

@@ -143,7 +143,7 @@ def test_a_broken_side_file_is_named_with_its_field(plan_file: Path, text: str, 
 
 def test_diff_exits_as_diff_does(plan_file: Path, tmp_path: Path) -> None:
     same = run("diff", plan_file, plan_file)
-    assert (same.exit_code, same.output) == (0, "")
+    assert (same.exit_code, same.output) == (0, "no difference\n")
     make_plan(rules=make_plan().rules[:2], target={"min_psnr": 42.0}).save(tmp_path / "other.yaml")
     done = run("diff", plan_file, tmp_path / "other.yaml")
     assert done.exit_code == 1

@@ -1,10 +1,11 @@
-"""The HTML report: what it says, and that it is one file which fetches and runs nothing."""
+"""The HTML report: what it says, and that it is one file which fetches nothing."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,20 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from ditopt.cli import app
 from ditopt.decisions import Dense, Fit, Forecast, Reuse
 from ditopt.plan import DevicePrint, ModelPrint, Plan, Rule, SamplerPrint
-from ditopt.report import charts
+from ditopt.report import charts, svg
 from ditopt.report.explained import Explained, side_path
 from ditopt.report.figures import bench_notes, bench_rows, figure
 from ditopt.report.html import render_report
 from ditopt.report.picture import HIDDEN, kinds_in, pictures
+from ditopt.report.samples import Samples, samples_path
+from tests.report_pages import make_clips, write_all
+from tests.report_profiles import make_profile
 
 TIMES = (1000.0, 800.0, 600.0, 400.0, 200.0)
 HOSTILE = "<script>alert('x')</script>"
@@ -92,7 +97,7 @@ def plan() -> Plan:
 
 
 class _Page(HTMLParser):
-    """Collects tags and what could fetch or run something."""
+    """Collects tags and what could fetch something."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -103,33 +108,46 @@ class _Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        if tag not in ("meta",):
+        if tag not in ("meta", "img", "input"):
             self.open.append(tag)
-        self.outside += [f"{tag} {name}" for name, _ in attrs if name in ("src", "href") or name.startswith("on")]
+        for name, value in attrs:
+            inside = (value or "").startswith("#" if name == "href" else "data:image/png;base64,")
+            if (name in ("src", "href") and not inside) or name.startswith("on"):
+                self.outside.append(f"{tag} {name} {value}")
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
 
 def test_the_page_tells_everything_and_fetches_nothing(plan: Plan) -> None:
-    text = render_report(plan, Explained.model_validate(SIDE), BENCH, "plan.yaml")
+    clips = Samples(make_clips(), {"prompt": "a red circle", "seed": "7"})
+    text = render_report(plan, Explained.model_validate(SIDE), BENCH, "plan.yaml", make_profile(layers=2), clips)
     page = _Page(text)
     assert page.open == [] and page.outside == []
-    assert not {"script", "link", "img", "iframe"} & set(page.tags)
-    assert "url(" not in text and "@import" not in text and "//" not in re.sub(r"<!doctype html>", "", text)
+    assert not {"link", "iframe", "object", "form"} & set(page.tags)
+    assert page.tags.count("script") == 1 and page.tags.count("img") > 12
+    written = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
+    assert "url(" not in written and "@import" not in written and "://" not in written
+    assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:" in text
     assert page.tags.count("svg") >= 4  # schedule, trials, similarity, sensitivity
     for expected in (
         "WanTransformer3DModel", "2.5", "38.25", "transformer: 3 of 5 steps computed (0-1, 3)", "41.5", "28.25",
         "forecast1", "ranges: too few blocks", "dense, 3 steps", "EPYC, 2 cores", "sha256:00ff",
         "bisect: 3 evaluations, 38.00 dB", "target 36", "a blue square", "prefers-color-scheme: dark",
+        "4.00× faster at 41.5 dB", "“a red circle”, seed 7", "self-attention output", "int8, smoothed",
     ):  # fmt: skip
         assert expected in text, expected
 
 
 def test_what_a_side_file_holds_is_text_and_never_markup(plan: Plan) -> None:
-    text = render_report(plan, Explained.model_validate(SIDE), None, HOSTILE)
-    assert HOSTILE not in text and "<script" not in text
-    assert "&lt;script&gt;" in text
+    profile = make_profile(layers=2)
+    part = profile.networks["transformer"]
+    tables = {name: {HOSTILE: next(iter(of_sites.values()))} for name, of_sites in part.tables.items()}
+    profile = replace(profile, networks={"transformer": replace(part, tables=tables)}, prompts=(HOSTILE,))
+    clips = Samples(make_clips(), {"prompt": HOSTILE})
+    text = render_report(plan, Explained.model_validate(SIDE), {**BENCH, "prompts": HOSTILE}, HOSTILE, profile, clips)
+    assert HOSTILE not in text and text.count("<script") == 1
+    assert text.count("&lt;script&gt;") > 10
 
 
 def test_a_plan_alone_makes_a_page_that_says_what_is_missing(plan: Plan) -> None:
@@ -154,6 +172,61 @@ def test_the_command_writes_the_page(plan: Plan, tmp_path: Path) -> None:
     assert done.exit_code == 2 and "optimized_s" in done.output
     words[-1] = str(tmp_path / "no" / "report.html")
     assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 2
+
+
+def test_the_command_takes_what_lies_beside_a_plan(tmp_path: Path) -> None:
+    plan, page, profile = write_all(tmp_path), tmp_path / "report.html", tmp_path / "p.profile"
+    words = ["report", str(plan), "-o", str(page)]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0 and "is not there" not in done.output
+    text = page.read_text()
+    assert "ditopt profile DIR --prompts FILE" in text, "what would show attention is said"
+    assert "blocks.0.attn1" not in text and "differences to dense, ×" in text
+    done = CliRunner().invoke(app, [*words, "--profile", str(profile)], catch_exceptions=False)
+    assert done.exit_code == 0 and "blocks.0.attn1" in page.read_text()
+    save_file({"dense": make_clips()["dense"][0]}, samples_path(plan))
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 2 and "should be uint8 [F, H, W, 3]" in done.output.replace("\n", " ")
+
+
+def test_the_command_reports_on_a_profile_alone(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    page, path, profile = tmp_path / "report.html", tmp_path / "renamed", tmp_path / "p.profile"
+    path.write_bytes(profile.read_bytes())  # known by how it begins
+    for source in (profile, path):
+        done = CliRunner().invoke(app, ["report", str(source), "-o", str(page)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    text = page.read_text()
+    assert "Profile of WanTransformer3DModel" in text and "blocks.0.attn1" in text and "<h2>Schedule" not in text
+    words = ["report", str(path), "-o", str(page), "--bench", str(profile)]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 2 and "is a profile already" in done.output.replace("\n", " ")
+
+
+def test_a_profile_of_another_model_is_refused(tmp_path: Path, plan: Plan) -> None:
+    write_all(tmp_path)
+    words = ["-o", str(tmp_path / "report.html"), "--profile", str(tmp_path / "p.profile")]
+    other = plan.model_copy(update={"model": plan.model.model_copy(update={"structure": "sha256:ff"})})
+    for wrong, expected in ((other, "of WanTransformer3DModel sha256:00ff"), (plan, "has 10 steps of transformer")):
+        wrong.save(tmp_path / "wrong.yaml")
+        done = CliRunner().invoke(app, ["report", str(tmp_path / "wrong.yaml"), *words], catch_exceptions=False)
+        assert done.exit_code == 2 and expected in done.output.replace("\n", " "), done.output
+
+
+def test_a_profile_without_tables_shows_what_it_has() -> None:
+    text = render_report(None, None, None, "p.profile", make_profile(tables=False))
+    assert "what a range of blocks adds" in text and "the whole step" in text
+    assert "this profile has no table “attention”" in text
+
+
+def test_the_picture_has_a_row_for_each_layer(plan: Plan) -> None:
+    reused = Rule(sites="blocks.1..2", steps=(1,), do=Reuse())
+    layers = [f"blocks.{i}" for i in range(4)]
+    (picture,) = pictures(plan.model_copy(update={"rules": (plan.rules[0], reused)}), {"transformer": layers})
+    assert [row.site for row in picture.rows] == ["step", *layers], "ranges of layers have no row of their own"
+    assert [row.cells[1].kind for row in picture.rows] == ["dense", "dense", "reuse", "reuse", "dense"]
+    assert [row.cells[2].kind for row in picture.rows[1:]] == [HIDDEN] * 4
+    assert not picture.rows[0].layer and all(row.layer for row in picture.rows[1:])
 
 
 def test_the_picture_follows_the_plan(plan: Plan) -> None:
@@ -240,8 +313,8 @@ numbers = st.floats(-1e6, 1e6, allow_nan=False)
 @given(numbers, numbers)
 def test_ticks_cover_their_range_with_few_round_numbers(one: float, two: float) -> None:
     low, high = min(one, two), max(one, two)
-    found = charts.ticks(low, high)
-    slack = 1e-6 * max(abs(low), abs(high), high - low, 1e-300)
+    found = svg.ticks(low, high)
+    slack = 1e-6 * max(abs(low), abs(high), found[-1] - found[0])
     assert found[0] <= low + slack and found[-1] >= high - slack
     assert 2 <= len(found) <= 12
     assert found == sorted(set(found))
@@ -265,3 +338,13 @@ def test_what_a_benchmark_says_beside_its_table() -> None:
         "to a converged run: dense 42.87 dB, optimised 33.43 dB",
         "attribute score: dense 0.8276, optimised 0.7931",
     ]
+
+
+def test_a_profile_of_two_networks_has_both_in_every_part() -> None:
+    profile = make_profile(layers=2)
+    part = profile.networks["transformer"]
+    text = render_report(None, None, None, "p.profile", replace(profile, networks={"high": part, "low": part}, plan={}))
+    assert _Page(text).open == []
+    for network in ("high", "low"):
+        assert text.count(f"<h3>{network}</h3>") == 4, "attention, features, precision and time"
+    assert text.count('name="anchor-high"') == 3 == text.count('name="anchor-low"')

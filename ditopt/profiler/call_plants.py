@@ -146,15 +146,15 @@ class CallPlants:
             self.found.setdefault((module.site, error, moment.step), []).append(ratio)
 
     def tables(self) -> dict[str, Table]:
-        """``to_output`` ``[prompt, anchor, error]`` by site: the mean over branches in the logarithm."""
+        """``to_output`` ``[anchor, error]`` by site: the mean over branches in the logarithm."""
         found = {}
         for module in self.modules:
-            values = np.full((1, len(self.steps), len(ERRORS)), np.nan, dtype=np.float32)
+            values = np.full((len(self.steps), len(ERRORS)), np.nan, dtype=np.float32)
             for (row, step), (column, error) in product(enumerate(self.steps), enumerate(ERRORS)):
                 ratios = self.found.get((module.site, error, step))
                 if ratios:
-                    values[0, row, column] = np.exp(np.mean(np.log(np.maximum(ratios, 1e-30))))
-            measure = Measure(("prompt", "anchor", "error"), values, partial=True)
+                    values[row, column] = np.exp(np.mean(np.log(np.maximum(ratios, 1e-30))))
+            measure = Measure(("anchor", "error"), values, partial=True)
             labels: dict[str, tuple[Label, ...]] = {"anchor": self.steps, "error": ERRORS}
             found[module.site] = Table({"to_output": measure}, labels, {"kind": module.kind})
         return found

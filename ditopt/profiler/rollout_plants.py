@@ -171,27 +171,29 @@ class SiteSensitivity:
 def rollouts_table(
     network: NetworkProfile, sites: Mapping[str, Table], rows: Sequence[tuple[Plant, float, Sequence[float]]]
 ) -> Table:
-    """``measured`` and ``predicted`` ``[prompt, plant]``: how far planted errors moved the final sample (L2 norm).
+    """``measured`` and ``predicted`` ``[plant]``: how far planted errors moved the final sample (L2 norm).
 
-    Predicted is the error times ``to_output``, the step's width and its sensitivity. Facts: ``scale``, the mean ratio
-    of measured to predicted in the logarithm, and ``spread``, the standard deviation of that logarithm.
+    Predicted is the error times ``to_output``, the step's width and its sensitivity. ``scale`` is the mean ratio of
+    measured to predicted in the logarithm, ``spread`` the standard deviation of that logarithm: an error that the
+    profile predicts is off by a factor of ``exp(spread)`` in two of three cases.
     """
-    measured = np.array([[moved for _, moved, _ in rows]])
+    measured = np.array([moved for _, moved, _ in rows])
     weights = np.asarray(network.branch_weights)
     predicted = np.array(
         [
-            [
-                float(np.linalg.norm(weights * np.asarray(errors)))
-                * output_growth(sites[plant.module.site], plant.step)
-                * network.step_widths[plant.step]
-                * network.sensitivity[plant.step]
-                for plant, _, errors in rows
-            ]
+            float(np.linalg.norm(weights * np.asarray(errors)))
+            * output_growth(sites[plant.module.site], plant.step)
+            * network.step_widths[plant.step]
+            * network.sensitivity[plant.step]
+            for plant, _, errors in rows
         ]
     )
     logs = np.log(np.maximum(measured, 1e-30) / np.maximum(predicted, 1e-30))
-    facts = {"scale": float(np.exp(logs.mean())), "spread": float(logs.std(ddof=1)) if logs.size > 1 else 0.0}
-    axes = ("prompt", "plant")
-    labels = {"plant": tuple(str(plant) for plant, _, _ in rows)}
-    measures = {"measured": Measure(axes, measured), "predicted": Measure(axes, predicted)}
-    return Table(measures, labels, facts)
+    spread = logs.std(ddof=1) if logs.size > 1 else 0.0
+    measures = {
+        "measured": Measure(("plant",), measured),
+        "predicted": Measure(("plant",), predicted),
+        "scale": Measure((), np.asarray(np.exp(logs.mean()))),
+        "spread": Measure((), np.asarray(spread)),
+    }
+    return Table(measures, {"plant": tuple(str(plant) for plant, _, _ in rows)})

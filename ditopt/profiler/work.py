@@ -18,7 +18,7 @@ from ditopt.runtime.program import Program
 from ditopt.trace import PRODUCTS, attention_flops, product_flops
 
 RUNS = 3
-ATTENTION_KIND, PRODUCT_KIND, REST = "attention", "products", "the rest"
+ATTENTION_KIND, PRODUCT_KIND, REST = "attention", "linear", "other"
 ATTENTION_OPERATORS = ("scaled_dot_product", "flash_attention", "block_sparse_attention")
 PRODUCT_OPERATORS = ("addmm", "::mm", "::bmm", "linear")
 SIDE = 2048

@@ -38,14 +38,20 @@ class Explanation(_Part):
 
 
 class Trial(_Part):
-    """One plan tried by real rollouts."""
+    """One plan tried by real rollouts.
+
+    ``seconds`` are those that the cost model gives it, ``measured_seconds`` what a generation took; ``predicted_error``
+    the relative L2 error that the search expected, ``rel_l2`` the one measured.
+    """
 
     kept: tuple[int, ...] = ()
     evaluations: int
     psnr: float
     worst_psnr: float | None = None
     rel_l2: float | None = None
+    predicted_error: float | None = None
     seconds: float | None = None
+    measured_seconds: float | None = None
     variants: int | None = None
     stage: str = ""
     met: bool = False
@@ -69,11 +75,41 @@ class NetworkFigures(_Part):
     sigmas: tuple[float, ...] = ()
     similarity: tuple[tuple[float, ...], ...] = ()
     sensitivity: tuple[float, ...] = ()
+    range_weights: dict[str, tuple[float, ...]] = {}
     seconds: dict[str, float] = {}
 
 
+class Work(_Part):
+    """What operators of one kind take in one step: seconds, floating-point operations, bytes read and written.
+
+    ``dtype`` is what they compute in, one of those that the roofline has a rate for.
+    """
+
+    seconds: float
+    flops: float | None = None
+    bytes: float | None = None
+    calls: int | None = None
+    dtype: str | None = None
+
+
+class VariantWork(_Part):
+    """Where the time of one compiled graph goes, by kind of operator; ``seconds`` are those of a whole step."""
+
+    seconds: float
+    kinds: dict[str, Work] = {}
+    steps: str = ""
+
+
+class Roofline(_Part):
+    """What the machine can do at most; rates of arithmetic by dtype."""
+
+    flops_per_second: dict[str, float]
+    bytes_per_second: float
+    device: str = ""
+
+
 class Explained(_Part):
-    """The whole side file; every part may be empty."""
+    """The whole side file; every part may be empty. ``kernels`` are by network and variant (``dense`` is one)."""
 
     explanations: dict[str, tuple[Explanation, ...]] = {}
     trials: tuple[Trial, ...] = ()
@@ -82,6 +118,8 @@ class Explained(_Part):
     timings: dict[str, float] = {}
     table: tuple[TableRow, ...] = ()
     profile: dict[str, NetworkFigures] = {}
+    kernels: dict[str, dict[str, VariantWork]] = {}
+    roofline: Roofline | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the side file, whole or not at all.

@@ -24,6 +24,31 @@ def figure(value: Any) -> str:
     return str(value)
 
 
+def duration(seconds: float | None) -> str:
+    """A time for people, three digits.
+
+    >>> duration(4.0781), duration(0.0652), duration(7e-5)
+    ('4.08 s', '65.2 ms', '70 µs')
+    """
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}" if seconds < 1000 * unit else f"{seconds / unit:.0f} {name}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def error(value: float | None) -> str:
+    """A relative error for people, as a percentage of about three digits.
+
+    >>> error(0.0503), error(1.5), error(None)
+    ('5.03%', '150%', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value * 100:.3g}%" if value < 10 else f"{value:.0%}"
+
+
 def _dtype(bench: Mapping[str, Any]) -> str | None:
     """The dtype of its own that a benchmark's plan computes in."""
     decisions = (rule["do"] for rule in bench.get("plan", {}).get("rules", ()))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ditopt.decisions import Decision, Dense, Fit, Forecast
 from ditopt.plan import Plan, format_steps
-from ditopt.sites import STEP
+from ditopt.sites import STEP, range_names
 
 HIDDEN = "hidden"
 
@@ -46,10 +47,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One site over all steps."""
+    """One site over all steps; ``layer``: it is one block of all, whether a rule names it or not."""
 
     site: str
     cells: tuple[Cell, ...]
+    layer: bool = False
 
     @property
     def computed(self) -> tuple[int, ...]:
@@ -84,9 +86,9 @@ class Picture:
         return f"{self.network}: {len(kept)} of {self.steps} steps computed ({format_steps(kept)}){form}"
 
 
-def pictures(plan: Plan) -> tuple[Picture, ...]:
-    """The schedule of every network of a plan."""
-    return tuple(_picture(plan, network) for network in plan.sampler.timesteps)
+def pictures(plan: Plan, layers: Mapping[str, Sequence[str]] | None = None) -> tuple[Picture, ...]:
+    """The schedule of every network of a plan; those with ``layers`` have a row for each in place of ranges."""
+    return tuple(_picture(plan, network, (layers or {}).get(network, ())) for network in plan.sampler.timesteps)
 
 
 def kinds_in(drawn: tuple[Picture, ...]) -> tuple[str, ...]:
@@ -106,14 +108,19 @@ def kind_of(decision: Decision) -> str:
     return f"{decision.kind}{decision.order}" if isinstance(decision, Forecast) else decision.kind
 
 
-def _picture(plan: Plan, network: str) -> Picture:
+def _picture(plan: Plan, network: str, layers: Sequence[str]) -> Picture:
+    ranges = range_names(layers)
     named = [rule.sites for rule in plan.rules if fnmatch.fnmatchcase(network, rule.network)]
-    sites = [STEP, *(site for site in dict.fromkeys(named) if site != STEP)]
-    table = [plan.decisions(step, sites, network) for step in range(len(plan.sampler.timesteps[network]))]
+    shown = {site: not layers or not _covered(site, ranges) for site in dict.fromkeys(named)}
+    sites = [STEP, *(site for site, own_row in shown.items() if site != STEP and own_row)]
+    table = [
+        {**plan.decisions(step, sites, network), **_of_layers(plan, network, step, layers, ranges)}
+        for step in range(len(plan.sampler.timesteps[network]))
+    ]
     whole = [not isinstance(decisions[STEP], Dense) for decisions in table]
     combined = [step for step, predicted in enumerate(whole[:-1]) if not predicted][1:]  # with the computed step before
     rows = []
-    for site in sites:
+    for site in (*sites, *layers):
         cells = []
         for step, decisions in enumerate(table):
             if site != STEP and whole[step]:
@@ -121,11 +128,51 @@ def _picture(plan: Plan, network: str) -> Picture:
             else:
                 finer = site == STEP and step in combined
                 cells.append(Cell(kind_of(decisions[site]), f"step {step}: {_words(decisions[site], step, finer)}"))
-        rows.append(Row(site, tuple(cells)))
+        rows.append(Row(site, tuple(cells), site in layers))
     led = [table[step][STEP] for step in combined]
     shares = {each.second_order for each in led if isinstance(each, Dense) and each.second_order is not None}
     simplified = any(isinstance(do := each[STEP], Dense) and do.simplify for each in table)
     return Picture(network, tuple(rows), tuple(sorted(shares)), simplified)
+
+
+def _covered(site: str, ranges: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether what a rule names are ranges of the layers, which their rows show."""
+    return site in ranges or any(fnmatch.fnmatchcase(name, site) for name in ranges)
+
+
+def _of_layers(
+    plan: Plan, network: str, step: int, layers: Sequence[str], ranges: Mapping[str, tuple[int, int]]
+) -> dict[str, Decision]:
+    """The decision of each layer: of the last rule for a range that it is in, else that of the whole step."""
+    computed = plan.decisions(step, [STEP], network)[STEP]
+    dtype = computed.dtype if isinstance(computed, Dense) else None
+    found: dict[str, Decision] = dict.fromkeys(layers, Dense(dtype=dtype))
+    for rule in plan.rules if layers else ():
+        if step in rule.steps and rule.sites != STEP and fnmatch.fnmatchcase(network, rule.network):
+            for name, (first, last) in ranges.items():
+                if name == rule.sites or fnmatch.fnmatchcase(name, rule.sites):
+                    found |= dict.fromkeys(layers[first : last + 1], rule.do)
+    return found
+
+
+def layer_names(count: int, known: Sequence[str]) -> tuple[str, ...]:
+    """The names of ``count`` blocks, from those of sites that are ``known``; none if they do not tell.
+
+    >>> layer_names(3, ["step", "blocks.0..1", "blocks.0.attn1"])
+    ('blocks.0', 'blocks.1', 'blocks.2')
+    """
+    stems: dict[str, int] = {}
+    for name in known:
+        first, dots, last = name.partition("..")
+        stem, _, number = first.rpartition(".")
+        last = last if dots else number
+        if stem and number.isdecimal() and last.isdecimal():
+            stems[stem] = max(stems.get(stem, 0), int(last))
+        elif dots:  # from one stack into another
+            return ()
+    if len(stems) != 1 or max(stems.values()) >= count:
+        return ()
+    return tuple(f"{stem}.{i}" for stem in stems for i in range(count))
 
 
 def _words(decision: Decision, step: int, combined: bool) -> str:

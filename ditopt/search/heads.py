@@ -34,7 +34,7 @@ def output_growth(table: Table, step: int) -> float:
 
     ``table`` is the site's of ``sensitivity``; between its anchors the logarithm is interpolated.
     """
-    values = np.log(np.maximum(table["to_output"].mean("prompt", "error").values, 1e-30))
+    values = np.log(np.maximum(table["to_output"].mean("error").values, 1e-30))
     return float(np.exp(np.interp(step, np.asarray(table.labels["anchor"], dtype=float), values)))
 
 

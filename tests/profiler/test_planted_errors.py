@@ -139,7 +139,7 @@ def test_predictions_of_plants_and_their_spread() -> None:
     from ditopt.measures import Measure
     from ditopt.profiler.places import Module
 
-    growth = Measure(("prompt", "anchor", "error"), np.array([[[1.0, 1.0], [4.0, 4.0]]]))
+    growth = Measure(("anchor", "error"), np.array([[1.0, 1.0], [4.0, 4.0]]))
     table = Table({"to_output": growth}, {"anchor": (0, 2), "error": ("noise", "head")})
     assert output_growth(table, 1) == pytest.approx(2.0)
     rows = [
@@ -147,9 +147,9 @@ def test_predictions_of_plants_and_their_spread() -> None:
         for step, moved in ((0, 3.0), (2, 24.0))
     ]
     found = rollouts_table(network, {"m": table}, rows)
-    assert found["predicted"].values.tolist() == [[pytest.approx(1.5), pytest.approx(6.0)]]
-    assert found.facts["scale"] == pytest.approx(np.sqrt(2 * 4))
-    assert found.facts["spread"] == pytest.approx(np.log(2) / np.sqrt(2))
+    assert found["predicted"].values.tolist() == pytest.approx([1.5, 6.0])
+    assert float(found["scale"].values) == pytest.approx(np.sqrt(2 * 4))
+    assert float(found["spread"].values) == pytest.approx(np.log(2) / np.sqrt(2))
 
 
 def test_more_calls_than_recorded_are_an_error(compiled: tuple[TinyDiT, Program]) -> None:

@@ -32,7 +32,7 @@ def network() -> NetworkProfile:
         {"candidate": (LOCAL,)},
         {"elements": 16},
     )
-    growth = Measure(("prompt", "anchor", "error"), np.array([[[2.0], [8.0]]]))
+    growth = Measure(("anchor", "error"), np.array([[2.0], [8.0]]))
     sensitivity = Table({"to_output": growth}, {"anchor": (0, 4), "error": ("noise",)})
     found.tables["patterns"] = {"attn": patterns}
     found.tables["sensitivity"] = {"attn": sensitivity}
