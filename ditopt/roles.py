@@ -1,8 +1,8 @@
 """Roles: what attention heads look at, and whether blocks look at what changes. Data only; numpy, no torch.
 
 A documented rule on measured masses, nothing learned. A *region* is a set of keys that a query may prefer: text, the
-keys that gather most (sinks), the first frame, the same pixel of other frames, what is near, the own frame. With ``m``
-the mean mass that queries give a region and ``u`` the mass that uniform attention would give it,
+keys that gather most (sinks), the first frame, the same pixel of other frames (or what is next to it), what is near,
+the own frame. With ``m`` the mean mass that queries give a region and ``u`` the mass that uniform attention would give,
 
     excess = (m - u) / (1 - u)
 
@@ -58,6 +58,7 @@ REGIONS = {
     "mass_sinks": "stripe",
     "mass_first_frame": "stripe",
     "mass_same_pixel": "temporal",
+    "mass_near_pixel": "temporal",
     "mass_near": "local",
     "mass_in_frame": "spatial",
 }

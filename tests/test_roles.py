@@ -20,6 +20,7 @@ UNIFORM = {
     "mass_first_frame": 0.2,
     "mass_same_pixel": 0.011,
     "mass_self": 0.001,
+    "mass_near_pixel": 0.1,
     "mass_near": [0.02, 0.08, 0.3],
     "mass_in_frame": 0.2,
 }
@@ -49,6 +50,11 @@ PURE: dict[str, dict[str, Any]] = {
     "spatial": {"mass_in_frame": 0.97, "mass_near": [0.02, 0.08, 0.3]},
     "global": {},
 }
+
+
+def test_a_head_that_looks_next_to_its_pixel_in_other_frames_is_temporal() -> None:
+    (head,) = head_roles(masses([{"mass_near_pixel": 0.9, "mass_near": [0.1, 0.3, 0.6]}])).heads
+    assert head.role == "temporal"
 
 
 @pytest.mark.parametrize("role", PURE)

@@ -44,6 +44,7 @@ MASSES = {
     "mass_sinks": "sinks",
     "mass_in_frame": "own frame",
     "mass_same_pixel": "same pixel",
+    "mass_near_pixel": "next to the pixel in other frames",
 }
 
 

@@ -1,0 +1,290 @@
+"""What every sparse pattern, skipping a head and reusing its output would cost in quality, after the output projection.
+
+A block pattern's output is a sum over the blocks of keys that it keeps. So the probabilities of a row, and these times
+the values, are summed by block of keys once; every candidate is a small product with these. An error ``X`` ``[R, E]``
+of a head has the squared norm ``tr(X^T X G)`` behind the projection, where ``G = W W^T`` and W is the head's part of
+its weight: the second moments ``X^T X`` are all that is kept until the projection, and its weight, are seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditopt.calls import NetworkCalls
+from ditopt.geometry import Geometry
+from ditopt.kernels.patterns.candidates import candidates
+from ditopt.kernels.patterns.registry import pattern_to_data
+from ditopt.measures import Label, Measure, Numbers, Table
+from ditopt.profiler.interpret import Seen
+from ditopt.profiler.rows import Part, Place, Reads, RowReader, SharedRows, first_samples
+from ditopt.trace import Trace
+
+LAGS = 3
+"""A head's output is reused for so many steps at most."""
+SKIP = json.dumps({"pattern": "skip"})
+REMEMBERED = 1 << 19
+"""So many values of a site's output are kept per step; of more, a share of the sampled rows."""
+NOTHING = 1e-30
+"""A row of which a pattern keeps less mass is taken to have lost all of it: its output is 0."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Patterns for a site: their names, the blocks ``kept`` ``[Qb, C, Kb]`` (boolean), and the share of all blocks."""
+
+    names: tuple[str, ...]
+    kept: Tensor
+    density: Numbers
+
+
+@lru_cache(maxsize=8)
+def candidates_of(geometry: Geometry, block: int) -> Candidates:
+    """The candidates of a geometry, in blocks of so many queries and keys."""
+    tried = candidates(geometry, block)
+    maps = np.stack([pattern.block_map(geometry, block) for pattern in tried], axis=1)
+    names = tuple(json.dumps(pattern_to_data(pattern), sort_keys=True) for pattern in tried)
+    return Candidates(names, torch.from_numpy(maps), maps.mean(axis=(0, 2)).astype(np.float32))
+
+
+def error_moments(sums: Tensor, kept: Tensor, weights: Tensor) -> Tensor:
+    """``[C, E, E]``: weighted second moments of the errors that patterns make in a head's output.
+
+    ``sums`` ``[Kb, q * r, E + 1]`` are of q blocks of r rows (``Part.sums``), ``kept`` ``[q, C, Kb]``, ``weights``
+    ``[q, r]``. What a pattern keeps of a row is scaled to sum to one.
+    """
+    key_blocks, _, width = sums.shape
+    blocks, count, _ = kept.shape
+    dense = torch.ones((blocks, 1, key_blocks), device=sums.device)
+    picked = torch.cat([kept.to(sums.device, torch.float32), dense], 1)
+    found = torch.bmm(picked, sums.view(key_blocks, blocks, -1).transpose(0, 1)).view(blocks, count + 1, -1, width)
+    outputs = found[..., :-1] / found[..., -1:].clamp(min=NOTHING)
+    errors = (outputs[:, :-1] - outputs[:, -1:]) * weights.sqrt()[:, None, :, None]
+    rows = errors.transpose(0, 1).reshape(count, -1, width - 1)
+    return torch.bmm(rows.transpose(1, 2), rows)
+
+
+def moments(outputs: Tensor, weights: Tensor) -> Tensor:
+    """``[H, E, E]``: weighted second moments of ``[H, R, E]`` over rows; ``weights`` ``[R]``."""
+    scaled = outputs * weights.sqrt()[:, None]
+    return torch.bmm(scaled.transpose(1, 2), scaled)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The weight ``[H, E, O]`` that mixes heads; None where none was found, so that norms are those before it."""
+
+    weight: Tensor | None
+
+    def norms(self, squares: Tensor) -> Tensor:
+        """``[H, ...]``: norms of what second moments ``[H, ..., E, E]`` become."""
+        if self.weight is None:
+            found = squares.diagonal(dim1=-2, dim2=-1).sum(-1)
+        else:
+            gram = torch.bmm(self.weight, self.weight.transpose(1, 2))
+            found = torch.einsum("h...ij,hij->h...", squares, gram)
+        return found.clamp(min=0).sqrt()
+
+    def rows(self, outputs: Tensor) -> tuple[Tensor, int]:
+        """Squared norms ``[R]`` of the projected rows of ``[H, R, E]``, and over how many channels."""
+        heads, count, width = outputs.shape
+        if self.weight is None:
+            return outputs.square().sum((0, 2)), heads * width
+        together = outputs.transpose(0, 1).reshape(count, -1) @ self.weight.reshape(heads * width, -1)
+        return together.square().sum(1), int(self.weight.shape[-1])
+
+
+@dataclass
+class _Call:
+    """What is kept of one branch's call until the projection is seen; ``errors`` is ``[H, C, E, E]``."""
+
+    step: int
+    branch: int
+    outputs: Tensor
+    errors: Tensor
+    apart: dict[int, Tensor]
+    from_other: Tensor | None
+
+
+class _Site:
+    """Where a site's numbers go, and what is remembered of its outputs."""
+
+    def __init__(self, place: Place, calls: NetworkCalls) -> None:
+        self.place = place
+        self.candidates = candidates_of(place.geometry, place.sample.block) if place.geometry is not None else None
+        self.names = self.candidates.names if self.candidates is not None else (SKIP,)
+        self.density = self.candidates.density if self.candidates is not None else np.zeros(1, dtype=np.float32)
+        first, last = (max(place.video[0], place.entry.rows[0]), min(place.video[1], place.entry.rows[1]))
+        self.known = first < last
+        if not self.known:
+            first, last = place.entry.rows
+        self.rows = last - first
+        self.weights = place.sample.weights(first, last)
+        steps, branches, heads = len(calls.timesteps), calls.branches, place.entry.site.heads
+        self.error = np.full((1, steps, branches, heads, len(self.names)), np.nan, dtype=np.float32)
+        self.reuse = np.full((1, steps, branches, heads, LAGS), np.nan, dtype=np.float32)
+        self.branches = np.full((1, steps, heads), np.nan, dtype=np.float32)
+        self.output = np.full((1, steps, branches), np.nan, dtype=np.float32)
+        self.share = np.full((1, steps, branches, heads), np.nan, dtype=np.float32)
+        self.past: dict[int, deque[tuple[int, Tensor]]] = {}
+        self.errors: dict[int, Tensor] = {}
+        self.waiting: list[_Call] = []
+        self.elements = 0
+        self.norm_of_second: Tensor = torch.tensor(math.nan)
+
+    def remembered(self, width: int) -> Tensor:
+        """The rows, of those that count, whose outputs are kept from step to step; a row has ``width`` values."""
+        rows = self.weights.view(-1).nonzero().view(-1)
+        return rows[:: max(1, -(-len(rows) * width // REMEMBERED))]
+
+    def measures(self) -> dict[str, Measure]:
+        """All of them."""
+        along = ("prompt", "step", "branch")
+        return {
+            "error": Measure((*along, "head", "candidate"), self.error, True),
+            "reuse": Measure((*along, "head", "lag"), self.reuse, True),
+            "branches": Measure(("prompt", "step", "head"), self.branches, True),
+            "output": Measure(along, self.output, True),
+            "share": Measure((*along, "head"), self.share, True),
+            "density": Measure(("candidate",), self.density),
+        }
+
+
+class PatternCollector(RowReader):
+    """Relative errors of candidate patterns, of reuse and of skipping, per head; the table ``patterns``.
+
+    They are measured on sampled rows of the video's queries (of all queries where there is no text), after the output
+    projection and without its bias. Patterns keep whole blocks in raster order, and text as ``Pattern`` says: ``skip``
+    in joint attention keeps the blocks that hold text, and ``share`` is the error of leaving a head out altogether. Of
+    a batch the first sample of each guidance branch is looked at. ``rows`` is what other collectors of the generation
+    read, too.
+    """
+
+    name = "patterns"
+
+    def __init__(
+        self, trace: Trace, calls: NetworkCalls, geometry: Geometry | None, rows: SharedRows | None = None
+    ) -> None:
+        super().__init__()
+        self.rows = SharedRows(trace, geometry) if rows is None else rows
+        self.rows.readers.append(self)
+        self._sites = {place.name: _Site(place, calls) for place in self.rows.places.values()}
+        self._behind: dict[str, _Site] = {}
+        for name, site in self._sites.items():
+            entry = site.place.entry
+            if entry.projection is not None:
+                self._behind[entry.projection.name] = site
+            else:
+                self.skip(f"{name}: no product with a weight was found behind it; errors are those before it")
+            if not site.known:
+                self.skip(
+                    f"{name}: the product behind it takes no video tokens of {geometry}; all it takes are measured"
+                )
+            if site.candidates is None and not entry.cross:
+                sizes = f"{entry.site.queries} queries and {entry.site.keys} keys"
+                self.skip(f"{name}: {sizes} do not fit the {geometry}; no pattern is tried")
+        self.wanted = frozenset({*self.rows.places, *self._behind})
+
+    def reads(self, place: Place) -> Reads:
+        """Sums by block of keys, where patterns are tried."""
+        return Reads.SUMS if self._sites[place.name].candidates is not None else Reads.NOTHING
+
+    def take(self, place: Place, part: Part) -> None:
+        """Add up the errors of some rows."""
+        site = self._sites[place.name]
+        assert site.candidates is not None and part.sums is not None
+        width = part.sums.shape[-1] - 1
+        if part.branch not in site.errors:
+            shape = (place.entry.site.heads, len(site.names), width, width)
+            site.errors[part.branch] = torch.zeros(shape, device=part.sums.device)
+        weights = site.weights[part.blocks].to(part.sums.device)
+        site.errors[part.branch][part.head] += error_moments(part.sums, site.candidates.kept[part.blocks], weights)
+
+    def finish(self, place: Place, step: int, branch: int) -> None:
+        """Nothing: outputs come with the node itself."""
+
+    def see(self, seen: Seen) -> None:
+        """Keep what is needed of an attention's output; measure it where the projection behind it is seen."""
+        behind = self._behind.get(seen.node.name)
+        if behind is not None:
+            assert behind.place.entry.weight is not None
+            self._measure(behind, seen.arguments[behind.place.entry.weight])
+        elif self.rows.read(seen):
+            site = self._sites[self.rows.places[seen.node.name].name]
+            for branch, index in first_samples(seen.moment, seen.result).items():
+                self._keep(site, seen.moment.step, branch, seen.result[index])
+            if site.place.entry.projection is None:
+                self._measure(site, None)
+
+    def _keep(self, site: _Site, step: int, branch: int, result: Tensor) -> None:
+        """``result`` is ``[H, S, E]``."""
+        rows = site.place.sample.rows.view(-1).to(result.device)
+        outputs = result[:, rows].float()
+        kept = site.remembered(result.shape[0] * result.shape[-1])
+        weights = site.weights.view(-1)[kept].to(result.device)
+        now = outputs[:, kept.to(result.device)]
+        past = site.past.setdefault(branch, deque(maxlen=LAGS))
+        apart = {step - at: moments(now - then, weights) for at, then in past if 0 < step - at <= LAGS}
+        other = site.past.get(1 - branch)
+        beside = other[-1] if other else None
+        from_other = moments(now - beside[1], weights) if beside is not None and beside[0] == step else None
+        past.append((step, now))
+        errors = site.errors.pop(branch, None)
+        if errors is None:
+            errors = moments(outputs, site.weights.view(-1).to(result.device))[:, None]
+        site.waiting.append(_Call(step, branch, outputs, errors, apart, from_other))
+
+    def _measure(self, site: _Site, weight: Tensor | None) -> None:
+        for call in site.waiting:
+            heads, _, width = call.outputs.shape
+            if weight is not None:
+                weight = weight[0] if weight.ndim == 3 else weight
+                column = site.place.entry.column
+                part = weight[column : column + heads * width].float().view(heads, width, -1)
+            projection = Projection(part if weight is not None else None)
+            norms, channels = projection.rows(call.outputs)
+            weights = site.weights.view(-1).to(norms.device)
+            total = (weights @ norms).sqrt()
+            kept = site.remembered(heads * width).to(norms.device)
+            total_kept = (weights[kept] @ norms[kept]).sqrt()
+            at = (0, call.step, call.branch)
+            site.output[at] = float(total) / channels**0.5
+            site.elements = site.rows * channels
+            site.elements = site.rows * channels
+            site.share[at] = _numbers(projection.norms(moments(call.outputs, weights)) / total)
+            site.error[at] = _numbers(projection.norms(call.errors) / total)
+            for lag, squares in call.apart.items():
+                site.reuse[(*at, slice(None), lag - 1)] = _numbers(projection.norms(squares) / total_kept)
+            if call.branch == 1:
+                site.norm_of_second = total_kept
+            if call.from_other is not None:
+                site.branches[0, call.step] = _numbers(projection.norms(call.from_other) / site.norm_of_second)
+        site.waiting.clear()
+
+    def tables(self) -> dict[str, Table]:
+        """One table per attention site."""
+        found = {}
+        for name, site in self._sites.items():
+            place = site.place
+            labels: dict[str, tuple[Label, ...]] = {"candidate": site.names, "lag": tuple(range(1, LAGS + 1))}
+            facts = {
+                "kind": place.kind,
+                "block_queries": place.sample.block,
+                "block_keys": place.key_block,
+                "rows": int((site.weights > 0).sum()),
+                "elements": site.elements,
+                "projected": place.entry.projection is not None,
+            }
+            found[name] = Table(site.measures(), labels, facts)
+        return found
+
+
+def _numbers(values: Tensor) -> Numbers:
+    return np.asarray(values.cpu().numpy())

@@ -1,0 +1,335 @@
+"""The rows of attention maps that are looked at: which queries, their exact probabilities, and who reads them.
+
+A map of all queries and keys is never made. Of every block of queries some rows are taken, and of these the exact
+probabilities, head by head and a few blocks at a time. Collectors that look at the same site read the same rows.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from ditopt.geometry import Geometry
+from ditopt.kernels.ops import SETTINGS
+from ditopt.kernels.patterns.candidates import block_for
+from ditopt.profiler.interpret import Collector, Moment, Seen, of_branches
+from ditopt.profiler.places import Attention, attentions
+from ditopt.trace import SDPA_ARGUMENTS, Trace
+
+ALL_ROWS = 512
+"""Sequences of so many tokens or fewer are looked at in full; of longer ones a quarter, no fewer and no more than:"""
+MOST_ROWS = 1024
+SLAB = 1 << 20
+"""So many probabilities are held at once, where a row has no more."""
+HIDDEN = -1e30
+"""The score of a key that a mask hides: as good as minus infinity, but times its probability it is 0."""
+SPREAD = (math.sqrt(5) - 1) / 2
+
+
+def anchor_steps(steps: int, count: int = 6) -> tuple[int, ...]:
+    """At most ``count`` steps of ``steps``, spread evenly, the first and the last among them.
+
+    >>> anchor_steps(30)
+    (0, 6, 12, 17, 23, 29)
+    """
+    return tuple(int(step) for step in np.unique(np.linspace(0, steps - 1, min(count, steps)).round().astype(int)))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Query rows of a sequence of ``tokens`` in blocks of ``block``.
+
+    ``rows`` ``[Qb, r]`` are positions in the sequence, ascending; a short last block repeats its last row. ``real``
+    ``[Qb, r]`` says which are no such fillers.
+    """
+
+    tokens: int
+    block: int
+    rows: Tensor
+    real: Tensor
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of queries."""
+        return int(self.rows.shape[0])
+
+    @property
+    def each(self) -> int:
+        """Rows of a block."""
+        return int(self.rows.shape[1])
+
+    def weights(self, first: int, last: int) -> Tensor:
+        """``[Qb, r]`` float32: the share that a row stands for of the tokens from ``first`` up to ``last``."""
+        inside = self.real & (self.rows >= first) & (self.rows < last)
+        starts = torch.arange(self.blocks) * self.block
+        tokens = ((starts + self.block).clamp(max=last) - starts.clamp(min=first)).clamp(min=0)
+        weights = inside * (tokens / inside.sum(1).clamp(min=1))[:, None]
+        return (weights / weights.sum().clamp(min=1e-30)).float()
+
+
+@lru_cache(maxsize=64)
+def sample_rows(tokens: int, block: int, wanted: int | None = None) -> Sample:
+    """Rows of every block, the same ones whenever it is asked; about ``wanted`` in all (None: by the constants above).
+
+    Inside a block they are spread evenly, but shifted from block to block, so that no column of the geometry is missed.
+    """
+    blocks = -(-tokens // block)
+    if wanted is None:
+        wanted = tokens if tokens <= ALL_ROWS else min(max(tokens // 4, ALL_ROWS), MOST_ROWS)
+    each = min(block, -(-wanted // blocks))
+    starts = torch.arange(blocks)[:, None] * block
+    length = (tokens - starts).clamp(max=block)
+    shift = torch.where(length > each, (torch.arange(blocks, dtype=torch.float64)[:, None] * SPREAD) % 1, 0)
+    apart = (length / each).clamp(min=1)
+    within = ((torch.arange(each) + shift) * apart).long()
+    return Sample(tokens, block, starts + within.clamp(max=length - 1), within < length)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What one attention call computes with: ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]``, and settings."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    dropout: float
+    causal: bool
+    scale: float
+    grouped: bool
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any], settings: Mapping[str, Any]) -> Operands:
+        """Those of a node of ``ditopt::attention``."""
+        given: dict[str, Any] = SETTINGS | dict(zip(SDPA_ARGUMENTS, arguments, strict=False)) | dict(settings)
+        query, key, value, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
+        scale = given["scale"] if given["scale"] is not None else query.shape[-1] ** -0.5
+        if mask is not None:
+            mask = mask[(None,) * (4 - mask.ndim)]
+        return cls(query, key, value, mask, given["dropout_p"], given["is_causal"], scale, given["enable_gqa"])
+
+    def group(self, head: int) -> int:
+        """The head of keys and values that belongs to a head of queries."""
+        return head * int(self.key.shape[1]) // int(self.query.shape[1])
+
+    def mask_rows(self, index: int, head: int, rows: Tensor) -> Tensor:
+        """``[r or 1, L or 1]``: what a mask says of some rows."""
+        assert self.mask is not None
+        sizes = self.mask.shape
+        of_head = self.mask[index if sizes[0] > 1 else 0, head if sizes[1] > 1 else 0]
+        return of_head[rows] if sizes[2] > 1 else of_head
+
+    def scores(self, index: int, head: int, rows: Tensor, keys: Tensor) -> Tensor:
+        """``[r, Lp]`` float32: scaled and masked scores; ``keys`` ``[Lp, D]`` are the head's, filled up behind."""
+        length = int(self.key.shape[-2])
+        found = (self.query[index, head, rows].float() * self.scale) @ keys.T
+        if self.mask is not None:
+            mask = self.mask_rows(index, head, rows)
+            if mask.dtype == torch.bool:
+                found[:, :length].masked_fill_(~mask, HIDDEN)
+            else:
+                found[:, :length].add_(mask.float()).clamp_(min=HIDDEN)
+        if self.causal:
+            found.masked_fill_(torch.arange(found.shape[1], device=rows.device) > rows[:, None], HIDDEN)
+        found[:, length:] = HIDDEN
+        return found
+
+
+def refusal(operands: Operands, result: Tensor, samples: Sequence[int], rows: Tensor) -> str | None:
+    """Why the rows of an attention call cannot be looked at; None if they can."""
+    query, key = operands.query, operands.key
+    if query.ndim != 4 or key.ndim != 4:
+        return f"queries of shape {list(query.shape)} are not [B, H, S, D]"
+    if key.shape[1] != query.shape[1] and (not operands.grouped or query.shape[1] % key.shape[1]):
+        return f"{query.shape[1]} heads of queries and {key.shape[1]} of keys"
+    if operands.dropout > 0:
+        return f"attention with dropout ({operands.dropout:g})"
+    reason = _mask_refusal(operands, samples, rows) if operands.mask is not None else None
+    if reason is None and not all(bool(result[index, :, rows].isfinite().all()) for index in samples):
+        return "its output has values that are not finite"
+    return reason
+
+
+def _mask_refusal(operands: Operands, samples: Sequence[int], rows: Tensor) -> str | None:
+    query, key, mask = operands.query, operands.key, operands.mask
+    assert mask is not None
+    whole = (*query.shape[:3], key.shape[2])
+    if mask.ndim != 4 or any(size not in (1, full) for size, full in zip(mask.shape, whole, strict=True)):
+        return f"a mask of shape {list(mask.shape)} does not broadcast to {list(whole)}"
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return f"a mask of {mask.dtype}, which is neither boolean nor a bias"
+    for index in samples if mask.shape[0] > 1 else (0,):
+        for head in range(mask.shape[1]):
+            part = operands.mask_rows(index, head, rows)
+            if mask.dtype != torch.bool and bool((part.isnan() | (part == math.inf)).any()):
+                return "a bias with NaN or infinity"
+            seen = part if mask.dtype == torch.bool else part > HIDDEN
+            if not bool(seen.any(-1).all()):
+                return "rows that are wholly masked"
+    return None
+
+
+@dataclass(frozen=True)
+class Place:
+    """An attention site as it is looked at.
+
+    ``geometry`` is that of its tokens, None where queries or keys are others; ``video`` the first and past the last
+    query that is no text. Blocks of keys have ``key_block`` tokens.
+    """
+
+    entry: Attention
+    geometry: Geometry | None
+    sample: Sample
+    key_block: int
+    video: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.entry.site.name
+
+    @property
+    def kind(self) -> str:
+        """``self``, ``cross`` or ``joint`` (text and video in one sequence)."""
+        if self.entry.cross:
+            return "cross"
+        text = self.geometry.text if self.geometry is not None else 0
+        apart = self.entry.rows != (0, self.entry.site.queries)
+        return "joint" if text or apart else "self"
+
+    @property
+    def line(self) -> tuple[int, int] | None:
+        """The first and past the last token of the sequence that is both queries and keys; None where there is none."""
+        site = self.entry.site
+        return self.video if not self.entry.cross and site.queries == site.keys else None
+
+
+def place_of(entry: Attention, geometry: Geometry | None) -> Place:
+    """How a site is looked at, if self-attention's tokens have this geometry; None: they stand in a line."""
+    site = entry.site
+    fits = None
+    if not entry.cross and site.queries == site.keys:
+        choices = [Geometry(1, 1, site.queries)] if geometry is None else [geometry, replace(geometry, text=0)]
+        fits = next((each for each in choices if each.tokens == site.queries), None)
+    before = fits.text if fits is not None and fits.text_first else 0
+    video = (before, before + fits.video) if fits is not None else (0, site.queries)
+    block = block_for(site.queries)
+    keys = block if site.queries == site.keys else max(1, -(-site.keys // 128))
+    return Place(entry, fits, sample_rows(site.queries, block), keys, video)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of one head. ``blocks`` are their blocks of queries, ``where`` their places among a sample's rows.
+
+    ``probabilities`` are ``[r, Lp]``, 0 past the last key; ``lse`` and ``entropy`` (nats) ``[r]``; ``mass`` by block of
+    keys ``[r, Kb]``; ``sums`` of probabilities times values, and times 1 behind them, ``[Kb, r, E + 1]``, if some
+    reader asked for them.
+    """
+
+    step: int
+    branch: int
+    head: int
+    blocks: slice
+    where: slice
+    probabilities: Tensor
+    lse: Tensor
+    entropy: Tensor
+    mass: Tensor
+    sums: Tensor | None
+
+
+class Reads(Enum):
+    """What a reader needs of a site: nothing, probabilities, or sums with values too."""
+
+    NOTHING, PROBABILITIES, SUMS = range(3)
+
+
+class RowReader(Collector):
+    """A collector that reads the rows of attention sites. It shows every node of one to ``rows.read``."""
+
+    @abstractmethod
+    def reads(self, place: Place) -> Reads:
+        """What it needs of a site."""
+
+    @abstractmethod
+    def take(self, place: Place, part: Part) -> None:
+        """Take in some rows."""
+
+    @abstractmethod
+    def finish(self, place: Place, step: int, branch: int) -> None:
+        """All rows of a branch's call were taken."""
+
+
+class SharedRows:
+    """The rows of a network's attention sites, computed once for all ``readers``; ``places`` are by node name."""
+
+    def __init__(self, trace: Trace, geometry: Geometry | None) -> None:
+        self.geometry = geometry
+        self.places = {entry.node.name: place_of(entry, geometry) for entry in attentions(trace)}
+        self.readers: list[RowReader] = []
+        self._last: tuple[Moment, fx.Node, bool] | None = None
+
+    def read(self, seen: Seen) -> bool:
+        """Let all readers take one call's rows, the first time it is shown; returns whether it could be read."""
+        if self._last is not None and self._last[0] is seen.moment and self._last[1] is seen.node:
+            return self._last[2]
+        place = self.places[seen.node.name]
+        operands = Operands.of(seen.arguments, seen.settings)
+        samples = first_samples(seen.moment, seen.result)
+        rows = place.sample.rows.to(operands.query.device).view(-1)
+        reason = refusal(operands, seen.result, list(samples.values()), rows)
+        self._last = (seen.moment, seen.node, reason is None)
+        if reason is not None:
+            for reader in self.readers:
+                reader.skip(f"{place.name}: {reason}")
+            return False
+        needs = {reader: reader.reads(place) for reader in self.readers}
+        reading = [reader for reader, need in needs.items() if need is not Reads.NOTHING]
+        for branch, index in samples.items() if reading else ():
+            for part in parts(place, operands, seen.moment.step, branch, index, Reads.SUMS in needs.values()):
+                for reader in reading:
+                    reader.take(place, part)
+            for reader in reading:
+                reader.finish(place, seen.moment.step, branch)
+        return True
+
+
+def first_samples(moment: Moment, value: Tensor) -> dict[int, int]:
+    """Where in a batch the first sample of each guidance branch stands; others are not looked at."""
+    return {branch: int(part[0]) for branch, part in of_branches(moment, torch.arange(value.shape[0]))}
+
+
+def parts(place: Place, operands: Operands, step: int, branch: int, index: int, values: bool) -> Iterator[Part]:
+    """The sampled rows of one sample, head by head, some blocks of queries at a time."""
+    sample, length = place.sample, int(operands.key.shape[-2])
+    blocks = -(-length // place.key_block)
+    fill = blocks * place.key_block - length
+    rows = sample.rows.to(operands.query.device).view(-1)
+    at_once = max(1, SLAB // (sample.each * (length + fill)))
+    for head in range(operands.query.shape[1]):
+        group = operands.group(head)
+        keys = F.pad(operands.key[index, group].float(), (0, 0, 0, fill))
+        ones = F.pad(operands.value[index, group].float(), (0, 1), value=1.0) if values else None
+        by_block = F.pad(ones, (0, 0, 0, fill)).view(blocks, place.key_block, -1) if ones is not None else None
+        for first in range(0, sample.blocks, at_once):
+            last = min(first + at_once, sample.blocks)
+            where = slice(first * sample.each, last * sample.each)
+            scores = operands.scores(index, head, rows[where], keys)
+            found = scores.softmax(1)
+            lse = scores.amax(1) - found.amax(1).log_()
+            entropy = lse - scores.mul_(found).sum(1)
+            split = found.view(-1, blocks, place.key_block)
+            sums = torch.bmm(split.transpose(0, 1), by_block) if by_block is not None else None
+            mass = sums[..., -1].T if sums is not None else split.sum(-1)
+            yield Part(step, branch, head, slice(first, last), where, found, lse, entropy, mass, sums)
