@@ -257,7 +257,6 @@ class PatternCollector(RowReader):
             at = (0, call.step, call.branch)
             site.output[at] = float(total) / channels**0.5
             site.elements = site.rows * channels
-            site.elements = site.rows * channels
             site.share[at] = _numbers(projection.norms(moments(call.outputs, weights)) / total)
             site.error[at] = _numbers(projection.norms(call.errors) / total)
             for lag, squares in call.apart.items():

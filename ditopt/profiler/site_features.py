@@ -1,0 +1,298 @@
+"""Collects the features of modules, blocks, block ranges and the step: Gram matrices, and per-channel corrections.
+
+A large tensor is represented by coordinates drawn once, the same for all tensors of its size. Drawing is linear: a
+range's feature, a difference of streams, costs nothing beside the streams at the edges between blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditopt.calls import NetworkCalls
+from ditopt.errors import InputError
+from ditopt.measures import PROMPT, Measure, Numbers, Table
+from ditopt.passes._infra import tensor_value
+from ditopt.passes.features import feature
+from ditopt.profiler.interpret import Collector, Seen, of_branches
+from ditopt.profiler.places import BLOCK, RANGE, STEP_KIND, attentions, modules
+from ditopt.profiler.ranges import candidate_spans
+from ditopt.sites import STEP, range_name
+from ditopt.trace import Trace
+
+COORDINATES = 8192
+"""Coordinates drawn of a larger tensor; norms are then right to about a per cent."""
+TOKENS, ENTRIES = 256, 1 << 17
+"""Per-channel fits see so many drawn tokens of a tensor, fewer where that would be more than so many numbers."""
+FLAT = 1e-12
+"""A channel whose variance is below this share of its squared mean is constant: what varies is rounding."""
+ERRORS = ("affine", "affine_shared", "plain")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A site's feature: end minus start (None: the end as it is) of each part, side by side; parts name nodes."""
+
+    site: str
+    kind: str
+    parts: tuple[tuple[str, str | None], ...]
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The names of all nodes that it is made of."""
+        return tuple(name for part in self.parts for name in part if name is not None)
+
+
+@dataclass(frozen=True)
+class Centred:
+    """Drawn tokens ``[n, C]`` minus their mean ``[C]``, and the sums over tokens of squares of what is left ``[C]``."""
+
+    values: Tensor
+    mean: Tensor
+    power: Tensor
+
+
+@dataclass
+class _Measured:
+    """What is known of a feature: ``errors [3, step, branch, lag]`` and what it was in the last steps of a branch."""
+
+    channels: int
+    sizes: tuple[int, ...]
+    errors: Numbers
+    coefficients: Tensor
+    earlier: dict[tuple[int, int], list[Centred]] = field(default_factory=dict)
+
+
+class FeatureTables(Collector):
+    """Gram matrices over (branch, step), and the errors of reading features ``lag`` steps later, as is or corrected.
+
+    The correction is CacheQuant's (arXiv 2503.01323): ``Y = a X + b`` per channel with ``a = Cov(X, Y) / Var(X)``.
+    Channels are the last dimension; of images and videos that the step returns, the second. ``shared`` are the
+    ``coefficients`` of the first prompt's collector; None: this is the first prompt.
+
+    Raises:
+        InputError: lags are not distinct numbers from 1 on; while collecting, ``shared`` does not fit this generation.
+    """
+
+    name = "features"
+
+    def __init__(
+        self,
+        trace: Trace,
+        calls: NetworkCalls,
+        *,
+        lags: Sequence[int] = (1, 2, 3),
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        if not lags or min(lags) < 1 or len(set(lags)) != len(lags):
+            raise InputError(f"lags {list(lags)} have to be distinct numbers of steps, from 1 on")
+        self.lags, self.shared = tuple(lags), shared
+        self._steps, self._branches = len(calls.timesteps), calls.branches
+        self._features = features_of(trace)
+        self._measured: dict[str, _Measured] = {}
+        self._rows: dict[tuple[str, int, int], Tensor] = {}
+        self._tokens: dict[tuple[str, int], Tensor] = {}  # of the present call
+        self._sizes: dict[str, int] = {}
+        self.wanted = frozenset(name for each in self._features for name in each.nodes)
+        order = [node for node in trace.gm.graph.nodes if node.name in self.wanted]
+        position = {node.name: at for at, node in enumerate(order)}
+        returned = {name for each in self._features if each.kind == STEP_KIND for name in each.nodes}
+        self._images = {n.name for n in order if n.name in returned and tensor_value(n).ndim > 3}
+        self._ending: dict[str, list[Feature]] = {}
+        for each in self._features:
+            self._ending.setdefault(max(each.nodes, key=position.__getitem__), []).append(each)
+        self._last = order[-1].name if order else ""
+        for site in _without_feature(trace):
+            self.skip(f"{site}: no module of its block hands on this attention as its one output, so it has no feature")
+
+    @property
+    def coefficients(self) -> dict[str, Tensor]:
+        """By site, ``[step, branch, lag, 2, channel]`` float32: a, then b; NaN where no earlier output was."""
+        if self.shared is not None:
+            return dict(self.shared)
+        return {site: measured.coefficients for site, measured in self._measured.items()}
+
+    def see(self, seen: Seen) -> None:
+        """Draw from a module's output or a stream, and weigh the features that are complete with it."""
+        name, value, moment = seen.node.name, seen.result, seen.moment
+        if value.ndim < 2 or value.shape[0] % len(moment.branches):
+            self.skip(f"{name}: shape {list(value.shape)} does not divide into branches, tokens and channels")
+            return
+        for branch, part in of_branches(moment, value):
+            self._rows[name, branch, moment.step] = coordinates(part)
+            tokens = part.movedim(1, -1) if name in self._images else part
+            self._tokens[name, branch] = drawn_tokens(tokens)
+            self._sizes[name] = tokens.shape[:-1].numel()
+        for each in self._ending.get(name, ()):
+            for branch in moment.branches:
+                if all((node, branch) in self._tokens for node in each.nodes):
+                    self._weigh(each, moment.step, branch)
+        if name == self._last:
+            self._tokens.clear()
+
+    def tables(self) -> dict[str, Table]:
+        """By site, ``gram``, and per lag the relative errors ``affine``, ``affine_shared`` and ``plain``."""
+        found = {}
+        for each in self._features:
+            measured = self._measured.get(each.site)
+            if measured is None:
+                continue
+            measures = {"gram": Measure((PROMPT, "row", "column"), self._gram(each)[None])}
+            for name, errors in zip(ERRORS, measured.errors, strict=True):
+                measures[name] = Measure((PROMPT, "step", "branch", "lag"), errors[None], partial=True)
+            facts = {"kind": each.kind, "channels": measured.channels, "tokens": sum(measured.sizes)}
+            found[each.site] = Table(measures, {"lag": self.lags}, facts)
+        return found
+
+    def _weigh(self, each: Feature, step: int, branch: int) -> None:
+        """Compare a feature with what it was in the steps before."""
+        values = {node: self._tokens[node, branch] for node in each.nodes}
+        now = [centred(part) for part in _differences(each, values)]
+        measured = self._measured.get(each.site)
+        if measured is None:
+            measured = self._measured[each.site] = self._started(each, now)
+        for position, lag in enumerate(self.lags):
+            before = measured.earlier.get((branch, step - lag))
+            if before is None:
+                continue
+            at = step, branch, position
+            own = [fitted(*pair) for pair in zip(before, now, strict=True)]
+            own_error = relative_error(before, now, own, measured.sizes)
+            if self.shared is None:
+                measured.coefficients[at] = torch.cat(own, dim=1)
+                shared_error = own_error
+            else:
+                fits = measured.coefficients[at].to(own[0].device)
+                shared = fits.split([part.values.shape[1] for part in now], dim=1)
+                shared_error = relative_error(before, now, shared, measured.sizes)
+            unchanged = [torch.stack([torch.ones_like(fit[0]), torch.zeros_like(fit[1])]) for fit in own]
+            plain_error = relative_error(before, now, unchanged, measured.sizes)
+            measured.errors[:, step, branch, position] = own_error, shared_error, plain_error
+        measured.earlier[branch, step] = now
+        for key in [key for key in measured.earlier if key[0] == branch and key[1] <= step - max(self.lags)]:
+            del measured.earlier[key]
+
+    def _started(self, each: Feature, now: Sequence[Centred]) -> _Measured:
+        channels = sum(part.values.shape[1] for part in now)
+        sizes = tuple(self._sizes[end] for end, _ in each.parts)
+        shape = (self._steps, self._branches, len(self.lags))
+        errors = np.full((len(ERRORS), *shape), np.nan, np.float32)
+        if self.shared is None:
+            return _Measured(channels, sizes, errors, torch.full((*shape, 2, channels), math.nan))
+        known = self.shared.get(each.site)
+        if known is None or known.shape != (*shape, 2, channels):
+            has = "none" if known is None else f"shape {list(known.shape)}"
+            raise InputError(f"shared coefficients of {each.site} need shape {[*shape, 2, channels]}; there is {has}")
+        return _Measured(channels, sizes, errors, known)
+
+    def _gram(self, each: Feature) -> Numbers:
+        """Inner products in float64 over rows ``branch * steps + step``; of what did not run they are zero."""
+        rows = {}
+        for branch in range(self._branches):
+            for step in range(self._steps):
+                if all((node, branch, step) in self._rows for node in each.nodes):
+                    values = {node: self._rows[node, branch, step] for node in each.nodes}
+                    rows[branch * self._steps + step] = torch.cat(_differences(each, values)).double()
+        matrix = torch.zeros(self._branches * self._steps, next(iter(rows.values())).numel(), dtype=torch.float64)
+        for position, row in rows.items():
+            matrix[position] = row
+        return np.asarray((matrix @ matrix.T).numpy())
+
+
+def features_of(trace: Trace) -> list[Feature]:
+    """The features of a graph: of modules, in order, of blocks, of the ranges worth a candidate, and of the step."""
+    found = [Feature(module.site, module.kind, ((module.node.name, None),)) for module in modules(trace)]
+    blocks = trace.blocks if trace.boundaries else ()
+    ranges = [range_name(blocks[first], blocks[last]) for first, last in candidate_spans(len(blocks))]
+    for site, kind in {**dict.fromkeys(blocks, BLOCK), **dict.fromkeys(ranges, RANGE), STEP: STEP_KIND}.items():
+        made = feature(trace.gm, trace.graph_index(None), site)
+        ends = zip(made.ends, made.starts, strict=True)
+        parts = tuple((end.name, start.name if start else None) for end, start in ends if _is_tensor(end.meta))
+        if parts:
+            found.append(Feature(site, kind, parts))
+    return found
+
+
+def drawn(size: int, count: int) -> Tensor:
+    """``count`` of ``size`` positions in ascending order, always the same: one at random in each of equal parts.
+
+    Each is as likely as the others, so a sum over them, times ``size / count``, estimates that over all without bias.
+    """
+    if size <= count:
+        return torch.arange(size)
+    within = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    return ((torch.arange(count) + within) * (size / count)).long().clamp_(max=size - 1)
+
+
+def coordinates(value: Tensor, count: int = COORDINATES) -> Tensor:
+    """At most ``count`` entries of a tensor, float32 on the CPU, scaled so that inner products stay what they are."""
+    size = value.numel()
+    scale = math.sqrt(max(size / count, 1.0))
+    return (torch.take(value, _position(size, count, value.device)).float() * scale).cpu()
+
+
+def drawn_tokens(value: Tensor, count: int = TOKENS) -> Tensor:
+    """At most ``count`` tokens ``[n, C]`` of a tensor ``[..., C]``, float32."""
+    most = min(count, max(ENTRIES // value.shape[-1], 1))
+    return value[_token(tuple(value.shape[:-1]), most, value.device)].float()
+
+
+def centred(tokens: Tensor) -> Centred:
+    """Tokens ``[n, C]`` without their mean."""
+    mean = tokens.mean(0)
+    values = tokens - mean
+    return Centred(values, mean, values.square().sum(0))
+
+
+def fitted(before: Centred, now: Centred) -> Tensor:
+    """``[2, C]``: per channel the a and b that make ``a X + b`` nearest to Y; a is 1 where X does not vary."""
+    change = ((now.values - before.values) * before.values).sum(0)  # near 1 the change tells a more exactly than Y does
+    varies = before.power > FLAT * len(before.values) * before.mean.square()
+    gain = 1 + torch.where(varies, change / before.power, 0.0)
+    return torch.stack([gain, now.mean - gain * before.mean])
+
+
+def relative_error(
+    before: Sequence[Centred], now: Sequence[Centred], fits: Sequence[Tensor], sizes: Sequence[int]
+) -> float:
+    """``||a X + b - Y|| / ||Y||`` of tensors side by side; ``sizes`` are the numbers of tokens that each stands for."""
+    missed = norm = 0.0
+    for x, y, (gain, offset), size in zip(before, now, fits, sizes, strict=True):
+        count = len(y.values)
+        apart = torch.addcmul(y.values, x.values, gain, value=-1).square().sum()
+        beside = (y.mean - gain * x.mean - offset).square().sum()
+        missed += float(apart + count * beside) * size / count
+        norm += float(y.power.sum() + count * y.mean.square().sum()) * size / count
+    return math.sqrt(missed / norm) if norm else (math.inf if missed else 0.0)
+
+
+def _differences(each: Feature, values: Mapping[str, Tensor]) -> list[Tensor]:
+    return [values[end] if start is None else values[end] - values[start] for end, start in each.parts]
+
+
+def _without_feature(trace: Trace) -> list[str]:
+    """Attention sites that are in no module which has a feature."""
+    covered = tuple(f"{module.site}." for module in modules(trace))
+    names = [entry.site.name for entry in attentions(trace)]
+    return [name for name in names if not f"{name.split('#')[0]}.".startswith(covered)]
+
+
+def _is_tensor(meta: Mapping[str, object]) -> bool:
+    return isinstance(meta.get("val"), Tensor)
+
+
+@functools.lru_cache(maxsize=64)
+def _position(size: int, count: int, device: torch.device) -> Tensor:
+    return drawn(size, count).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _token(shape: tuple[int, ...], count: int, device: torch.device) -> tuple[Tensor, ...]:
+    return torch.unravel_index(drawn(math.prod(shape), count).to(device), shape)
