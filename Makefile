@@ -10,6 +10,7 @@ DEMO     := build/demo
 MODEL    := examples/tiny_video
 OPTIMIZE := --quality fast --guidance 1
 BENCH    := --limit 5
+PROFILE  := --guidance 1 --limit 2
 
 .PHONY: demo test lint format clean
 
@@ -18,8 +19,9 @@ demo: $(VENV)/.installed
 	$(BIN)/ditopt optimize $(MODEL) --prompts $(MODEL)/calibration_prompts.txt -o $(DEMO)/plan.yaml $(OPTIMIZE)
 	$(BIN)/ditopt show $(DEMO)/plan.yaml
 	$(BIN)/ditopt bench $(MODEL) --plan $(DEMO)/plan.yaml --prompts $(MODEL)/prompts.txt $(BENCH) --json $(DEMO)/bench.json
-	$(BIN)/ditopt report $(DEMO)/plan.yaml --bench $(DEMO)/bench.json -o $(DEMO)/report.html
-	@echo "The plan is $(DEMO)/plan.yaml, its figures are $(DEMO)/bench.json, the report is $(DEMO)/report.html."
+	$(BIN)/ditopt profile $(MODEL) --prompts $(MODEL)/calibration_prompts.txt $(PROFILE) -o $(DEMO)/model.profile
+	$(BIN)/ditopt report $(DEMO)/plan.yaml --bench $(DEMO)/bench.json --profile $(DEMO)/model.profile -o $(DEMO)/report.html
+	@echo "The plan is $(DEMO)/plan.yaml, its figures are $(DEMO)/bench.json, the report to open is $(DEMO)/report.html."
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST)

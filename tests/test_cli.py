@@ -14,9 +14,9 @@ import ditopt.report.doctor
 from ditopt.cli import app, pipe_settings, read_prompts
 from ditopt.decisions import Fit, Forecast, Reuse
 from ditopt.errors import InputError, PlanError
-from ditopt.techniques import ALL_TECHNIQUES
 from ditopt.plan import DevicePrint, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.report.doctor import Finding
+from ditopt.techniques import ALL_TECHNIQUES
 
 TIMES = tuple(1000.0 - 100 * step for step in range(10))
 

@@ -20,7 +20,7 @@ from ditopt.profiler.attention import attention_collectors
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.find_geometry import find_geometry
 from ditopt.profiler.interpret import Collector, WatchedCalls, reasons_of
-from ditopt.profiler.kept_tables import HEADER, Tables, from_tensors, to_tensors
+from ditopt.profiler.kept_tables import HEADER, Tables, from_tensors, reasons_in, to_tensors
 from ditopt.profiler.linear_inputs import LinearInputs
 from ditopt.profiler.observe import Pair, captured_once, inputs_of, intercepted
 from ditopt.profiler.places import attentions
@@ -115,23 +115,23 @@ class DetailRun:
         if not index and all(each is not None for each in kept.values()):
             self._shared = {name: _coefficients(each or {}) for name, each in kept.items()}
         if all(each is not None for each in kept.values()):
+            self.reasons += [reason for each in kept.values() for reason in reasons_in(each or {})]
             return {name: from_tensors(each or {}) for name, each in kept.items()}
         collectors = {name: self._collectors(name, program, prompts) for name, program in self.programs.items()}
         sample = self._generate(pair, collectors)
         apart = relative_l2(sample, self.evaluator.references[pair])
-        if apart > INTERPRETED_APART:
-            self.reasons.append(f"prompt {pair[0]!r}: its interpreted and compiled samples differ by {apart:.1%}")
+        differs = f"prompt {pair[0]!r}: its interpreted and compiled samples differ by {apart:.1%}"
         found = {}
         for name, of_network in collectors.items():
             found[name] = {each.name: each.tables() for each in of_network}
-            self.reasons += [f"{name}: {reason}" for reason in reasons_of(of_network)]
-            shared: dict[str, Tensor] = next(
-                (each.coefficients for each in of_network if isinstance(each, FeatureTables)), {}
-            )
+            told = [f"{name}: {reason}" for reason in reasons_of(of_network)]
+            told += [differs] if apart > INTERPRETED_APART else []
+            self.reasons += told
+            bundle = to_tensors(found[name], told)
             if not index:
-                self._shared[name] = shared
-            bundle = to_tensors(found[name])
-            bundle |= {f"{SHARED}{site}": value for site, value in shared.items()} if not index else {}
+                of_features = [each.coefficients for each in of_network if isinstance(each, FeatureTables)]
+                self._shared[name] = of_features[0] if of_features else {}
+                bundle |= {f"{SHARED}{site}": value for site, value in self._shared[name].items()}
             self.checkpoints.save(f"{key}.{name}", bundle)
         return found
 

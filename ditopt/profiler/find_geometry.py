@@ -275,7 +275,7 @@ def _columns(table: Tensor, probed: _Probed, count: int) -> Iterator[Numbers]:
         rows = real.movedim(axis, 0)
         if size != count:
             rows = rows[probed.video.start : probed.video.stop]
-        values = rows.reshape(count, -1)[:, :MAX_COLUMNS].double().cpu().numpy()
+        values = rows.detach().reshape(count, -1)[:, :MAX_COLUMNS].double().cpu().numpy()
         extent = np.ptp(values, 0)
         kept = np.isfinite(extent) & (extent > 1e-6 * np.abs(values).max(initial=0))
         if kept.any():

@@ -263,7 +263,7 @@ class ProfileRun:
             observed(self.evaluator, pair, [(program, probe)])
             kept = {site: torch.tensor(weights, dtype=torch.float64) for site, weights in probe.weights().items()}
             self.checkpoints.save(f"{name}.ranges", kept)
-        return {site: tuple(weights.tolist()) for site, weights in kept.items()}
+        return {site: tuple(kept[site].tolist()) for site in sites}
 
     def _seconds(self, name: str, ranges: Sequence[str], pair: tuple[str, int]) -> dict[str, float]:
         """Timings on the inputs of a real call: a short observed rollout supplies them."""
