@@ -22,18 +22,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ditopt.adapters import adapt
 from ditopt.console import Reporter
-from ditopt.geometry import Geometry
-from ditopt.kernels.patterns.registry import pattern_from_data
 from ditopt.plan import write_text_atomically
 from ditopt.prepare import Preparation, Prepared, as_it_was
 from ditopt.profile import NetworkProfile, Profile
+from ditopt.profiler.head_edits import under_masks
 from ditopt.profiler.interpret import Edit, Watched, moment_of
 from ditopt.profiler.observe import intercepted
 from ditopt.profiler.places import attentions
+from ditopt.profiler.rollout_plants import masks_of
 from ditopt.profiler.run import whole_program
 from ditopt.quality import relative_l2
 from ditopt.runtime.program import Compute
@@ -91,7 +90,6 @@ class Emulated:
     plan: RandomPlan
     problem: SearchProblem
     network: NetworkProfile
-    geometry: Geometry
     count: int = 0
     outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
@@ -121,45 +119,12 @@ class Emulated:
         return outputs
 
     def _head_edits(self) -> dict[str, tuple[list[tuple[int, ...]], Edit]]:
-        found: dict[str, tuple[list[tuple[int, ...]], Edit]] = {}
-        for entry in attentions(self.trace):
-            mine = [choice for choice in self.plan.heads if choice.site == entry.site.name]
-            if mine:
-                masks = {choice.head: self._mask(choice) for choice in mine}
-                found[entry.node.name] = ([choice.steps for choice in mine], masked_heads(masks))
-        return found
-
-    def _mask(self, choice: HeadPattern) -> Tensor:
-        """``[S, L]``: which keys a head's queries attend to, in blocks as the profile measured them."""
-        facts = self.network.tables["patterns"][choice.site].facts
-        queries, keys = int(facts["block_queries"]), int(facts["block_keys"])
-        blocks = pattern_from_data(json.loads(str(choice.candidate))).block_map(self.geometry, queries, keys)
-        mask = torch.from_numpy(blocks).repeat_interleave(queries, 0).repeat_interleave(keys, 1)
-        return mask[: self.geometry.tokens, : self.geometry.tokens]
-
-
-def masked_heads(masks: Mapping[int, Tensor]) -> Edit:
-    """Computes heads anew under masks ``[S, L]``; rows that attend to nothing give zeros."""
-
-    def edit(arguments: tuple[Any, ...], value: Tensor) -> Tensor:
-        query, key, rest = arguments[0], arguments[1], arguments[2]
-        scale = arguments[6] if len(arguments) > 6 else None
-        found = value.clone()
-        for head, mask in masks.items():
-            if not bool(mask.any()):
-                found[:, head] = 0
-                continue
-            one = F.scaled_dot_product_attention(
-                query[:, head : head + 1],
-                key[:, head : head + 1],
-                rest[:, head : head + 1],
-                attn_mask=mask,
-                scale=scale,
-            )
-            found[:, head] = torch.where(mask.any(1)[:, None], one[:, 0], 0)
-        return found
-
-    return edit
+        nodes = {entry.site.name: entry.node.name for entry in attentions(self.trace)}
+        masks = masks_of(self.plan.heads, self.network, nodes)
+        steps: dict[str, list[tuple[int, ...]]] = {}
+        for choice in self.plan.heads:
+            steps.setdefault(nodes[choice.site], []).append(choice.steps)
+        return {node: (steps[node], under_masks(heads)) for node, heads in masks.items()}
 
 
 def predicted_error(problem: SearchProblem, network: NetworkProfile, plan: RandomPlan) -> float:
@@ -207,11 +172,9 @@ def measure(
 ) -> float:
     """The relative error of the finished samples of ``pairs`` under a plan, root mean square."""
     network = profile.networks[name]
-    geometry = network.geometry
-    assert geometry is not None
     squares = []
     for pair in pairs:
-        emulated = Emulated(prepared, name, plan, problem, network, geometry)
+        emulated = Emulated(prepared, name, plan, problem, network)
         programs = {key: whole_program(session) for key, session in prepared.evaluator.sessions.items()}
         with intercepted(prepared.evaluator, programs, {name: emulated}):
             sample = prepared.adapter.checked_rollout(*pair)

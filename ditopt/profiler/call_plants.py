@@ -1,6 +1,6 @@
 """How much an error at a module's output moves the network's output: errors planted in single calls of a generation.
 
-The errors are noise of a tenth of the output and, in self-attention, a head left out.
+The errors are noise of a tenth of the output and, in self-attention, a head left out and a head under a sparse pattern.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from torch import Tensor
 
 from ditopt.calls import NetworkCalls
 from ditopt.console import Stage
+from ditopt.geometry import Geometry
+from ditopt.kernels.patterns.candidates import block_for
 from ditopt.measures import Label, Measure, Table
+from ditopt.profiler.head_edits import middling_mask, under_masks, without_head
 from ditopt.profiler.interpret import Collector, Edit, Seen, Watched, moment_of, of_branches
 from ditopt.profiler.places import SELF, Attention, Module, attentions, modules
 from ditopt.runtime.program import Compute
@@ -27,7 +30,7 @@ NOISE = 0.1
 MOST_SITES = 24
 STEPS = (0.1, 0.35, 0.65, 0.9)
 """Where in the schedule single calls are planted, as shares of its length."""
-ERRORS = ("noise", "head")
+ERRORS = ("noise", "head", "pattern")
 
 
 class Keeper(Collector):
@@ -81,17 +84,6 @@ def noisy(seed: int) -> Edit:
     return edit
 
 
-def without_head(head: int) -> Edit:
-    """Leaves one head of an attention's result ``[B, H, S, D]`` out."""
-
-    def edit(arguments: tuple[Any, ...], value: Tensor) -> Tensor:
-        left = value.clone()
-        left[:, head] = 0
-        return left
-
-    return edit
-
-
 @dataclass
 class CallPlants:
     """An interceptor: answers a generation's calls by interpreting, and plants errors in those of some steps.
@@ -102,6 +94,7 @@ class CallPlants:
     trace: Trace
     calls: NetworkCalls
     stage: Stage
+    geometry: Geometry | None = None
     found: dict[tuple[str, str, int], list[float]] = field(default_factory=dict)
     count: int = 0
 
@@ -135,8 +128,11 @@ class CallPlants:
         found = {"noise": {module.node.name: noisy(1000 * step + position)}}
         attention = self._attention.get(module.site)
         if attention is not None:
-            head = self.steps.index(step) % attention.site.heads
+            head = (self.steps.index(step) + position) % attention.site.heads
             found["head"] = {attention.node.name: without_head(head)}
+            mask = mask_for(attention, self.geometry)
+            if mask is not None:
+                found["pattern"] = {attention.node.name: under_masks({head: mask})}
         return found
 
     def _note(self, moment: Any, module: Module, error: str, planted: Tensor, moved: Tensor) -> None:
@@ -158,6 +154,14 @@ class CallPlants:
             labels: dict[str, tuple[Label, ...]] = {"anchor": self.steps, "error": ERRORS}
             found[module.site] = Table({"to_output": measure}, labels, {"kind": module.kind})
         return found
+
+
+def mask_for(attention: Attention, geometry: Geometry | None) -> Tensor | None:
+    """The mask of the pattern that is planted at a site; None where its tokens do not lie as ``geometry`` says."""
+    tokens = attention.site.queries
+    if geometry is None or geometry.tokens != tokens or attention.site.keys != tokens:
+        return None
+    return middling_mask(geometry, block_for(tokens))
 
 
 def attention_of(trace: Trace, found: Sequence[Module]) -> dict[str, Attention]:

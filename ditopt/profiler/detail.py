@@ -24,9 +24,9 @@ from ditopt.profiler.kept_tables import HEADER, Tables, from_tensors, reasons_in
 from ditopt.profiler.linear_inputs import LinearInputs
 from ditopt.profiler.observe import Pair, captured_once, inputs_of, intercepted
 from ditopt.profiler.places import attentions
-from ditopt.profiler.rollout_plants import SiteSensitivity
 from ditopt.profiler.run import whole_program
 from ditopt.profiler.site_features import FeatureTables
+from ditopt.profiler.site_sensitivity import SiteSensitivity
 from ditopt.profiler.tokens import TokenChange
 from ditopt.quality import relative_l2
 from ditopt.runtime.program import Program
@@ -71,7 +71,7 @@ class DetailRun:
         networks = {name: self._network(profile.networks[name], name, found[name]) for name in self.programs}
         if "sensitivity" in self.collect:
             sensitivity = SiteSensitivity(self.evaluator, self.calls, self.checkpoints, self.reporter)
-            for name, sites in sensitivity(networks, pairs[0]).items():
+            for name, sites in sensitivity(replace(profile, networks=networks), pairs[0]).items():
                 networks[name].tables["sensitivity"] = sites
             self.reasons += sensitivity.reasons
         return networks, tuple(dict.fromkeys(self.reasons))

@@ -18,6 +18,10 @@ from ditopt.search.problem import SearchProblem
 from ditopt.search.quadratic import COHERENCE
 from ditopt.search.solution import Draft
 
+HEADS = "heads"
+"""The site of ``sensitivity`` whose table compares rollouts with heads under patterns with what was predicted."""
+SKIP = '{"pattern": "skip"}'
+
 
 @dataclass(frozen=True)
 class HeadPattern:
@@ -29,13 +33,22 @@ class HeadPattern:
     steps: tuple[int, ...]
 
 
-def output_growth(table: Table, step: int) -> float:
+def output_growth(table: Table, step: int, *errors: str) -> float:
     """``||change of the network's output|| / ||error||`` for an error at a site in ``step``.
 
-    ``table`` is the site's of ``sensitivity``; between its anchors the logarithm is interpolated.
+    ``table`` is the site's of ``sensitivity``; between its anchors the logarithm is interpolated. ``errors`` are kinds of
+    planted errors that it is to be like: the first that was planted counts; of none, the mean of all.
     """
-    values = np.log(np.maximum(table["to_output"].mean("error").values, 1e-30))
-    return float(np.exp(np.interp(step, np.asarray(table.labels["anchor"], dtype=float), values)))
+    growth = table["to_output"]
+    for error in errors:
+        if error in table.labels["error"]:
+            of_kind = growth.at(error=table.position("error", error)).values
+            if not np.isnan(of_kind).any():
+                break
+    else:
+        of_kind = growth.mean("error").values
+    levels = np.log(np.maximum(of_kind, 1e-30))
+    return float(np.exp(np.interp(step, np.asarray(table.labels["anchor"], dtype=float), levels)))
 
 
 def output_errors(network: NetworkProfile, sensitivity: Mapping[str, Table], choice: HeadPattern) -> Array:
@@ -47,7 +60,8 @@ def output_errors(network: NetworkProfile, sensitivity: Mapping[str, Table], cho
     present = next(iter(network.grams.values())).present
     shares = branch_shares(present, network.branch_weights)
     squares = np.nansum((relative * norm * shares.T[None]) ** 2, axis=2).mean(axis=0)
-    growth = np.array([output_growth(sensitivity[choice.site], step) for step in range(len(squares))])
+    alike = ("head", "pattern") if choice.candidate == SKIP else ("pattern", "head")
+    growth = np.array([output_growth(sensitivity[choice.site], step, *alike) for step in range(len(squares))])
     found = np.zeros(len(squares))
     steps = list(choice.steps)
     found[steps] = np.sqrt(squares[steps]) * growth[steps]
@@ -56,6 +70,8 @@ def output_errors(network: NetworkProfile, sensitivity: Mapping[str, Table], cho
 
 def heads_error(network: NetworkProfile, problem: SearchProblem, draft: Draft, choices: Sequence[HeadPattern]) -> float:
     """The final sample's relative error, root mean square, that ``choices`` make under a schedule.
+
+    What is added up is scaled as rollouts with planted patterns say, where there were some.
 
     Raises:
         KeyError: the profile has no tables of a site (``patterns``, ``sensitivity``), or not the candidate.
@@ -66,4 +82,5 @@ def heads_error(network: NetworkProfile, problem: SearchProblem, draft: Draft, c
         moved = weights * output_errors(network, sensitivity, choice)
         moved = moved[list(draft.kept)]
         total += COHERENCE * float(moved.sum()) ** 2 + (1 - COHERENCE) * float((moved**2).sum())
-    return float(np.sqrt(total))
+    planted = sensitivity.get(HEADS)
+    return float(np.sqrt(total)) * (float(planted["scale"].values) if planted is not None else 1.0)

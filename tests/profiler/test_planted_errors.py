@@ -17,7 +17,8 @@ from ditopt.measures import Table
 from ditopt.profile import FeatureGram, NetworkProfile
 from ditopt.profiler.call_plants import NOISE, CallPlants, chosen_modules, noisy
 from ditopt.profiler.interpret import WatchedCalls
-from ditopt.profiler.rollout_plants import Plant, RolloutPlant, plants, rollouts_table
+from ditopt.profiler.rollout_plants import Plant, RolloutPlant, plants
+from ditopt.profiler.site_sensitivity import rollouts_table
 from ditopt.runtime.program import Program
 from ditopt.search.heads import output_growth
 from tests.tiny import TinyDiT, compiled_tiny, make_model, prompt_features

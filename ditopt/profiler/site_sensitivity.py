@@ -1,0 +1,181 @@
+"""How much an error at a module or in heads moves the final sample: predicted, and measured in real rollouts.
+
+What is predicted follows from errors planted in single calls (``call_plants``) and the growth of an output's error
+(``sensitivity``); errors planted in rollouts (``rollout_plants``) say how far that holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditopt.calls import NetworkCalls
+from ditopt.console import Reporter, Stage
+from ditopt.measure import Evaluator
+from ditopt.measures import Measure, Table
+from ditopt.profile import NetworkProfile, Profile
+from ditopt.profiler.call_plants import CallPlants, anchor_steps_of, chosen_modules
+from ditopt.profiler.checkpoint import Checkpoints
+from ditopt.profiler.kept_tables import HEADER, from_tensors, to_tensors
+from ditopt.profiler.observe import Pair, intercepted, observed
+from ditopt.profiler.places import attentions
+from ditopt.profiler.rollout_plants import STARTS, HeadsPlant, Plant, RolloutPlant, masks_of, plants, third_of_heads
+from ditopt.profiler.run import whole_program
+from ditopt.profiler.sensitivity import Tape
+from ditopt.runtime.program import Interceptor, Program
+from ditopt.search.heads import HEADS, heads_error, output_growth
+from ditopt.search.joint import dense
+from ditopt.search.problem import SearchProblem
+
+ROLLOUTS = "rollouts"
+"""The site under which the table of rollouts planted at modules stands; that of heads stands under ``HEADS``."""
+
+
+@dataclass
+class SiteSensitivity:
+    """Measures one generation's sensitivities for every network."""
+
+    evaluator: Evaluator
+    calls: Mapping[str, NetworkCalls]
+    checkpoints: Checkpoints
+    reporter: Reporter
+    reasons: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._tape: Tape | None = None
+
+    def __call__(self, profile: Profile, pair: Pair) -> dict[str, dict[str, Table]]:
+        """Per network the tables by site, where its modules have one output each."""
+        programs = {name: whole_program(session) for name, session in self.evaluator.sessions.items()}
+        usable = {name: chosen_modules(program.variants.trace) for name, program in programs.items()}
+        found: dict[str, dict[str, Table]] = {}
+        for name in [name for name in programs if not usable[name]]:
+            self.reasons.append(f"{name}: no module with one output was found in its blocks, so no error was planted")
+        of_calls = {
+            name: len(usable[name]) * len(anchor_steps_of(len(self.calls[name].timesteps))) for name in programs
+        }
+        every = {name: plants(usable[name], len(self.calls[name].timesteps)) for name in programs if usable[name]}
+        total = sum(of_calls[name] + len(every[name]) + len(STARTS) for name in every)
+        with self.reporter.stage("profile: errors planted at sites", total) as stage:
+            for name, of_network in every.items():
+                network = profile.networks[name]
+                found[name] = sites = self._single_calls(name, network, programs, pair, stage)
+                rows = []
+                for number, plant in enumerate(of_network):
+                    rows.append((plant, *self._rollout(name, programs, number, plant, pair)))
+                    stage.advance()
+                sites[ROLLOUTS] = rollouts_table(network, sites, rows)
+                network.tables["sensitivity"] = sites
+                heads = self._heads(name, profile, programs, pair, stage)
+                if heads is not None:
+                    sites[HEADS] = heads
+        return found
+
+    def _single_calls(
+        self, name: str, network: NetworkProfile, programs: Mapping[str, Program], pair: Pair, stage: Stage
+    ) -> dict[str, Table]:
+        kept = self.checkpoints.load(f"{name}.sites", [HEADER])
+        if kept is not None:
+            return from_tensors(kept)["sensitivity"]
+        planting = CallPlants(programs[name].variants.trace, self.calls[name], stage, network.geometry)
+        self._generate(name, programs, planting, pair)
+        tables = planting.tables()
+        self.checkpoints.save(f"{name}.sites", to_tensors({"sensitivity": tables}))
+        return tables
+
+    def _rollout(
+        self, name: str, programs: Mapping[str, Program], number: int, plant: Plant, pair: Pair
+    ) -> tuple[float, list[float]]:
+        """How far a plant moved the sample, and the norm of its error per branch."""
+        kept = self.checkpoints.load(f"{name}.plant{number}", ["moved", "errors"])
+        if kept is None:
+            trace = programs[name].variants.trace
+            planting = RolloutPlant(trace, self.calls[name], self._outputs(name, programs, pair), plant)
+            moved = self._moved(self._generate(name, programs, planting, pair), pair)
+            errors = [planting.errors.get(branch, 0.0) for branch in range(self.calls[name].branches)]
+            kept = {"moved": moved, "errors": torch.tensor(errors, dtype=torch.float64)}
+            self.checkpoints.save(f"{name}.plant{number}", kept)
+        return float(kept["moved"]), kept["errors"].tolist()
+
+    def _heads(
+        self, name: str, profile: Profile, programs: Mapping[str, Program], pair: Pair, stage: Stage
+    ) -> Table | None:
+        """A third of all heads under a pattern from some step on, in a rollout each; None: no pattern was measured."""
+        network, trace = profile.networks[name], programs[name].variants.trace
+        if "patterns" not in network.tables or network.geometry is None:
+            self.reasons.append(f"{name}: no pattern was planted in rollouts, as none was measured")
+            return None
+        problem = SearchProblem.from_profile(network, ("reuse",), sample_norm=profile.sample_norm)
+        nodes = {entry.site.name: entry.node.name for entry in attentions(trace)}
+        names, measured, predicted = [], [], []
+        for which, share in enumerate(STARTS):
+            heads = third_of_heads(trace, network, which, max(1, round(share * problem.steps)))
+            stage.advance()
+            if not heads:
+                continue
+            kept = self.checkpoints.load(f"{name}.heads{which}", ["moved"])
+            if kept is None:
+                masks = masks_of(heads, network, nodes)
+                outputs = self._outputs(name, programs, pair)
+                planting = HeadsPlant(trace, self.calls[name], outputs, heads[0].steps[0], masks)
+                kept = {"moved": self._moved(self._generate(name, programs, planting, pair), pair)}
+                self.checkpoints.save(f"{name}.heads{which}", kept)
+            names.append(f"{len(heads)} heads from step {heads[0].steps[0]} on")
+            measured.append(float(kept["moved"]))
+            predicted.append(heads_error(network, problem, dense(problem), heads) * problem.sample_norm)
+        return compared(names, measured, predicted) if names else None
+
+    def _generate(self, name: str, programs: Mapping[str, Program], planting: Interceptor, pair: Pair) -> Tensor:
+        with intercepted(self.evaluator, programs, {name: planting}):
+            return self.evaluator.adapter.checked_rollout(*pair)
+
+    def _moved(self, sample: Tensor, pair: Pair) -> Tensor:
+        moved: Tensor = torch.linalg.vector_norm(sample.double() - self.evaluator.references[pair].double())
+        return moved
+
+    def _outputs(self, name: str, programs: Mapping[str, Program], pair: Pair) -> list[tuple[object, ...]]:
+        """What a network gave in a dense generation, call by call."""
+        if self._tape is None:
+            self._tape = tape = Tape(self.calls)
+            each = [(program, partial(tape.record, network)) for network, program in programs.items()]
+            observed(self.evaluator, pair, each)
+        return [out for network, _, _, out in self._tape.recorded if network == name]
+
+
+def rollouts_table(
+    network: NetworkProfile, sites: Mapping[str, Table], rows: Sequence[tuple[Plant, float, Sequence[float]]]
+) -> Table:
+    """How far errors planted at modules moved the final sample.
+
+    Predicted is the error times ``to_output``, the step's width and its sensitivity.
+    """
+    weights = np.asarray(network.branch_weights)
+    predicted = [
+        float(np.linalg.norm(weights * np.asarray(errors)))
+        * output_growth(sites[plant.module.site], plant.step, "noise")
+        * network.step_widths[plant.step]
+        * network.sensitivity[plant.step]
+        for plant, _, errors in rows
+    ]
+    return compared([str(plant) for plant, _, _ in rows], [moved for _, moved, _ in rows], predicted)
+
+
+def compared(names: Sequence[str], measured: Sequence[float], predicted: Sequence[float]) -> Table:
+    """``measured`` and ``predicted`` ``[plant]`` (L2 norms), their mean ratio ``scale``, and its ``spread``.
+
+    Mean and standard deviation are of the logarithm: what the profile predicts is off by a factor of ``exp(spread)``,
+    up or down, in one of three cases.
+    """
+    logs = np.log(np.maximum(measured, 1e-30)) - np.log(np.maximum(predicted, 1e-30))
+    measures = {
+        "measured": Measure(("plant",), np.asarray(measured, dtype=np.float64)),
+        "predicted": Measure(("plant",), np.asarray(predicted, dtype=np.float64)),
+        "scale": Measure((), np.asarray(np.exp(logs.mean()))),
+        "spread": Measure((), np.asarray(logs.std(ddof=1) if logs.size > 1 else 0.0)),
+    }
+    return Table(measures, {"plant": tuple(names)})
