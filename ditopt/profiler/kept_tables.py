@@ -14,7 +14,7 @@ from ditopt.measures import Measure, Table
 
 Tables = dict[str, dict[str, Table]]
 """By collector and site."""
-HEADER = "tables"
+HEADER = "tables.header"
 
 
 def to_tensors(tables: Mapping[str, Mapping[str, Table]], reasons: Sequence[str] = ()) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ def to_tensors(tables: Mapping[str, Mapping[str, Table]], reasons: Sequence[str]
         for site, table in sites.items():
             measures = {}
             for name, measure in table.measures.items():
-                key = f"{HEADER}.{len(found)}"
+                key = f"tables.{len(found)}"
                 found[key] = torch.from_numpy(np.array(measure.values, order="C"))  # sites may share one
                 measures[name] = [key, measure.axes, measure.partial]
             header.append(

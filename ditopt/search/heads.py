@@ -36,8 +36,8 @@ class HeadPattern:
 def output_growth(table: Table, step: int, *errors: str) -> float:
     """``||change of the network's output|| / ||error||`` for an error at a site in ``step``.
 
-    ``table`` is the site's of ``sensitivity``; between its anchors the logarithm is interpolated. ``errors`` are kinds of
-    planted errors that it is to be like: the first that was planted counts; of none, the mean of all.
+    ``table`` is the site's of ``sensitivity``; between its anchors the logarithm is interpolated. ``errors`` are kinds
+    of planted errors that it is to be like: the first that was planted counts; of none, the mean of all.
     """
     growth = table["to_output"]
     for error in errors:
