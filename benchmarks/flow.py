@@ -184,7 +184,7 @@ def bench(parts: Sequence[Part]) -> None:
 def bench_here(parts: Sequence[Part]) -> None:
     """``bench`` in this process."""
     from ditopt.bench import BenchPlan, run_benches
-    from ditopt.cli import Dtype, load_pipeline, read_prompts
+    from ditopt.cli_inputs import Dtype, load_pipeline, read_prompts
     from ditopt.console import Reporter
 
     settings = parts[0].settings

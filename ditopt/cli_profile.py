@@ -1,4 +1,7 @@
-"""The commands about profiles: ``profile`` takes one, ``merge`` puts some together, ``search`` finds a plan in one."""
+"""The commands about profiles: ``profile`` takes one, ``merge`` puts some together, ``search`` finds a plan in one.
+
+``ditopt.cli`` registers them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ditopt.cli import (
+from ditopt.cli_inputs import (
     Device,
     Directory,
     Dtype,
@@ -20,7 +23,6 @@ from ditopt.cli import (
     Settings,
     Steps,
     Trust,
-    command,
     load_pipeline,
     pipe_settings,
     read_prompts,
@@ -43,7 +45,6 @@ class Collect(StrEnum):
     sensitivity = "sensitivity"
 
 
-@command
 def profile(
     model: Directory,
     prompts: Prompts,
@@ -93,7 +94,6 @@ def profile(
     typer.echo(f"profile: {output}  (find a plan in it with `ditopt search {output} -o PLAN`)")
 
 
-@command
 def merge(
     profiles: Annotated[list[Path], typer.Argument(metavar="PROFILES...", help="two profile files or more")],
     output: ProfileOutput,
@@ -121,7 +121,6 @@ def merge(
     typer.echo(f"profile: {output}, {len(found.prompts)} prompts from {len(profiles)} profiles")
 
 
-@command
 def search(
     profile: ProfileFile,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="PLAN", help="where to write the plan")],

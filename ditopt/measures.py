@@ -45,7 +45,7 @@ class Measure:
 
     def mean(self, *axes: str) -> Measure:
         """The mean along ``axes``, of what was measured."""
-        return self._reduced(_nanmean, axes)
+        return self._reduced(nanmean, axes)
 
     def upper(self, quantile: float, *axes: str) -> Measure:
         """The ``quantile`` (0.9, say) along ``axes``, of what was measured."""
@@ -80,7 +80,8 @@ class Measure:
         return Measure(tuple(axis for axis in self.axes if axis not in axes), np.asarray(values), self.partial)
 
 
-def _nanmean(values: Numbers, axis: tuple[int, ...]) -> Numbers:
+def nanmean(values: Numbers, axis: tuple[int, ...]) -> Numbers:
+    """The mean along axes of what is known, summed in float64; NaN of nothing."""
     known = ~np.isnan(values)
     total = np.where(known, values, 0).sum(axis=axis, dtype=np.float64)
     count = known.sum(axis=axis)

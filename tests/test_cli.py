@@ -11,7 +11,8 @@ from typer.testing import CliRunner, Result
 
 import ditopt.api
 import ditopt.report.doctor
-from ditopt.cli import app, pipe_settings, read_prompts
+from ditopt.cli import app
+from ditopt.cli_inputs import pipe_settings, read_prompts
 from ditopt.decisions import Fit, Forecast, Reuse
 from ditopt.errors import InputError, PlanError
 from ditopt.plan import DevicePrint, ModelPrint, Plan, Rule, SamplerPrint

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ditopt import findings as f
+from ditopt import observations as o
 from ditopt.errors import InputError
+from ditopt.findings import Findings, describe
 from ditopt.measures import Measure, Table
 from ditopt.profile import NetworkProfile
 
@@ -49,7 +50,7 @@ def settling(step: int, anchor: int) -> float:
 
 def test_patterns_over_steps_are_told_by_lag_and_by_heads_that_hold_to_the_end() -> None:
     tables = {"a": recalled([steady, fading]), "b": recalled([settling], blocks=0.75), "x": recalled([fading], "cross")}
-    found = f.over_steps(tables)
+    found = o.over_steps(tables)
     assert found is not None
     assert found.heads == 3
     assert found.by_lag[1] == pytest.approx((2 * 0.9 + 2 * 0.85 + 0.4 + 0.9) / 6)  # anchors 0 and 6
@@ -58,17 +59,17 @@ def test_patterns_over_steps_are_told_by_lag_and_by_heads_that_hold_to_the_end()
     assert found.holding == {0: pytest.approx(1 / 3), 6: pytest.approx(2 / 3)}  # no step follows the anchor 11
     assert found.after_anchor[6] == pytest.approx((np.mean([0.9] * 5 + [0.85, 0.8, 0.75, 0.7, 0.65]) + 0.9) / 2)
     assert found.blocks == pytest.approx(0.5)
-    assert f.over_steps({"x": recalled([fading], "cross")}) is None
-    assert f.over_steps({}) is None
+    assert o.over_steps({"x": recalled([fading], "cross")}) is None
+    assert o.over_steps({}) is None
 
 
 def test_early_steps_are_compared_with_later_ones_at_the_same_lags() -> None:
-    found, same = f.early_steps({"a": recalled([settling])}), f.early_steps({"a": recalled([fading])})
+    found, same = o.early_steps({"a": recalled([settling])}), o.early_steps({"a": recalled([fading])})
     assert found is not None
     assert same is not None
     assert [found.early, found.late, found.lag] == pytest.approx([0.4, 0.9, 2])
     assert [same.early, same.late, same.lag] == pytest.approx([0.825, 0.825, 2])
-    assert f.early_steps({}) is None
+    assert o.early_steps({}) is None
 
 
 def maps(prompts: Sequence[Sequence[Sequence[float]]]) -> Table:
@@ -83,19 +84,19 @@ def test_patterns_over_prompts_are_those_of_the_first_one() -> None:
     first = [[0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
     second = [[0.4, 0.6, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]]
     third = [[0.5, 0.4, 0.1, 0.0], [0.75, 0.0, 0.0, 0.25]]
-    found = f.over_prompts({"a": maps([first, second, third])})
+    found = o.over_prompts({"a": maps([first, second, third])})
     assert found is not None
     assert found.kept == pytest.approx((1.0 + 0.5 + 0.9 + 0.75) / 4, abs=1e-3)
     assert found.own == pytest.approx(1.0, abs=1e-3)
     assert found.holding == 0.5
     assert found.blocks == pytest.approx((0.5 + 0.25) / 2)
     assert found.prompts == 3
-    assert f.over_prompts({"a": maps([first])}) is None
+    assert o.over_prompts({"a": maps([first])}) is None
 
 
 def test_top_blocks_are_the_fewest_with_the_mass_and_ties_go_to_the_first() -> None:
     rows = np.array([[0.25, 0.25, 0.25, 0.25], [0.05, 0.9, 0.05, 0.0], [0.5, 0.35, 0.1, 0.05]])
-    assert f.top_blocks(rows, 0.7).tolist() == [
+    assert o.top_blocks(rows, 0.7).tolist() == [
         [True, True, True, False],
         [False, True, False, False],
         [True, True, False, False],
@@ -110,13 +111,13 @@ def test_branches_are_alike_by_what_one_keeps_of_the_other() -> None:
     tables = {
         "a": Table({"between_branches": Measure(("prompt", "step", "head"), values, True)}, facts={"kind": "self"})
     }
-    found = f.branches(tables)
+    found = o.branches(tables)
     assert found is not None
     assert [found.early, found.late] == pytest.approx([0.45, 0.75])
     assert found.kept == pytest.approx((2 * 0.45 + 3 * 0.75) / 5)
     assert found.holding == 0.0  # 0.78 and 0.48
     alone = Table({"between_branches": Measure(("prompt", "step", "head"), values * np.nan, True)})
-    assert f.branches({"a": alone}) is None
+    assert o.branches({"a": alone}) is None
 
 
 def attention(texts: Sequence[float]) -> Table:
@@ -128,7 +129,7 @@ def attention(texts: Sequence[float]) -> Table:
 def test_roles_are_counted_by_site_and_idle_heads_among_those_with_a_share() -> None:
     share = Measure(("prompt", "step", "branch", "head"), np.broadcast_to([0.001, 0.5, 0.5, 0.5], (2, 3, 1, 4)).copy())
     tables = {"a": attention([1.0, 1.0, 0.0, 0.9]), "b": attention([1.0, 1.0]), "plain": Table({})}
-    found = f.roles(tables, {"a": Table({"share": share})})
+    found = o.roles(tables, {"a": Table({"share": share})})
     assert found is not None
     assert dict(found.counts) == {"text": 4, "global": 1, "idle": 1}
     assert found.heads == 6
@@ -136,10 +137,10 @@ def test_roles_are_counted_by_site_and_idle_heads_among_those_with_a_share() -> 
     assert found.idle == 0.25
     assert found.confidence == pytest.approx((0.95 + 1 + 1 + 0.8 + 1 + 1) / 6)
     assert (found.over_steps, found.over_prompts) == (1, 1)
-    unshared = f.roles({"b": tables["b"]}, {})
+    unshared = o.roles({"b": tables["b"]}, {})
     assert unshared is not None
     assert math.isnan(unshared.idle)
-    assert f.roles({"plain": Table({})}, {}) is None
+    assert o.roles({"plain": Table({})}, {}) is None
 
 
 def patterns(errors: Sequence[Sequence[float]], kind: str = "self") -> Table:
@@ -160,7 +161,7 @@ def test_sparse_patterns_serve_heads_whose_mean_error_is_within_a_limit() -> Non
         "b": patterns([[0.5, 0.9, 0.04, 0.0], [0.5, 0.9, 0.9, 0.0]]),
         "x": patterns([[0.0] * 4], "cross"),
     }
-    found = f.sparse_heads(tables)
+    found = o.sparse_heads(tables)
     assert found is not None
     assert found.heads == 4
     assert found.serves == {0.01: 0.25, 0.02: 0.5, 0.05: 0.75}
@@ -171,15 +172,15 @@ def test_sparse_patterns_serve_heads_whose_mean_error_is_within_a_limit() -> Non
         0.02: {"temporal": 1, "window": 1},
         0.05: {"temporal": 2, "window": 1},
     }
-    assert f.sparse_heads({"x": tables["x"]}) is None
+    assert o.sparse_heads({"x": tables["x"]}) is None
 
 
 def test_a_limit_that_no_pattern_keeps_serves_nobody() -> None:
-    found = f.sparse_heads({"a": patterns([[0.0, 0.9, 0.9, 0.0]])}, limits=(0.01,))
+    found = o.sparse_heads({"a": patterns([[0.0, 0.9, 0.9, 0.0]])}, limits=(0.01,))
     assert found is not None
     assert (found.serves, found.overall, found.families) == ({0.01: 0}, {0.01: 1}, {0.01: {}})
     assert math.isnan(found.density[0.01])
-    assert "0% within 1%." in f.describe(f.Findings(sparse=found))[0]
+    assert "0% within 1%." in describe(Findings(sparse=found))[0]
 
 
 def features(errors: Sequence[float], kind: str) -> Table:
@@ -195,32 +196,32 @@ def test_similarity_of_neighbouring_steps_is_told_by_kind() -> None:
         "c": features([nan, 0.02, 0.01, 0.01, 0.01, 0.01], "mlp"),
         "d": features([nan] * 6, "cross"),
     }
-    found = f.similarity(tables)
+    found = o.similarity(tables)
     assert found is not None
     assert found.error == pytest.approx({"self": 1.6 / 10, "mlp": 0.012})
     assert found.early == pytest.approx({"self": 0.3, "mlp": 0.02})
     assert found.late == pytest.approx({"self": 1.0 / 8, "mlp": 0.01})
     assert found.worst == pytest.approx({"self": 0.4, "mlp": 0.02})
-    assert f.similarity({"d": tables["d"]}) is None
+    assert o.similarity({"d": tables["d"]}) is None
 
 
 def test_sensitivity_is_told_by_depth_and_by_step() -> None:
     factors = [[4.0, 2.0, 1.0], [2.0, 1.0, math.nan], [1.0, 0.5, 0.25]]
-    found = f.sensitivity(["blocks.0..1", "blocks.2..3", "blocks.4..5"], [0, 10, 20], factors)
+    found = o.sensitivity(["blocks.0..1", "blocks.2..3", "blocks.4..5"], [0, 10, 20], factors)
     assert found.by_group == pytest.approx({"blocks.0..1": 7 / 3, "blocks.2..3": 1.5, "blocks.4..5": 1.75 / 3})
     assert found.by_step == pytest.approx({0: 7 / 3, 10: 3.5 / 3, 20: 0.625})
     assert found.over_depth == pytest.approx(0.25)
     assert found.over_steps == pytest.approx(0.625 / (7 / 3))
     assert found.spread == 16
     with pytest.raises(InputError, match=r"shape \[3, 3\] have to be of 1 groups and 3 steps"):
-        f.sensitivity(["a"], [0, 1, 2], factors)
+        o.sensitivity(["a"], [0, 1, 2], factors)
     with pytest.raises(InputError, match="not all NaN"):
-        f.sensitivity(["a"], [0], [[math.nan]])
+        o.sensitivity(["a"], [0], [[math.nan]])
 
 
 def test_a_network_without_tables_has_no_findings() -> None:
-    assert f.findings_of(NetworkProfile((), (), (), (), (), {})) == f.Findings()
-    assert f.describe(f.Findings()) == []
+    assert o.findings_of(NetworkProfile((), (), (), (), (), {})) == Findings()
+    assert describe(Findings()) == []
 
 
 def test_all_findings_of_a_network_are_told_in_sentences() -> None:
@@ -243,7 +244,7 @@ def test_all_findings_of_a_network_are_told_in_sentences() -> None:
             "features": {"a": features([math.nan, 0.4, 0.1, 0.1, 0.1, 0.1], "self")},
         },
     )
-    told = f.describe(f.findings_of(network, f.sensitivity(["a", "b"], [0, 1], [[1.0, 0.5], [3.0, 1.5]])))
+    told = describe(o.findings_of(network, o.sensitivity(["a", "b"], [0, 1], [[1.0, 0.5], [3.0, 1.5]])))
     assert told == [
         "Patterns over steps: the blocks with 90% of a head's mass (25% of all blocks) keep 65% of the mass at lag 1 "
         "and 40% of it at lag 11; of 1 heads, 80% or more is kept to the end for 0% if chosen at step 0, 100% if "

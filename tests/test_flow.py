@@ -291,7 +291,7 @@ def test_a_part_that_fails_leaves_the_others(desk: Bench) -> None:
 
 def test_the_benchmark_gets_what_the_command_line_says(desk: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     import ditopt.bench
-    import ditopt.cli
+    import ditopt.cli_inputs
 
     class Result:
         def save(self, path: Path) -> None:
@@ -304,7 +304,7 @@ def test_the_benchmark_gets_what_the_command_line_says(desk: Bench, monkeypatch:
         return [Result() for _ in plans]
 
     monkeypatch.setattr(ditopt.bench, "run_benches", run_benches)
-    monkeypatch.setattr(ditopt.cli, "load_pipeline", lambda model, *rest: f"pipeline of {model}")
+    monkeypatch.setattr(ditopt.cli_inputs, "load_pipeline", lambda model, *rest: f"pipeline of {model}")
     (desk.model / "prompts.txt").write_text("a\nb\nc\nd\n")
     parts = [Part(goal, flow.Settings(desk.model, desk.folder, 2, 3)) for goal in GOALS[2:]]
     for part in parts:

@@ -1,6 +1,7 @@
 """Who may import whom, as the design page draws the house; read off the syntax trees, nothing is imported.
 
-    L0  errors, sites, decisions, plan(_text), profile, measures, device, geometry, roles, findings  data
+    L0  errors, sites, decisions, plan(_text), profile, measures, device, geometry, (block_)roles,
+        findings, observations                                data
     L1  kernels      cost_models                              never each other
     L2  passes -> kernels.ops      search -> cost_models      never each other
     L3  everything else: profiler, runtime, backend, adapters, api, report, cli, trace, ...
@@ -35,7 +36,7 @@ DATA = (
         "device",
         "geometry",
     ),
-    *("roles", "findings"),
+    *("roles", "block_roles", "findings", "observations"),
 )
 TOP = ("passes", "kernels", "cost_models")
 

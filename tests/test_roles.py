@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ditopt.block_roles import block_role
 from ditopt.errors import InputError
 from ditopt.geometry import Geometry
 from ditopt.measures import Measure, Table
-from ditopt.roles import ROLES, block_role, head_roles
+from ditopt.roles import ROLES, head_roles
 from tests.profiler.planted import watched
 
 UNIFORM = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,19 +15,14 @@ from ditopt.errors import InputError
 from ditopt.geometry import Geometry
 from ditopt.measures import Measure, Numbers, Table
 from ditopt.profiler.interpret import Collector, Seen
+from ditopt.profiler.maps import by_distance, mass_in, pooled_keys, pooled_rows, top_blocks
 from ditopt.profiler.pattern_errors import PatternCollector
+from ditopt.profiler.regions import DISTANCES, REGIONS, Regions
 from ditopt.profiler.rows import Part, Place, Reads, RowReader, SharedRows, anchor_steps
 from ditopt.trace import Trace
 
-DISTANCES = (1, 2, 4)
-"""Space-time distances (the largest along an axis, in tokens) within which mass is measured."""
-REGIONS = ("mass_text", "mass_first_frame", "mass_in_frame", "mass_same_pixel", "mass_self", "mass_near_pixel")
-"""Regions of keys. The same pixel is that of all frames, with the query's own token, of which ``mass_self`` is; near
-the pixel are, in the other frames, it and what is at most a row and a column away."""
 SINKS = 100
 """Sinks are the keys that gather most, one of so many."""
-TOP = 0.9
-"""The top blocks of a map's row are the fewest that hold so much of its mass."""
 REACH = 2047
 """Mass is told by distance in raster order up to so many tokens to either side."""
 CELLS = 2048
@@ -47,127 +41,6 @@ AXES = {
 """What is measured, along what; ``prompt`` comes first everywhere."""
 HISTORY = 256 << 20
 """Bytes of maps of all steps that are kept, over all sites; with more, a map is compared with earlier anchors only."""
-
-
-class Regions:
-    """The regions of keys that masses are of, for query rows at positions ``rows`` ``[R]`` of a sequence.
-
-    A row of text counts as the nearest video token: give it no weight.
-    """
-
-    def __init__(self, geometry: Geometry, rows: Tensor) -> None:
-        self.geometry = geometry
-        self.first = geometry.text if geometry.text_first else 0
-        place = (rows - self.first).clamp(0, geometry.video - 1)
-        frame_size = geometry.rows * geometry.columns
-        frames = torch.arange(geometry.frames, device=rows.device) * frame_size
-        self.frame = (place // frame_size).tolist()
-        self.pixel = self.first + frames + (place % frame_size)[:, None]
-        self.own = self.first + place[:, None]
-        self.near, self.inside, self.within = self._neighbours(place)
-        self.beside, self.beside_inside = self._near_pixel(place)
-
-    def _neighbours(self, place: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """Keys ``[R, N]`` from near to far, which of them exist, and how many of them are within each distance."""
-        sizes = self.geometry.sizes
-        reach = [min(max(DISTANCES), size - 1) for size in sizes]
-        offsets = sorted(
-            itertools.product(*(range(-far, far + 1) for far in reach)), key=lambda offset: max(map(abs, offset))
-        )
-        rings = [max(map(abs, offset)) for offset in offsets]
-        at = torch.stack(torch.unravel_index(place, sizes), -1)[:, None]
-        there = at + torch.tensor(offsets, device=place.device)
-        limits = torch.tensor(sizes, device=place.device)
-        inside = ((there >= 0) & (there < limits)).all(-1)
-        _, rows, columns = sizes
-        flat = (there[..., 0] * rows + there[..., 1]) * columns + there[..., 2]
-        near = self.first + torch.where(inside, flat, place[:, None])
-        return near, inside, tuple(sum(ring <= distance for ring in rings) for distance in DISTANCES)
-
-    def _near_pixel(self, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys ``[R, 9 F]`` near the pixel in all frames, and which of them exist in another frame than the row's."""
-        count, rows, columns = self.geometry.sizes
-        frame, row, column = torch.stack(torch.unravel_index(place, self.geometry.sizes))
-        near = torch.arange(-1, 2, device=place.device)
-        there = torch.cartesian_prod(torch.arange(count, device=place.device), near, near)
-        at_row, at_column = row[:, None] + there[:, 1], column[:, None] + there[:, 2]
-        inside = (at_row >= 0) & (at_row < rows) & (at_column >= 0) & (at_column < columns)
-        inside &= there[:, 0] != frame[:, None]
-        flat = (there[:, 0] * rows + at_row) * columns + at_column
-        return self.first + torch.where(inside, flat, place[:, None]), inside
-
-    def masses(self, probabilities: Tensor, where: slice) -> Tensor:
-        """``[6 + 3, r]``: the mass of ``REGIONS``, then that within ``DISTANCES``, of the rows ``where``."""
-        geometry, first = self.geometry, self.first
-        frame_size, video = geometry.rows * geometry.columns, geometry.video
-        text = slice(0, first) if geometry.text_first else slice(video, video + geometry.text)
-        in_frame = []
-        for frame, rows in itertools.groupby(enumerate(self.frame[where]), key=lambda entry: entry[1]):
-            at = [row for row, _ in rows]
-            keys = slice(first + frame * frame_size, first + (frame + 1) * frame_size)
-            in_frame.append(probabilities[at[0] : at[-1] + 1, keys].sum(1))
-        near = probabilities.gather(1, self.near[where]).mul_(self.inside[where])
-        found = [
-            probabilities[:, text].sum(1),
-            probabilities[:, first : first + frame_size].sum(1),
-            torch.cat(in_frame),
-            probabilities.gather(1, self.pixel[where]).sum(1),
-            probabilities.gather(1, self.own[where])[:, 0],
-            probabilities.gather(1, self.beside[where]).mul_(self.beside_inside[where]).sum(1),
-            *(near[:, :count].sum(1) for count in self.within),
-        ]
-        return torch.stack(found)
-
-    def uniform(self, weights: Tensor) -> dict[str, Any]:
-        """The masses that uniform attention would have; ``weights`` ``[R]`` are the rows'."""
-        tokens = self.geometry.tokens
-        frame_size = self.geometry.rows * self.geometry.columns
-        beside = float(weights @ self.beside_inside.sum(1).float())
-        counts = (self.geometry.text, frame_size, frame_size, self.geometry.frames, 1, beside)
-        near = [float(weights @ self.inside[:, :count].sum(1).float()) / tokens for count in self.within]
-        return {**{name: count / tokens for name, count in zip(REGIONS, counts, strict=True)}, "mass_near": near}
-
-
-def by_distance(probabilities: Tensor, places: Sequence[int], weights: Tensor, reach: int) -> Numbers:
-    """``[2 * reach + 1]``: mean mass by the distance of key and query in raster order, from ``-reach`` on.
-
-    ``probabilities`` are ``[r, L]`` of weighted rows at ``places`` among the L keys; rows elsewhere are left out.
-    """
-    length = probabilities.shape[1]
-    weighted = (probabilities * weights[:, None]).cpu().numpy()
-    found = np.zeros(2 * reach + 1, dtype=np.float32)
-    for row, place in enumerate(places):
-        if 0 <= place < length:
-            first, last = max(0, place - reach), min(length, place + reach + 1)
-            found[first - place + reach : last - place + reach] += weighted[row, first:last]
-    return found
-
-
-def pooled_rows(mass: Tensor, real: Tensor) -> Tensor:
-    """``[q, Kb]``: means of ``[q, r, Kb]`` over the real rows ``[q, r]`` of blocks."""
-    share = real / real.sum(1, keepdim=True)
-    return torch.einsum("qr,qrk->qk", share.to(mass.dtype), mass)
-
-
-def pooled_keys(values: Tensor, cells: int) -> Tensor:
-    """``[..., K]`` summed over so many neighbours that there are at most ``cells``."""
-    size = -(-values.shape[-1] // cells)
-    fill = -values.shape[-1] % size
-    filled = torch.nn.functional.pad(values, (0, fill))
-    return filled.view(*values.shape[:-1], -1, size).sum(-1)
-
-
-def top_blocks(maps: Tensor, share: float = TOP) -> Tensor:
-    """``[..., Q, K]`` boolean: of every row the fewest blocks that hold ``share`` of its mass; ties go to the first."""
-    ordered, order = maps.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered
-    needed = before < share * ordered.sum(-1, keepdim=True)
-    return torch.zeros_like(maps, dtype=torch.bool).scatter(-1, order, needed)
-
-
-def mass_in(maps: Tensor, blocks: Tensor) -> Tensor:
-    """``[...]``: the mass of maps ``[..., Q, K]`` that lies in ``blocks``, mean over rows of blocks."""
-    return (maps * blocks).sum(-1).mean(-1)
 
 
 def _unrounded(maps: Tensor) -> Tensor:

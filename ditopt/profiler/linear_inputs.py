@@ -12,11 +12,11 @@ from torch import Tensor, fx
 from ditopt.calls import NetworkCalls
 from ditopt.errors import InputError
 from ditopt.measures import PROMPT, Label, Measure, Numbers, Table
+from ditopt.profiler.drawn import drawn, drawn_tokens
 from ditopt.profiler.formats import FORMATS, decibels
 from ditopt.profiler.interpret import Collector, Moment, Seen, of_branches
 from ditopt.profiler.places import linears
 from ditopt.profiler.rows import anchor_steps
-from ditopt.profiler.site_features import drawn, drawn_tokens
 from ditopt.sites import LinearSite
 from ditopt.trace import PRODUCTS, Trace
 

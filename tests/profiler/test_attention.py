@@ -21,16 +21,9 @@ from ditopt.errors import InputError
 from ditopt.geometry import Geometry
 from ditopt.measures import Table
 from ditopt.profiler import attention, rows
-from ditopt.profiler.attention import (
-    AttentionCollector,
-    attention_collectors,
-    by_distance,
-    mass_in,
-    pooled_keys,
-    pooled_rows,
-    top_blocks,
-)
+from ditopt.profiler.attention import AttentionCollector, attention_collectors
 from ditopt.profiler.interpret import Collector, WatchedCalls
+from ditopt.profiler.maps import by_distance, mass_in, pooled_keys, pooled_rows, top_blocks
 from ditopt.profiler.rows import Operands, anchor_steps, refusal, sample_rows
 from ditopt.trace import Trace
 from tests.trace.models import CASES, Captured, capture, interpreted

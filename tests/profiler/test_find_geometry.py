@@ -12,7 +12,8 @@ import torch
 from ditopt.errors import InputError
 from ditopt.geometry import Geometry
 from ditopt.measures import Measure, Table
-from ditopt.profiler.find_geometry import find_geometry, periods
+from ditopt.profiler.find_geometry import find_geometry
+from ditopt.profiler.periods import periods
 from tests.profiler.planted import watched
 from tests.trace.models import CASES, Captured, capture, interpreted
 

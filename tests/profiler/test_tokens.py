@@ -14,7 +14,7 @@ from ditopt.passes._infra import outputs
 from ditopt.profiler import tokens
 from ditopt.profiler.interpret import Moment, Seen
 from ditopt.profiler.tokens import CELLS, TokenChange, cells_of, pooled, relative_change, signed_sums, stream_of
-from tests.profiler.test_site_features import (
+from tests.profiler.watched_models import (
     BATCHED,
     INTERVAL,
     ONE,
