@@ -38,18 +38,18 @@ NO_PATTERNS = ("skip", "dense")
 """Candidates that are no sparse pattern."""
 
 
-def findings_of(network: NetworkProfile, sensitivity: Sensitivity | None = None) -> Findings:
-    """What a network's tables of the collectors ``attention``, ``patterns`` and ``features`` say."""
+def findings_of(network: NetworkProfile) -> Findings:
+    """What a network's tables of the collectors ``attention``, ``patterns``, ``features`` and ``sensitivity`` say."""
     attention, patterns = network.tables.get("attention", {}), network.tables.get("patterns", {})
     return Findings(
         over_steps(attention),
         early_steps(attention),
         over_prompts(attention),
         branches(attention),
-        roles(attention, patterns),
+        roles({site: table for site, table in attention.items() if table.facts.get("kind") != "cross"}, patterns),
         sparse_heads(patterns),
         similarity(network.tables.get("features", {})),
-        sensitivity,
+        _planted(network),
     )
 
 
@@ -207,6 +207,21 @@ def similarity(features: Tables) -> Similarity | None:
         {kind: late for kind, (_, late) in parts.items()},
         {kind: float(np.nanmax(np.concatenate(errors))) for kind, errors in by_kind.items()},
     )
+
+
+def _planted(network: NetworkProfile) -> Sensitivity | None:
+    """By block and step: noise planted in a module's output, up to the network's output and on to the sample."""
+    blocks: dict[str, list[Numbers]] = {}
+    steps: tuple[int, ...] = ()
+    for site, table in network.tables.get("sensitivity", {}).items():
+        if "to_output" in table.measures and "noise" in table.labels.get("error", ()):
+            steps = tuple(int(step) for step in table.labels["anchor"])
+            growth = table["to_output"].at(error=table.position("error", "noise")).values
+            blocks.setdefault(site.rpartition(".")[0], []).append(np.log(np.maximum(growth, 1e-30)))
+    if not blocks:
+        return None
+    further = np.array([network.step_widths[step] * network.sensitivity[step] for step in steps])
+    return sensitivity(list(blocks), steps, [np.exp(np.mean(each, axis=0)) * further for each in blocks.values()])
 
 
 def sensitivity(groups: Sequence[str], steps: Sequence[int], factors: npt.ArrayLike) -> Sensitivity:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -244,7 +245,9 @@ def test_all_findings_of_a_network_are_told_in_sentences() -> None:
             "features": {"a": features([math.nan, 0.4, 0.1, 0.1, 0.1, 0.1], "self")},
         },
     )
-    told = describe(o.findings_of(network, o.sensitivity(["a", "b"], [0, 1], [[1.0, 0.5], [3.0, 1.5]])))
+    told = describe(
+        replace(o.findings_of(network), sensitivity=o.sensitivity(["a", "b"], [0, 1], [[1.0, 0.5], [3.0, 1.5]]))
+    )
     assert told == [
         "Patterns over steps: the blocks with 90% of a head's mass (25% of all blocks) keep 65% of the mass at lag 1 "
         "and 40% of it at lag 11; of 1 heads, 80% or more is kept to the end for 0% if chosen at step 0, 100% if "
@@ -263,3 +266,22 @@ def test_all_findings_of_a_network_are_told_in_sentences() -> None:
         "Errors in the last third of the depth move the sample 3 times as much as in the first; in the last third of "
         "steps 0.5 times; the extremes are 6 times apart.",
     ]
+
+
+def test_planted_noise_is_told_by_depth_and_step() -> None:
+    """At the output an error has 1/4 and 1/2 of its size in the blocks; the second step's are 3 times as harmful."""
+
+    def planted(growth: float) -> Table:
+        values = np.array([[growth, 9.0], [growth, 9.0]])
+        return Table(
+            {"to_output": Measure(("anchor", "error"), values)}, {"anchor": (0, 1), "error": ("noise", "head")}
+        )
+
+    network = NetworkProfile(
+        *((2.0, 1.0), (1.0, 0.5), (0.5, 0.5), (1.0, 3.0), (1.0,), {}),
+        tables={"sensitivity": {"b.0.mlp": planted(0.25), "b.1.mlp": planted(0.5), "rollouts": Table({})}},
+    )
+    found = o.findings_of(network).sensitivity
+    assert found is not None
+    assert found.over_depth == pytest.approx(2)
+    assert found.over_steps == pytest.approx(3)

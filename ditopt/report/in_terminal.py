@@ -9,6 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table as Grid
 from rich.text import Text
 
+from ditopt.findings import describe
+from ditopt.observations import findings_of
 from ditopt.profile import NetworkProfile, Profile
 from ditopt.report.figures import duration, figure
 from ditopt.report.profiled import (
@@ -81,6 +83,10 @@ def _network(part: NetworkProfile) -> Iterable[RenderableType]:
                 grid.add_row(Text(FORMATS.get(name, name)), f"{mean:.1f}", f"{worst:.1f}", Text(site))
         yield Text("\noutput SNR of linear layers", style="bold")
         yield grid
+    found = describe(findings_of(part))
+    if found:
+        yield Text("\nwhat that says", style="bold")
+        yield from (Text(f"- {line}") for line in found)
 
 
 def _roles(part: NetworkProfile, kind: str) -> Text:
