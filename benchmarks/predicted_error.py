@@ -28,7 +28,7 @@ from ditopt.console import Reporter
 from ditopt.plan import write_text_atomically
 from ditopt.prepare import Preparation, Prepared, as_it_was
 from ditopt.profile import NetworkProfile, Profile
-from ditopt.profiler.head_edits import under_masks
+from ditopt.profiler.head_edits import under_blocks
 from ditopt.profiler.interpret import Edit, Watched, moment_of
 from ditopt.profiler.observe import intercepted
 from ditopt.profiler.places import attentions
@@ -124,7 +124,7 @@ class Emulated:
         steps: dict[str, list[tuple[int, ...]]] = {}
         for choice in self.plan.heads:
             steps.setdefault(nodes[choice.site], []).append(choice.steps)
-        return {node: (steps[node], under_masks(heads)) for node, heads in masks.items()}
+        return {node: (steps[node], under_blocks(heads)) for node, heads in masks.items()}
 
 
 def predicted_error(problem: SearchProblem, network: NetworkProfile, plan: RandomPlan) -> float:
@@ -189,7 +189,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     profile = Profile.load(arguments.profile)
     ((name, network),) = profile.networks.items()
     texts = [line.strip() for line in arguments.prompts.read_text().splitlines() if line.strip()]
-    unseen = [text for text in texts if text not in profile.prompts][: arguments.limit]
+    unseen = [text for text in texts if text not in profile.prompts][arguments.skip :][: arguments.limit]
     pairs = [(text, 5000 + index) for index, text in enumerate(unseen)]
     pipe = DiffusionPipeline.from_pretrained(arguments.model, trust_remote_code=True)
     settings = dict(profile.plan["settings"])
@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, required=True, help="what `ditopt profile` wrote, with all tables")
     parser.add_argument("--prompts", type=Path, default=MODEL / "prompts.txt")
     parser.add_argument("--limit", type=int, default=2, help="prompts to measure on")
+    parser.add_argument("--skip", type=int, default=0, help="prompts to leave out before them")
     parser.add_argument("--plans", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True)

@@ -5,7 +5,7 @@ The errors are noise of a tenth of the output and, in self-attention, a head lef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -19,18 +19,25 @@ from ditopt.console import Stage
 from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.candidates import block_for
 from ditopt.measures import Label, Measure, Table
-from ditopt.profiler.head_edits import middling_mask, under_masks, without_head
-from ditopt.profiler.interpret import Collector, Edit, Seen, Watched, moment_of, of_branches
+from ditopt.profiler.head_edits import BlockMask, middling, under_blocks, without_head
+from ditopt.profiler.interpret import Collector, Edit, Moment, Seen, Watched, moment_of, of_branches
+from ditopt.profiler.pattern_errors import candidates_of
 from ditopt.profiler.places import SELF, Attention, Module, attentions, modules
 from ditopt.runtime.program import Compute
+from ditopt.search.heads import LEFT_OUT, PATTERN
 from ditopt.trace import Trace
 
 NOISE = 0.1
 """Planted noise relative to the output's root mean square, channel by channel."""
 MOST_SITES = 24
-STEPS = (0.1, 0.35, 0.65, 0.9)
+MOST_HEADS = 96
+STEPS = (0.1, 0.4, 0.8)
 """Where in the schedule single calls are planted, as shares of its length."""
-ERRORS = ("noise", "head", "pattern")
+NOISE_ERROR = "noise"
+ERRORS = (NOISE_ERROR, LEFT_OUT, PATTERN)
+"""Kinds of errors: noise at the first and last of these steps, heads left out between, patterns at all of them."""
+LEAST = 1e-6
+"""An error smaller than this, relative to the module's output, is no error: an idle head has no growth."""
 
 
 class Keeper(Collector):
@@ -88,19 +95,23 @@ def noisy(seed: int) -> Edit:
 class CallPlants:
     """An interceptor: answers a generation's calls by interpreting, and plants errors in those of some steps.
 
-    ``found`` holds, per site, error and step, ``||change of the output|| / ||error||`` of each planted branch.
+    ``found`` holds, per site, head (0 where none), error and step, ``||change of the output|| / ||error||`` of each
+    planted branch.
     """
 
     trace: Trace
     calls: NetworkCalls
     stage: Stage
     geometry: Geometry | None = None
-    found: dict[tuple[str, str, int], list[float]] = field(default_factory=dict)
+    found: dict[tuple[str, int, str, int], list[float]] = field(default_factory=dict)
     count: int = 0
 
     def __post_init__(self) -> None:
         self.modules = chosen_modules(self.trace)
         self._attention = attention_of(self.trace, self.modules)
+        total = sum(entry.site.heads for entry in self._attention.values())
+        self._every = max(1, -(-total // MOST_HEADS))
+        self._masks = {site: mask_for(entry, self.geometry) for site, entry in self._attention.items()}
         self.steps = anchor_steps_of(len(self.calls.timesteps))
 
     def __call__(self, arguments: list[Any], compute: Compute) -> Sequence[Any]:
@@ -115,53 +126,74 @@ class CallPlants:
         base = keeper.kept[last.node.name]
         for position in reversed(range(len(self.modules))):
             module, before = self.modules[position], self.modules[position - 1]
-            for error, edits in self._edits(position, moment.step).items():
+            earlier = None
+            for head, error, edits in self._edits(position, moment.step):
                 keeper = Keeper(module.node.name, before.node.name)
                 changed = Watched(self.trace, [keeper], edits).run(*arguments)
-                self._note(moment, module, error, keeper.kept[module.node.name] - base, changed[0] - outputs[0])
-            base = keeper.kept[before.node.name]  # upstream of the plant, so it is what it was
+                planted, earlier = keeper.kept[module.node.name], keeper.kept[before.node.name]
+                self._note(moment, (module.site, head, error, moment.step), base, planted, changed[0] - outputs[0])
+            if earlier is None:  # nothing was planted here in this step
+                keeper = Keeper(before.node.name)
+                Watched(self.trace, [keeper]).run(*arguments)
+                earlier = keeper.kept[before.node.name]
+            base = earlier  # upstream of the plant, so it is what it was
             self.stage.advance()
         return outputs
 
-    def _edits(self, position: int, step: int) -> dict[str, dict[str, Edit]]:
-        module = self.modules[position]
-        found = {"noise": {module.node.name: noisy(1000 * step + position)}}
-        attention = self._attention.get(module.site)
-        if attention is not None:
-            head = (self.steps.index(step) + position) % attention.site.heads
-            found["head"] = {attention.node.name: without_head(head)}
-            mask = mask_for(attention, self.geometry)
+    def _edits(self, position: int, step: int) -> Iterator[tuple[int, str, dict[str, Edit]]]:
+        """Heads (0: none), kinds of errors and their edits."""
+        module, place = self.modules[position], self.steps.index(step)
+        between = 0 < place < len(self.steps) - 1
+        if not between:
+            yield 0, NOISE_ERROR, {module.node.name: noisy(1000 * step + position)}
+        attention, mask = self._attention.get(module.site), self._masks.get(module.site)
+        for head in range(position % self._every, attention.site.heads if attention else 0, self._every):
+            assert attention is not None
+            if between or mask is None:
+                yield head, LEFT_OUT, {attention.node.name: without_head(head)}
             if mask is not None:
-                found["pattern"] = {attention.node.name: under_masks({head: mask})}
-        return found
+                yield head, PATTERN, {attention.node.name: under_blocks({head: mask})}
 
-    def _note(self, moment: Any, module: Module, error: str, planted: Tensor, moved: Tensor) -> None:
-        parts = zip(of_branches(moment, planted), of_branches(moment, moved), strict=True)
-        for (_, one), (_, two) in parts:
-            ratio = float(two.double().norm()) / max(float(one.double().norm()), 1e-30)
-            self.found.setdefault((module.site, error, moment.step), []).append(ratio)
+    def _note(
+        self, moment: Moment, key: tuple[str, int, str, int], base: Tensor, planted: Tensor, moved: Tensor
+    ) -> None:
+        parts = [of_branches(moment, value) for value in (base, planted - base, moved)]
+        for (_, whole), (_, error), (_, change) in zip(*parts, strict=True):
+            size = float(error.double().norm())
+            if size > LEAST * float(whole.double().norm()):
+                self.found.setdefault(key, []).append(float(change.double().norm()) / size)
 
     def tables(self) -> dict[str, Table]:
-        """``to_output`` ``[anchor, error]`` by site: the mean over branches in the logarithm."""
+        """By site ``to_output`` ``[anchor, error]``; of attention ``head_to_output`` ``[anchor, head, error]`` as well.
+
+        Means over branches and heads are of the logarithm; NaN: not planted.
+        """
         found = {}
         for module in self.modules:
-            values = np.full((len(self.steps), len(ERRORS)), np.nan, dtype=np.float32)
-            for (row, step), (column, error) in product(enumerate(self.steps), enumerate(ERRORS)):
-                ratios = self.found.get((module.site, error, step))
+            attention = self._attention.get(module.site)
+            heads = attention.site.heads if attention is not None else 1
+            levels = np.full((len(self.steps), heads, len(ERRORS)), np.nan)
+            for (row, step), head, (column, error) in product(enumerate(self.steps), range(heads), enumerate(ERRORS)):
+                ratios = self.found.get((module.site, head, error, step))
                 if ratios:
-                    values[row, column] = np.exp(np.mean(np.log(np.maximum(ratios, 1e-30))))
-            measure = Measure(("anchor", "error"), values, partial=True)
+                    levels[row, head, column] = np.mean(np.log(np.maximum(ratios, 1e-30)))
+            each = Measure(("anchor", "head", "error"), levels, partial=True)
+            mean = Measure(("anchor", "error"), np.exp(each.mean("head").values), partial=True)
+            measures = {"to_output": mean}
+            if attention is not None:
+                measures["head_to_output"] = Measure(each.axes, np.exp(levels), partial=True)
             labels: dict[str, tuple[Label, ...]] = {"anchor": self.steps, "error": ERRORS}
-            found[module.site] = Table({"to_output": measure}, labels, {"kind": module.kind})
+            found[module.site] = Table(measures, labels, {"kind": module.kind})
         return found
 
 
-def mask_for(attention: Attention, geometry: Geometry | None) -> Tensor | None:
-    """The mask of the pattern that is planted at a site; None where its tokens do not lie as ``geometry`` says."""
+def mask_for(attention: Attention, geometry: Geometry | None) -> BlockMask | None:
+    """The pattern that is planted at a site; None where its tokens do not lie as ``geometry`` says."""
     tokens = attention.site.queries
     if geometry is None or geometry.tokens != tokens or attention.site.keys != tokens:
         return None
-    return middling_mask(geometry, block_for(tokens))
+    found = middling(candidates_of(geometry, block_for(tokens)))
+    return None if found is None else BlockMask(found[1], block_for(tokens), block_for(tokens))
 
 
 def attention_of(trace: Trace, found: Sequence[Module]) -> dict[str, Attention]:

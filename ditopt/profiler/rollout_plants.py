@@ -15,7 +15,7 @@ from ditopt.calls import NetworkCalls
 from ditopt.kernels.patterns.registry import pattern_from_data
 from ditopt.profile import NetworkProfile
 from ditopt.profiler.call_plants import Keeper, noisy
-from ditopt.profiler.head_edits import mask_of, middling, under_masks
+from ditopt.profiler.head_edits import BlockMask, middling, under_blocks
 from ditopt.profiler.interpret import Watched, moment_of, of_branches
 from ditopt.profiler.pattern_errors import candidates_of
 from ditopt.profiler.places import Module, attentions
@@ -55,7 +55,10 @@ def plants(found: Sequence[Module], steps: int) -> tuple[Plant, ...]:
 
 @dataclass
 class RolloutPlant:
-    """An interceptor: plays a dense generation back up to a plant, answers that step with the error, then computes."""
+    """An interceptor: plays a dense generation back up to a plant, answers that step with the error, then computes.
+
+    A branch that the step before left out has noise in place of a reused output.
+    """
 
     trace: Trace
     calls: NetworkCalls
@@ -83,8 +86,7 @@ class RolloutPlant:
         whole = [self._before[branch] for branch in moment.branches if branch in self._before]
 
         def edit(given: tuple[Any, ...], value: Tensor) -> Tensor:
-            known = self.plant.error == "reuse" and len(whole) == len(moment.branches)
-            planted = torch.cat(whole) if known else noisy(number)(given, value)
+            planted = torch.cat(whole) if len(whole) == len(moment.branches) else noisy(number)(given, value)
             for (branch, mine), (_, theirs) in zip(
                 of_branches(moment, value), of_branches(moment, planted), strict=True
             ):
@@ -106,11 +108,11 @@ class HeadsPlant:
     calls: NetworkCalls
     outputs: Sequence[Sequence[Any]]
     start: int
-    masks: Mapping[str, Mapping[int, Tensor]]
+    masks: Mapping[str, Mapping[int, BlockMask]]
     count: int = 0
 
     def __post_init__(self) -> None:
-        self._edits = {node: under_masks(heads) for node, heads in self.masks.items()}
+        self._edits = {node: under_blocks(heads) for node, heads in self.masks.items()}
 
     def __call__(self, arguments: list[Any], compute: Compute) -> Sequence[Any]:
         """Answer one call."""
@@ -138,15 +140,14 @@ def third_of_heads(trace: Trace, network: NetworkProfile, which: int, start: int
 
 def masks_of(
     heads: Sequence[HeadPattern], network: NetworkProfile, nodes: Mapping[str, str]
-) -> dict[str, dict[int, Tensor]]:
-    """Masks ``[S, S]`` by attention node (``nodes``: of each site) and head; blocks are those that were profiled."""
-    found: dict[str, dict[int, Tensor]] = {}
-    known: dict[tuple[str, int, int], Tensor] = {}
+) -> dict[str, dict[int, BlockMask]]:
+    """Masks by attention node (``nodes``: of each site) and head; blocks are those that were profiled."""
+    found: dict[str, dict[int, BlockMask]] = {}
     assert network.geometry is not None
     for choice in heads:
         facts = network.tables["patterns"][choice.site].facts
-        key = (str(choice.candidate), int(facts["block_queries"]), int(facts["block_keys"]))
-        if key not in known:
-            known[key] = mask_of(pattern_from_data(json.loads(key[0])), network.geometry, *key[1:])
-        found.setdefault(nodes[choice.site], {})[choice.head] = known[key]
+        queries, keys = int(facts["block_queries"]), int(facts["block_keys"])
+        pattern = pattern_from_data(json.loads(str(choice.candidate)))
+        mask = BlockMask(pattern.block_map(network.geometry, queries, keys), queries, keys)
+        found.setdefault(nodes[choice.site], {})[choice.head] = mask
     return found

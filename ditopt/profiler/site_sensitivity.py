@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from ditopt.calls import NetworkCalls
 from ditopt.console import Reporter, Stage
 from ditopt.measure import Evaluator
 from ditopt.measures import Measure, Table
-from ditopt.profile import NetworkProfile, Profile
+from ditopt.profile import NetworkProfile, Profile, branch_shares
 from ditopt.profiler.call_plants import CallPlants, anchor_steps_of, chosen_modules
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.kept_tables import HEADER, from_tensors, to_tensors
@@ -154,15 +155,23 @@ def rollouts_table(
 
     Predicted is the error times ``to_output``, the step's width and its sensitivity.
     """
-    weights = np.asarray(network.branch_weights)
+    weights = branch_shares(next(iter(network.grams.values())).present, network.branch_weights)
     predicted = [
-        float(np.linalg.norm(weights * np.asarray(errors)))
+        guided_norm(weights[:, plant.step] * np.asarray(errors), alike=plant.error == "reuse")
         * output_growth(sites[plant.module.site], plant.step, "noise")
         * network.step_widths[plant.step]
         * network.sensitivity[plant.step]
         for plant, _, errors in rows
     ]
     return compared([str(plant) for plant, _, _ in rows], [moved for _, moved, _ in rows], predicted)
+
+
+def guided_norm(errors: npt.NDArray[np.float64], *, alike: bool) -> float:
+    """The norm of the guided output's error from those of its branches, weighted ``[branches]``.
+
+    ``alike``: errors of the branches point the same way, so they add (or cancel) as numbers; else as squares.
+    """
+    return float(abs(errors.sum())) if alike else float(np.linalg.norm(errors))
 
 
 def compared(names: Sequence[str], measured: Sequence[float], predicted: Sequence[float]) -> Table:

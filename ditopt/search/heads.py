@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ditopt.errors import InputError
 from ditopt.measures import Label, Table
 from ditopt.profile import Array, NetworkProfile, branch_shares
 from ditopt.search.joint import carried
@@ -21,6 +22,8 @@ from ditopt.search.solution import Draft
 HEADS = "heads"
 """The site of ``sensitivity`` whose table compares rollouts with heads under patterns with what was predicted."""
 SKIP = '{"pattern": "skip"}'
+LEFT_OUT, PATTERN = "head", "pattern"
+"""Kinds of planted errors in ``sensitivity``."""
 
 
 @dataclass(frozen=True)
@@ -33,38 +36,52 @@ class HeadPattern:
     steps: tuple[int, ...]
 
 
-def output_growth(table: Table, step: int, *errors: str) -> float:
+def output_growth(table: Table, step: int, error: str, head: int | None = None) -> float:
     """``||change of the network's output|| / ||error||`` for an error at a site in ``step``.
 
-    ``table`` is the site's of ``sensitivity``; between its anchors the logarithm is interpolated. ``errors`` are kinds
-    of planted errors that it is to be like: the first that was planted counts; of none, the mean of all.
+    ``table`` is the site's of ``sensitivity``; between its anchors the logarithm is interpolated. ``error`` is the kind
+    of planted error that it is to be like, at ``head`` where that was planted, else at any; where none of the kind was,
+    all kinds count.
+
+    Raises:
+        InputError: nothing that was planted at the site was an error.
     """
-    growth = table["to_output"]
-    for error in errors:
-        if error in table.labels["error"]:
-            of_kind = growth.at(error=table.position("error", error)).values
-            if not np.isnan(of_kind).any():
-                break
-    else:
-        of_kind = growth.mean("error").values
-    levels = np.log(np.maximum(of_kind, 1e-30))
-    return float(np.exp(np.interp(step, np.asarray(table.labels["anchor"], dtype=float), levels)))
+    column = table.position("error", error)
+    growths = [table["to_output"].at(error=column), table["to_output"].mean("error")]
+    if head is not None and "head_to_output" in table.measures:
+        of_head = table["head_to_output"].at(head=head)
+        growths = [of_head.at(error=column), of_head.mean("error"), *growths]
+    found = next((growth.values for growth in growths if not np.isnan(growth.values).all()), None)
+    if found is None:
+        raise InputError("no error that was planted at the site moved anything; it has no measured sensitivity")
+    known = ~np.isnan(found)
+    anchors = np.asarray(table.labels["anchor"], dtype=float)[known]
+    return float(np.exp(np.interp(step, anchors, np.log(np.maximum(found[known], 1e-30)))))
 
 
 def output_errors(network: NetworkProfile, sensitivity: Mapping[str, Table], choice: HeadPattern) -> Array:
-    """``[T]``: the norm of the guided output's error that a choice makes in its steps, mean square over prompts."""
+    """``[T]``: the norm of the guided output's error that a choice makes in its steps, mean square over prompts.
+
+    A pattern errs nearly alike in both guidance branches, so their errors are mixed as those of steps are.
+
+    Raises:
+        InputError: the site was not measured in one of the steps.
+    """
     table = network.tables["patterns"][choice.site]
     at = table.position("candidate", choice.candidate)
     relative = table["error"].at(head=choice.head, candidate=at).ordered("prompt", "step", "branch")
     norm = table["output"].ordered("prompt", "step", "branch") * np.sqrt(table.facts["elements"])
     present = next(iter(network.grams.values())).present
-    shares = branch_shares(present, network.branch_weights)
-    squares = np.nansum((relative * norm * shares.T[None]) ** 2, axis=2).mean(axis=0)
-    alike = ("head", "pattern") if choice.candidate == SKIP else ("pattern", "head")
-    growth = np.array([output_growth(sensitivity[choice.site], step, *alike) for step in range(len(squares))])
-    found = np.zeros(len(squares))
+    each = relative * norm * branch_shares(present, network.branch_weights).T[None]
     steps = list(choice.steps)
-    found[steps] = np.sqrt(squares[steps]) * growth[steps]
+    if np.isnan(each[:, steps][:, present.T[steps]]).any():
+        raise InputError(f"{choice.site}: what {choice.candidate} costs head {choice.head} was not measured")
+    each = np.where(present.T[None], each, 0.0)
+    squares = COHERENCE * each.sum(axis=2) ** 2 + (1 - COHERENCE) * (each**2).sum(axis=2)
+    kind = LEFT_OUT if choice.candidate == SKIP else PATTERN
+    found = np.zeros(squares.shape[1])
+    growth = [output_growth(sensitivity[choice.site], step, kind, choice.head) for step in steps]
+    found[steps] = np.sqrt(squares.mean(axis=0)[steps]) * growth
     return found
 
 

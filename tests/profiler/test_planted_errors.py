@@ -72,7 +72,7 @@ def test_an_error_in_a_call_is_measured_as_a_hook_on_the_module_has_it(compiled:
         generate(model)
     finally:
         program.interceptor = None
-    step = planting.steps[1]
+    step = planting.steps[-1]
     plain = make_model()
     x = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_an_error_in_a_call_is_measured_as_a_hook_on_the_module_has_it(compiled:
             moved = plain(*inputs[-1]) - dense
             handle.remove()
         expected = float(moved.norm() / planted[0].norm())
-        (measured,) = planting.found[module.site, "noise", step]
+        (measured,) = planting.found[module.site, 0, "noise", step]
         assert measured == pytest.approx(expected, rel=1e-3), module.site
 
 
@@ -142,7 +142,7 @@ def test_predictions_of_plants_and_their_spread() -> None:
 
     growth = Measure(("anchor", "error"), np.array([[1.0, 1.0], [4.0, 4.0]]))
     table = Table({"to_output": growth}, {"anchor": (0, 2), "error": ("noise", "head")})
-    assert output_growth(table, 1) == pytest.approx(2.0)
+    assert output_growth(table, 1, "noise") == pytest.approx(2.0)
     rows = [
         (Plant(Module("m", "mlp", None), step, "noise"), moved, [3.0])  # type: ignore[arg-type]  # no graph is needed
         for step, moved in ((0, 3.0), (2, 24.0))

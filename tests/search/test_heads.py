@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from ditopt.errors import InputError
 from ditopt.measures import Measure, Table
 from ditopt.profile import NetworkProfile
 from ditopt.search import SearchProblem, solve_kept
-from ditopt.search.heads import HeadPattern, heads_error, output_errors
+from ditopt.search.heads import HeadPattern, heads_error, output_errors, output_growth
 from ditopt.search.joint import carried, dense, draft_for
 from ditopt.search.planned import Planned, planned_error
 from ditopt.search.quadratic import COHERENCE
@@ -32,8 +34,8 @@ def network() -> NetworkProfile:
         {"candidate": (LOCAL,)},
         {"elements": 16},
     )
-    growth = Measure(("anchor", "error"), np.array([[2.0], [8.0]]))
-    sensitivity = Table({"to_output": growth}, {"anchor": (0, 4), "error": ("noise",)})
+    growth = Measure(("anchor", "error"), np.array([[2.0, np.nan, np.nan], [8.0, np.nan, np.nan]]), partial=True)
+    sensitivity = Table({"to_output": growth}, {"anchor": (0, 4), "error": ("noise", "head", "pattern")})
     found.tables["patterns"] = {"attn": patterns}
     found.tables["sensitivity"] = {"attn": sensitivity}
     return found
@@ -85,3 +87,35 @@ def test_given_predictions_have_the_error_that_the_search_gave_them(network: Net
     }
     assert sorted(given) == sorted(with_histories(solution.kept, problem.steps))
     assert planned_error(problem, given) == pytest.approx(solution.predicted_error)
+
+
+def test_growth_is_that_of_the_kind_and_the_head_where_it_was_planted() -> None:
+    along = ("anchor", "head", "error")
+    heads = np.full((2, 2, 3), np.nan)
+    heads[:, 0, 2] = 5.0
+    heads[1, 1, 1] = 3.0
+    table = Table(
+        {
+            "to_output": Measure(("anchor", "error"), np.array([[2.0, 1.0, np.nan], [2.0, 1.0, np.nan]]), True),
+            "head_to_output": Measure(along, heads, True),
+        },
+        {"anchor": (0, 4), "error": ("noise", "head", "pattern")},
+    )
+    assert output_growth(table, 2, "pattern", 0) == pytest.approx(5.0)
+    assert output_growth(table, 2, "pattern", 1) == pytest.approx(3.0), "another kind at the head"
+    assert output_growth(table, 2, "noise") == pytest.approx(2.0)
+    empty = Table({"to_output": Measure(("anchor", "error"), np.full((2, 3), np.nan), True)}, table.labels)
+    with pytest.raises(InputError, match="moved anything"):
+        output_growth(empty, 1, "noise")
+
+
+def test_a_site_that_was_not_measured_is_no_free_one(network: NetworkProfile) -> None:
+    table = network.tables["patterns"]["attn"]
+    values = table["error"].values.copy()
+    values[:, 3] = np.nan
+    table = Table({**table.measures, "error": Measure(table["error"].axes, values, True)}, table.labels, table.facts)
+    unmeasured = replace(network, tables={**network.tables, "patterns": {"attn": table}})
+    sensitivity = network.tables["sensitivity"]
+    assert output_errors(unmeasured, sensitivity, HeadPattern("attn", 0, LOCAL, (2, 4))).any()
+    with pytest.raises(InputError, match=r"attn: what .* costs head 0 was not measured"):
+        output_errors(unmeasured, sensitivity, HeadPattern("attn", 0, LOCAL, (2, 3)))
