@@ -155,7 +155,7 @@ def profile_model(
         seed: of the first prompt's noise.
         techniques: kinds of decision to measure for, as for ``optimize``; default all.
         collect: which tables to take beside that: ``attention``, ``patterns``, ``features``, ``tokens``, ``linear`` and
-            ``sensitivity``; default all.
+            ``sensitivity``; default all, or where ``techniques`` are given those that speak of them.
         geometry: how the self-attention's tokens lie, (frames, rows, columns) with the number of text tokens as an
             optional fourth; default: found from the model's config, its inputs or its attention.
         resume: take up an interrupted run's checkpoints; they are kept prompt by prompt.
@@ -175,7 +175,7 @@ def profile_model(
     from ditopt.techniques import Techniques, choose_collectors
 
     texts = check_prompts(prompts, least=1)
-    chosen, tables = Techniques.choose(techniques), choose_collectors(collect)
+    chosen, tables = Techniques.choose(techniques), choose_collectors(collect, techniques)
     if isinstance(geometry, tuple):
         if len(geometry) not in (3, 4) or not all(isinstance(size, int) for size in geometry):
             raise InputError(f"geometry={geometry!r}: give (frames, rows, columns) or (frames, rows, columns, text)")

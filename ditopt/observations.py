@@ -144,7 +144,10 @@ def roles(attention: Tables, patterns: Tables) -> Roles | None:
     for site, table in attention.items():
         if not any(name.startswith("mass_") for name in table.measures):
             continue
-        found = head_roles(table, patterns.get(site))
+        try:
+            found = head_roles(table, patterns.get(site))
+        except InputError:  # attention that was left out: the profile's reasons say why
+            continue
         by_site[site] = found.counts
         heads += found.heads
         if site in patterns and "share" in patterns[site].measures:

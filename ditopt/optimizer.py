@@ -26,9 +26,9 @@ from ditopt.outcome import (
     write_side,
 )
 from ditopt.plan import Plan, Rule
-from ditopt.prepare import CannotDecideError, Pair, Preparation, as_it_was, seeded
+from ditopt.prepare import CannotDecideError, Preparation, as_it_was, seeded
 from ditopt.profiler.checkpoint import Checkpoints
-from ditopt.profiler.observe import captured_once
+from ditopt.profiler.observe import Pair, captured_once
 from ditopt.profiler.take import take_profile
 from ditopt.runtime.graphs import Graphs
 from ditopt.target import Target

@@ -24,6 +24,7 @@ from ditopt.measure import Evaluator
 from ditopt.plan import Breaks, DevicePrint, Inputs, ModelPrint, Plan, SamplerPrint
 from ditopt.profile import Profile
 from ditopt.profiler.checkpoint import Checkpoints, run_key
+from ditopt.profiler.observe import Pair
 from ditopt.profiler.run import sigmas_of
 from ditopt.quality import relative_l2
 from ditopt.runtime.graphs import Graphs, find_graphs
@@ -31,7 +32,6 @@ from ditopt.runtime.graphs import Graphs, find_graphs
 SAME_RUN = 1e-3
 """Relative L2 between two compiled runs of one prompt and seed, by differently fused kernels."""
 
-Pair = tuple[str, int]
 Timed = Callable[[str], AbstractContextManager[None]]
 
 

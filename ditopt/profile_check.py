@@ -71,6 +71,11 @@ def _of_network(network: NetworkProfile, prompts: int) -> Iterator[str]:
     yield from _finite("branch_weights", network.branch_weights)
     for name, value in network.seconds.items():
         yield from _finite(f"seconds.{name}", value)
+        if name in ("full", "predicted") and value <= 0:
+            yield f"seconds.{name}: is {value}; a step takes more than 0 seconds"
+    for name in ("step_widths", "sensitivity"):
+        if min(getattr(network, name), default=1.0) <= 0:
+            yield f"{name}: has {min(getattr(network, name))}; expected positive numbers"
     for name in network.range_weights:
         if name not in network.grams:
             yield f"range_weights.{name}: there is no Gram matrix of this site"
@@ -106,6 +111,8 @@ def _of_gram(gram: FeatureGram, site: str, steps: int, branches: int, prompts: i
     if gram.present.dtype != np.bool_:
         yield f"present: is {gram.present.dtype}; expected bool"
     yield from _finite("values", gram.values)
+    if gram.values.ndim == 3 and np.einsum("pnn->pn", gram.values).min(initial=0.0) < 0:
+        yield "values: have a negative number on the diagonal, where squared norms stand"
 
 
 def _of_table(table: Table, sizes: Mapping[str, int]) -> Iterator[str]:
@@ -119,8 +126,8 @@ def _of_table(table: Table, sizes: Mapping[str, int]) -> Iterator[str]:
             if size != wanted:
                 what = "labels" if axis in table.labels else "in the profile" if axis in sizes else "in another measure"
                 yield f"{name}: axis {axis!r} has {size} entries; expected {wanted}, as {what}"
-        if not measure.partial:
-            yield from _finite(name, measure.values, measure)
+        known = np.where(np.isnan(measure.values), 0.0, measure.values) if measure.partial else measure.values
+        yield from _finite(name, known, measure)
 
 
 def _of_geometry(geometry: Geometry, tables: Mapping[str, Table]) -> Iterator[str]:

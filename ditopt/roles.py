@@ -140,6 +140,8 @@ def _parts(attention: Table) -> list[tuple[str, float, Numbers]]:
     measured = [name for name in names if name in attention.measures]
     if not measured:
         raise InputError(f"no table of masses: it has {', '.join(attention.measures) or 'no measures'}")
+    if all(np.isnan(attention[name].values).all() for name in measured):
+        raise InputError("no mass was measured at this site: its attention was left out")
     for name in measured:
         if np.isnan(attention[name].values).all():  # no geometry
             continue

@@ -50,8 +50,17 @@ class Techniques:
         )
 
 
-def choose_collectors(names: Sequence[str] | None) -> tuple[str, ...]:
-    """The collectors called ``names``, in their own order; None: all.
+ASKED_BY = {
+    **dict.fromkeys((*TECHNIQUES, RANGES), ("features", "tokens")),
+    PRECISION: ("linear",),
+    SIMPLIFY: (),
+    SECOND_ORDER: (),
+}
+"""The tables that speak of a technique. Attention, patterns and planted errors speak of none that is there yet."""
+
+
+def choose_collectors(names: Sequence[str] | None, techniques: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The collectors called ``names``, in their own order; None: those of ``techniques``, all where that is None, too.
 
     Raises:
         InputError: a name is unknown.
@@ -59,4 +68,6 @@ def choose_collectors(names: Sequence[str] | None) -> tuple[str, ...]:
     unknown = sorted(set(names or ()) - set(COLLECTORS))
     if unknown:
         raise InputError(f"collect {', '.join(unknown)}: unknown; choose from {', '.join(COLLECTORS)}")
+    if names is None and techniques is not None:
+        names = [name for technique in techniques for name in ASKED_BY.get(technique, COLLECTORS)]
     return COLLECTORS if names is None else tuple(name for name in COLLECTORS if name in names)

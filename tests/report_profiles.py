@@ -15,6 +15,7 @@ from ditopt.kernels.patterns.whole import Nothing
 from ditopt.kernels.patterns.window import Window
 from ditopt.measures import Label, Measure, Numbers, Table
 from ditopt.profile import Array, FeatureGram, NetworkProfile, Profile
+from ditopt.profiler.site_sensitivity import compared
 
 STEPS, PROMPTS, LAGS, BLOCK = 10, 2, (1, 2, 3), 16
 SIZES = (3, 8, 8)
@@ -194,16 +195,14 @@ def _linear(rng: np.random.Generator, branches: int) -> Table:
 
 
 def _sensitivity(rng: np.random.Generator, kind: str, growth: float) -> Table:
-    values = _noisy(rng, np.full((1, 3, 2), growth)).repeat(PROMPTS, axis=0)
-    measure = Measure(("prompt", "anchor", "error"), values, partial=True)
-    return Table({"to_output": measure}, {"anchor": (0, 5, 9), "error": ("noise", "head")}, {"kind": kind})
+    measure = Measure(("anchor", "error"), _noisy(rng, np.full((3, 3), growth)), partial=True)
+    return Table({"to_output": measure}, {"anchor": (0, 5, 9), "error": ("noise", "head", "pattern")}, {"kind": kind})
 
 
 def _rollouts(rng: np.random.Generator) -> Table:
-    predicted = np.geomspace(0.1, 2.0, 9)[None].repeat(PROMPTS, axis=0)
-    axes = ("prompt", "plant")
-    measures = {"predicted": Measure(axes, predicted), "measured": Measure(axes, _noisy(rng, predicted * 1.1))}
-    return Table(measures, {"plant": tuple(f"noise at blocks.{i}.ffn, step 5" for i in range(9))}, {"scale": 1.1})
+    predicted = np.geomspace(0.1, 2.0, 9)
+    names = [f"blocks.{i}.ffn, step 5, noise" for i in range(9)]
+    return compared(names, _noisy(rng, predicted * 1.1).tolist(), predicted.tolist())
 
 
 def _of_lags(rng: np.random.Generator, shape: tuple[int, ...]) -> Numbers:

@@ -121,14 +121,14 @@ def test_any_measure_name_label_fact_and_number_is_read_back(
 ) -> None:
     measure = Measure(tuple(f"axis{i}" for i in range(values.ndim)), values, partial=True)
     table = Table({name: measure}, {"unused": tuple(labels)}, facts)
-    profile = with_network(made_profile(), tables={"attention": {name: table}}, seconds={"full": number})
+    profile = with_network(made_profile(), tables={"attention": {name: table}}, seconds={"blocks.0": number})
     with tempfile.TemporaryDirectory() as folder:
         profile.save(Path(folder) / "p.profile")
         loaded = Profile.load(Path(folder) / "p.profile")
     assert_same(profile, loaded)
     read = loaded.networks["transformer"].tables["attention"][name]
     assert read[name].values.tobytes() == values.tobytes() and read.facts == facts
-    assert loaded.networks["transformer"].seconds["full"] == number
+    assert loaded.networks["transformer"].seconds["blocks.0"] == number
 
 
 def test_no_file_no_profile(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,6 +265,14 @@ ENTROPY = GOOD.networks["transformer"].tables["attention"]["blocks.0.attn1"]["en
         (with_network(GOOD, timesteps=()), "transformer.timesteps: there is none; a profile has at least one step"),
         (with_network(GOOD, branch_weights=()), "networks.transformer.branch_weights: there is none"),
         (with_network(GOOD, branch_weights=(1.0,)), "grams.step.branches: are cond, uncond; the network's weights are"),
+        (with_network(GOOD, seconds={"full": 0.0}), "networks.transformer.seconds.full: is 0.0; a step takes more than"),
+        (with_network(GOOD, sensitivity=(1.0, 0.0, 1.0, 1.0)), "sensitivity: has 0.0; expected positive numbers"),
+        (
+            with_network(
+                GOOD, tables={"attention": {"a": Table({"m": Measure(("x",), np.array([np.nan, np.inf]), partial=True)})}}
+            ),
+            "tables.attention.a.m: NaN or infinite at x 1",
+        ),
         (with_network(GOOD, sigmas=(0.5,)), "networks.transformer.sigmas: has 1 numbers; 4 steps need 4"),
         (with_network(GOOD, sensitivity=(1.0, np.nan, 1.0, 1.0)), "sensitivity: NaN or infinite at index 1"),
         (with_network(GOOD, branch_weights=(np.inf, 1.0)), "branch_weights: NaN or infinite at index 0"),

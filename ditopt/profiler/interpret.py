@@ -132,18 +132,22 @@ class WatchedCalls:
         return self.count == len(self.calls.calls)
 
     def _next(self, arguments: Sequence[Any]) -> Moment:
-        if self.complete:
-            raise RolloutError(
-                "the rollout calls the model more often than in the recorded generation; it must call it alike for "
-                "every prompt"
-            )
         moment = moment_of(self.calls, self.count)
         self.count += 1
         return moment
 
 
 def moment_of(calls: NetworkCalls, number: int) -> Moment:
-    """What the ``number``-th call of a generation is."""
+    """What the ``number``-th call of a generation is.
+
+    Raises:
+        RolloutError: there are more calls than in the recorded generation.
+    """
+    if number >= len(calls.calls):
+        raise RolloutError(
+            "the rollout calls the model more often than in the recorded generation; it must call it alike for every "
+            "prompt"
+        )
     step, branch = calls.calls[number]
     return Moment(step, (0, 1) if calls.batched else (branch,))
 

@@ -25,11 +25,11 @@ from ditopt.kernels.patterns.registry import pattern_to_data
 from ditopt.measures import Label, Measure, Numbers, Table
 from ditopt.profiler.interpret import Seen
 from ditopt.profiler.rows import Part, Place, Reads, RowReader, SharedRows, first_samples
+from ditopt.search.heads import SKIP
 from ditopt.trace import Trace
 
 LAGS = 3
 """A head's output is reused for so many steps at most."""
-SKIP = json.dumps({"pattern": "skip"})
 REMEMBERED = 1 << 19
 """So many values of a site's output are kept per step; of more, a share of the sampled rows."""
 NOTHING = 1e-30

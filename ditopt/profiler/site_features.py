@@ -152,14 +152,15 @@ class FeatureTables(Collector):
             own_error = relative_error(before, now, own, measured.sizes)
             if self.shared is None:
                 measured.coefficients[at] = torch.cat(own, dim=1)
-                shared_error = own_error
+                shared_error = float("nan")  # their own errors would flatter them
             else:
                 fits = measured.coefficients[at].to(own[0].device)
                 shared = fits.split([part.values.shape[1] for part in now], dim=1)
                 shared_error = relative_error(before, now, shared, measured.sizes)
             unchanged = [torch.stack([torch.ones_like(fit[0]), torch.zeros_like(fit[1])]) for fit in own]
             plain_error = relative_error(before, now, unchanged, measured.sizes)
-            measured.errors[:, step, branch, position] = own_error, shared_error, plain_error
+            errors = np.array([own_error, shared_error, plain_error])
+            measured.errors[:, step, branch, position] = np.where(np.isinf(errors), np.nan, errors)  # of a zero feature
         measured.earlier[branch, step] = now
         for key in [key for key in measured.earlier if key[0] == branch and key[1] <= step - max(self.lags)]:
             del measured.earlier[key]

@@ -14,13 +14,17 @@ from ditopt.adapters import Adapter
 from ditopt.console import Reporter
 from ditopt.errors import InputError
 from ditopt.geometry import Geometry
-from ditopt.prepare import Pair, Preparation, Prepared, as_it_was, seeded
+from ditopt.prepare import Preparation, Prepared, as_it_was, seeded
 from ditopt.profile import Profile
 from ditopt.profiler.checkpoint import Checkpoints
+from ditopt.profiler.observe import Pair
 from ditopt.profiler.run import ProfileRun
 from ditopt.profiler.split import SplitProfileRun
 from ditopt.quality import value_range
 from ditopt.techniques import Techniques
+
+TABLES = 1
+"""Counts up when collectors measure otherwise: checkpoints of before are not taken up."""
 
 
 def take_profile(
@@ -105,7 +109,7 @@ def profile_alone(
                 raise InputError(
                     f"{name} runs for {len(part.timesteps)} step only; a profile compares steps: sample with 2 or more"
                 )
-        facts = {"ranges": techniques.ranges, "profile": pairs, "geometry": str(geometry)}
+        facts = {"ranges": techniques.ranges, "profile": pairs, "geometry": str(geometry), "tables": TABLES}
         checkpoints = prepared.checkpoints(facts, settings, resume)
         profile = take_profile(prepared, techniques, checkpoints, pairs, reporter)
         profile = add_tables(prepared, profile, collect, geometry, checkpoints, pairs, reporter)

@@ -117,7 +117,7 @@ def test_errors_per_lag_are_those_of_plain_least_squares(name: str, calls: Netwo
             same = [np.stack([np.ones(x.shape[1]), np.zeros(x.shape[1])]) for x in before]
             assert found["affine"] == pytest.approx(apart(before, now, fits), rel=1e-3, abs=1e-6)
             assert found["plain"] == pytest.approx(apart(before, now, same), rel=1e-3, abs=1e-6)
-            assert found["affine_shared"] == found["affine"]
+            assert np.isnan(found["affine_shared"]), "these coefficients were fitted on this very prompt"
         assert table.facts["channels"] == sum(part.shape[1] for part in full.tokens(site, 4, 0) or ())
         assert table.facts["tokens"] == sum(len(part) for part in full.tokens(site, 4, 0) or ())
     assert known >= len(collector.tables()) * (STEPS - 1)
