@@ -265,11 +265,11 @@ ENTROPY = GOOD.networks["transformer"].tables["attention"]["blocks.0.attn1"]["en
         (with_network(GOOD, timesteps=()), "transformer.timesteps: there is none; a profile has at least one step"),
         (with_network(GOOD, branch_weights=()), "networks.transformer.branch_weights: there is none"),
         (with_network(GOOD, branch_weights=(1.0,)), "grams.step.branches: are cond, uncond; the network's weights are"),
-        (with_network(GOOD, seconds={"full": 0.0}), "networks.transformer.seconds.full: is 0.0; a step takes more than"),
+        (with_network(GOOD, seconds={"full": 0.0}), "seconds.full: is 0.0; a step takes more than"),
         (with_network(GOOD, sensitivity=(1.0, 0.0, 1.0, 1.0)), "sensitivity: has 0.0; expected positive numbers"),
         (
             with_network(
-                GOOD, tables={"attention": {"a": Table({"m": Measure(("x",), np.array([np.nan, np.inf]), partial=True)})}}
+                GOOD, tables={"attention": {"a": Table({"m": Measure(("x",), np.array([np.nan, np.inf]), True)})}}
             ),
             "tables.attention.a.m: NaN or infinite at x 1",
         ),
