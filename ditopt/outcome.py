@@ -15,7 +15,7 @@ from rich.table import Table
 from ditopt import store
 from ditopt.errors import InputError, PlanError
 from ditopt.plan import Plan, Rule, write_text_atomically
-from ditopt.profile import NetworkProfile, Profile
+from ditopt.profile import Profile
 from ditopt.quality import Quality
 from ditopt.report.explained import side_path
 from ditopt.runtime.graphs import Graphs
@@ -155,7 +155,7 @@ def write_outcome(
         "prompts": {kind: list(texts) for kind, texts in prompts.items()},
         "timings": result.timings,
         "table": result.rows,
-        "profile": {name: _profile_data(part) for name, part in profile.networks.items()},
+        "profile": {name: part.figures() for name, part in profile.networks.items()},
         **(further or {}),
     }
     write_side(target, side)
@@ -226,14 +226,3 @@ def _predicted_error(plan: Plan, tuner: Tuner) -> float | None:
                 return None
             found[number] = Planned(prediction.sources, prediction.factors)
     return planned_error(tuner.problem, found) if found else None
-
-
-def _profile_data(part: NetworkProfile) -> dict[str, Any]:
-    return {
-        "timesteps": part.timesteps,
-        "sigmas": part.sigmas,
-        "similarity": part.grams[STEP].similarity(part.branch_weights).round(5).tolist(),
-        "sensitivity": part.sensitivity,
-        "range_weights": part.range_weights,
-        "seconds": part.seconds,
-    }

@@ -6,16 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from ditopt.outcome import write_side
 from ditopt.plan import Plan, Rule
-from ditopt.profile import NetworkProfile, Profile
+from ditopt.profile import Profile
 from ditopt.quality import CAP_DB
 from ditopt.search import Solution
-from ditopt.sites import STEP
 from ditopt.target import Target
 
 
@@ -111,20 +109,9 @@ def write_predicted(path: Path, plan: Plan, profile: Profile, found: Predicted, 
         "explanations": {name: [asdict(one) for one in made.explanations] for name, made in found.solutions.items()},
         "reasons": [*reasons, *profile.reasons],
         "prompts": {"profiled": list(profile.prompts)},
-        "profile": {name: _figures(part) for name, part in profile.networks.items()},
+        "profile": {name: part.figures() for name, part in profile.networks.items()},
     }
     write_side(path, side)
-
-
-def _figures(part: NetworkProfile) -> dict[str, Any]:
-    return {
-        "timesteps": part.timesteps,
-        "sigmas": part.sigmas,
-        "similarity": part.grams[STEP].similarity(part.branch_weights).round(5).tolist(),
-        "sensitivity": part.sensitivity,
-        "range_weights": part.range_weights,
-        "seconds": part.seconds,
-    }
 
 
 def predicted_table(profile: Profile, found: Predicted) -> Table:

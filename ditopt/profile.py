@@ -22,6 +22,7 @@ from ditopt.errors import InputError, ProfileError
 from ditopt.geometry import Geometry
 from ditopt.measures import Table, joined
 from ditopt.plan import Plan
+from ditopt.sites import STEP
 
 Array = npt.NDArray[np.float64]
 
@@ -98,6 +99,17 @@ class NetworkProfile:
     range_weights: dict[str, tuple[float, ...]] = field(default_factory=dict)
     tables: dict[str, dict[str, Table]] = field(default_factory=dict)
     geometry: Geometry | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """What a plan's side file keeps of it."""
+        return {
+            "timesteps": self.timesteps,
+            "sigmas": self.sigmas,
+            "similarity": self.grams[STEP].similarity(self.branch_weights).round(5).tolist(),
+            "sensitivity": self.sensitivity,
+            "range_weights": self.range_weights,
+            "seconds": self.seconds,
+        }
 
 
 @dataclass(frozen=True)
