@@ -10,7 +10,7 @@ DEMO     := build/demo
 MODEL    := examples/tiny_video
 OPTIMIZE := --quality fast --guidance 1
 BENCH    := --limit 5
-PROFILE  := --guidance 1 --limit 2
+PROFILE  := --guidance 1 --limit 2 $(foreach table,attention patterns features tokens linear,--collect $(table))
 
 .PHONY: demo test lint format clean
 
