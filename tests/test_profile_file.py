@@ -109,7 +109,11 @@ JSON = st.recursive(
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from([np.float16, np.float32, np.float64]).flatmap(
-        lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
+        lambda dtype: arrays.arrays(
+            dtype,
+            arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
+            elements={"allow_infinity": False},
+        )
     ),
     st.text(min_size=1, max_size=8),
     st.lists(st.text(max_size=4) | st.integers(-(2**60), 2**60) | FLOATS, max_size=4),
