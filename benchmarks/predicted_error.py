@@ -39,6 +39,7 @@ from ditopt.profiler.places import attentions
 from ditopt.profiler.rollout_plants import masks_of
 from ditopt.profiler.run import whole_program
 from ditopt.quality import relative_l2
+from ditopt.report.tried import rank_correlation
 from ditopt.runtime.program import Compute
 from ditopt.search.heads import HeadPattern, heads_error
 from ditopt.search.joint import dense, draft_for, finish
@@ -163,12 +164,6 @@ def drawn(rows: Sequence[Mapping[str, Any]], size: int = 420, margin: int = 52) 
     parts.append(f'<text x="14" y="{size / 2}" text-anchor="middle" {turned}>measured relative error</text>')
     style = 'font-family="sans-serif" font-size="11" fill="#333"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size} {size}" {style}>{"".join(parts)}</svg>\n'
-
-
-def rank_correlation(one: Sequence[float], two: Sequence[float]) -> float:
-    """Spearman's: the correlation of ranks (no two values are equal)."""
-    ranks = [np.argsort(np.argsort(values)) for values in (one, two)]
-    return float(np.corrcoef(ranks)[0, 1])
 
 
 def measure(

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ditopt.errors import InputError
-from ditopt.geometry import Geometry
+from ditopt.geometry import Geometry, cells_of
 from ditopt.measures import PROMPT, Numbers, Table, nanmean
 
 BLOCK_ROLES = ("foreground", "background", "even")
@@ -97,6 +97,4 @@ def _cells(tokens: Table, count: int, geometry: Geometry | None) -> Indices:
     sizes = (count,) if geometry is None else geometry.sizes
     if len(grid) != len(sizes):
         raise InputError(f"changes are told by cells of {grid}, which do not divide tokens of {sizes}")
-    places = np.unravel_index(np.arange(count), sizes)
-    inside = [place * cells // size for place, cells, size in zip(places, grid, sizes, strict=True)]
-    return np.asarray(np.ravel_multi_index(tuple(inside), grid))
+    return cells_of(sizes, grid)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from ditopt.errors import InputError
 
@@ -55,3 +59,11 @@ class Geometry:
         """
         if tokens != self.tokens:
             raise InputError(f"{self} makes {self.tokens} tokens, the sequence has {tokens}")
+
+
+@functools.lru_cache(maxsize=16)
+def cells_of(sizes: tuple[int, ...], grid: tuple[int, ...]) -> npt.NDArray[np.intp]:
+    """The cell of each token, both in raster order; sizes that the grid does not divide give cells of unequal size."""
+    places = np.unravel_index(np.arange(math.prod(sizes)), sizes)
+    inside = [place * cells // size for place, cells, size in zip(places, grid, sizes, strict=True)]
+    return np.asarray(np.ravel_multi_index(tuple(inside), grid))

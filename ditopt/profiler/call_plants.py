@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditopt.calls import NetworkCalls
 from ditopt.console import Stage
 from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.candidates import block_for
 from ditopt.measures import Label, Measure, Table
 from ditopt.profiler.head_edits import BlockMask, middling, under_blocks, without_head
-from ditopt.profiler.interpret import Collector, Edit, Moment, Seen, Watched, moment_of, of_branches
+from ditopt.profiler.interpret import Collector, CountedCalls, Edit, Moment, Seen, Watched, of_branches
 from ditopt.profiler.pattern_errors import candidates_of
 from ditopt.profiler.places import SELF, Attention, Module, attentions, modules
 from ditopt.runtime.program import Compute
@@ -92,19 +91,16 @@ def noisy(seed: int) -> Edit:
 
 
 @dataclass
-class CallPlants:
+class CallPlants(CountedCalls):
     """An interceptor: answers a generation's calls by interpreting, and plants errors in those of some steps.
 
     ``found`` holds, per site, head (0 where none), error and step, ``||change of the output|| / ||error||`` of each
     planted branch.
     """
 
-    trace: Trace
-    calls: NetworkCalls
     stage: Stage
     geometry: Geometry | None = None
     found: dict[tuple[str, int, str, int], list[float]] = field(default_factory=dict)
-    count: int = 0
 
     def __post_init__(self) -> None:
         self.modules = chosen_modules(self.trace)
@@ -116,33 +112,32 @@ class CallPlants:
 
     def __call__(self, arguments: list[Any], compute: Compute) -> Sequence[Any]:
         """Answer one call."""
-        moment = moment_of(self.calls, self.count)
-        self.count += 1
+        _, moment = self.next_call()
         if moment.step not in self.steps or 0 not in moment.branches:
             return compute(arguments)
-        last = self.modules[-1]
-        keeper = Keeper(last.node.name)
+        planted = [
+            (module, edits) for module in reversed(self.modules) if (edits := list(self._edits(module, moment.step)))
+        ]
+        if not planted:
+            self.stage.advance(units=len(self.modules))
+            return compute(arguments)
+        before = planted[0][0].node.name
+        keeper = Keeper(before)
         outputs: Sequence[Any] = Watched(self.trace, [keeper]).run(*arguments)
-        base = keeper.kept[last.node.name]
-        for position in reversed(range(len(self.modules))):
-            module, before = self.modules[position], self.modules[position - 1]
-            earlier = None
-            for head, error, edits in self._edits(position, moment.step):
-                keeper = Keeper(module.node.name, before.node.name)
-                changed = Watched(self.trace, [keeper], edits).run(*arguments)
-                planted, earlier = keeper.kept[module.node.name], keeper.kept[before.node.name]
-                self._note(moment, (module.site, head, error, moment.step), base, planted, changed[0] - outputs[0])
-            if earlier is None:  # nothing was planted here in this step
-                keeper = Keeper(before.node.name)
-                Watched(self.trace, [keeper]).run(*arguments)
-                earlier = keeper.kept[before.node.name]
-            base = earlier  # upstream of the plant, so it is what it was
-            self.stage.advance()
+        base = keeper.kept[before]
+        for (module, edits), (then, _) in zip(planted, [*planted[1:], planted[-1]], strict=True):
+            for head, error, edit in edits:
+                keeper = Keeper(module.node.name, then.node.name)
+                changed = Watched(self.trace, [keeper], edit).run(*arguments)
+                key = (module.site, head, error, moment.step)
+                self._note(moment, key, base, keeper.kept[module.node.name], changed[0] - outputs[0])
+            base = keeper.kept[then.node.name]  # upstream of the plant, so it is what it was
+            self.stage.advance(units=len(self.modules) / len(planted))
         return outputs
 
-    def _edits(self, position: int, step: int) -> Iterator[tuple[int, str, dict[str, Edit]]]:
+    def _edits(self, module: Module, step: int) -> Iterator[tuple[int, str, dict[str, Edit]]]:
         """Heads (0: none), kinds of errors and their edits."""
-        module, place = self.modules[position], self.steps.index(step)
+        position, place = self.modules.index(module), self.steps.index(step)
         between = 0 < place < len(self.steps) - 1
         if not between:
             yield 0, NOISE_ERROR, {module.node.name: noisy(1000 * step + position)}

@@ -175,12 +175,11 @@ class DetailRun:
         grams = dict(profile.grams)
         present = next(iter(profile.grams.values())).present
         for site, table in tables.get("features", {}).items():
-            gram = table.measures.get("gram")
+            rest = dict(table.measures)
+            gram = rest.pop("gram", None)
             if gram is not None and site not in grams:
                 values = np.asarray(gram.values, dtype=np.float64)
                 grams[site] = FeatureGram(site, len(profile.timesteps), self.calls[name].branch_names, values, present)
-        for site, table in tables.get("features", {}).items():
-            rest = {key: measure for key, measure in table.measures.items() if key != "gram"}
             tables["features"][site] = replace(table, measures=rest)
         return replace(profile, grams=grams, tables=tables, geometry=self._geometry[name])
 

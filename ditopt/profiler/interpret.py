@@ -64,6 +64,14 @@ class Collector(ABC):
     def tables(self) -> dict[str, Table]:
         """What was measured, by site; every measure per prompt has the axis ``prompt`` first, of length 1."""
 
+    def parts(self, seen: Seen) -> list[tuple[int, Tensor]]:
+        """A result's part of each guidance branch; none, and that is counted, where it does not divide."""
+        value, name = seen.result, seen.node.name
+        if value.ndim < 2 or value.shape[0] % len(seen.moment.branches):
+            self.skip(f"{name}: shape {list(value.shape)} does not divide into branches, tokens and channels")
+            return []
+        return of_branches(seen.moment, value)
+
     def skip(self, reason: str) -> None:
         """Count one more time that something was left out."""
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
@@ -99,17 +107,30 @@ class Watched(fx.Interpreter):
 
 
 @dataclass
-class WatchedCalls:
-    """An interceptor: answers the calls of one generation of a network by interpreting its graph.
-
-    ``edits`` gives the edits of a call (None: none), so that errors can be planted and patterns tried.
-    """
+class CountedCalls:
+    """What an interceptor of one generation knows: the network's graph, its call pattern, and the calls so far."""
 
     trace: Trace
     calls: NetworkCalls
+    count: int = field(default=0, kw_only=True)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every call of the recorded pattern was seen."""
+        return self.count == len(self.calls.calls)
+
+    def next_call(self) -> tuple[int, Moment]:
+        """The number of the call that comes in, and what it is. Raises as ``moment_of``."""
+        number = self.count
+        self.count += 1
+        return number, moment_of(self.calls, number)
+
+
+@dataclass
+class WatchedCalls(CountedCalls):
+    """An interceptor: answers the calls of one generation of a network by interpreting its graph."""
+
     collectors: Sequence[Collector] = ()
-    edits: Callable[[Moment], Mapping[str, Edit]] | None = None
-    count: int = field(default=0)
 
     def __post_init__(self) -> None:
         self._interpreter = Watched(self.trace, self.collectors)
@@ -120,21 +141,10 @@ class WatchedCalls:
         Raises:
             RolloutError: there are more calls than in the recorded generation.
         """
-        self._interpreter.moment = moment = self._next(arguments)
-        self._interpreter.edits = dict(self.edits(moment)) if self.edits is not None else {}
+        _, self._interpreter.moment = self.next_call()
         with torch.no_grad():
             outputs: Sequence[Any] = self._interpreter.run(*arguments)
         return outputs
-
-    @property
-    def complete(self) -> bool:
-        """Whether every call of the recorded pattern was seen."""
-        return self.count == len(self.calls.calls)
-
-    def _next(self, arguments: Sequence[Any]) -> Moment:
-        moment = moment_of(self.calls, self.count)
-        self.count += 1
-        return moment
 
 
 def moment_of(calls: NetworkCalls, number: int) -> Moment:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditopt.calls import NetworkCalls
 from ditopt.kernels.patterns.registry import pattern_from_data
 from ditopt.profile import NetworkProfile
 from ditopt.profiler.call_plants import Keeper, noisy
 from ditopt.profiler.head_edits import BlockMask, middling, under_blocks
-from ditopt.profiler.interpret import Watched, moment_of, of_branches
+from ditopt.profiler.interpret import CountedCalls, Watched, of_branches
 from ditopt.profiler.pattern_errors import candidates_of
 from ditopt.profiler.places import Module, attentions
 from ditopt.runtime.program import Compute, copied
@@ -54,27 +53,22 @@ def plants(found: Sequence[Module], steps: int) -> tuple[Plant, ...]:
 
 
 @dataclass
-class RolloutPlant:
+class RolloutPlant(CountedCalls):
     """An interceptor: plays a dense generation back up to a plant, answers that step with the error, then computes.
 
     A branch that the step before left out has noise in place of a reused output.
     """
 
-    trace: Trace
-    calls: NetworkCalls
     outputs: Sequence[Sequence[Any]]
     plant: Plant
     errors: dict[int, float] = field(default_factory=dict)
-    count: int = 0
 
     def __post_init__(self) -> None:
         self._before: dict[int, Tensor] = {}
 
     def __call__(self, arguments: list[Any], compute: Compute) -> Sequence[Any]:
         """Answer one call."""
-        number, node = self.count, self.plant.module.node.name
-        self.count += 1
-        moment = moment_of(self.calls, number)
+        (number, moment), node = self.next_call(), self.plant.module.node.name
         if moment.step > self.plant.step:
             return compute(arguments)
         if moment.step < self.plant.step:
@@ -98,27 +92,23 @@ class RolloutPlant:
 
 
 @dataclass
-class HeadsPlant:
+class HeadsPlant(CountedCalls):
     """An interceptor: plays a dense generation back up to a step, and interprets from there on with heads under masks.
 
     ``masks`` are by the name of the attention's node and head.
     """
 
-    trace: Trace
-    calls: NetworkCalls
     outputs: Sequence[Sequence[Any]]
     start: int
     masks: Mapping[str, Mapping[int, BlockMask]]
-    count: int = 0
 
     def __post_init__(self) -> None:
         self._edits = {node: under_blocks(heads) for node, heads in self.masks.items()}
 
     def __call__(self, arguments: list[Any], compute: Compute) -> Sequence[Any]:
         """Answer one call."""
-        number = self.count
-        self.count += 1
-        if moment_of(self.calls, number).step < self.start:
+        number, moment = self.next_call()
+        if moment.step < self.start:
             return copied(self.outputs[number])
         result: Sequence[Any] = Watched(self.trace, (), self._edits).run(*arguments)
         return result

@@ -20,7 +20,7 @@ from ditopt.measures import PROMPT, Measure, Numbers, Table
 from ditopt.passes._infra import tensor_value
 from ditopt.passes.features import feature
 from ditopt.profiler.drawn import Centred, centred, coordinates, drawn_tokens, fitted, relative_error
-from ditopt.profiler.interpret import Collector, Seen, of_branches
+from ditopt.profiler.interpret import Collector, Seen
 from ditopt.profiler.places import BLOCK, RANGE, STEP_KIND, attentions, modules
 from ditopt.profiler.ranges import candidate_spans
 from ditopt.sites import STEP, range_name
@@ -106,11 +106,10 @@ class FeatureTables(Collector):
 
     def see(self, seen: Seen) -> None:
         """Draw from a module's output or a stream, and weigh the features that are complete with it."""
-        name, value, moment = seen.node.name, seen.result, seen.moment
-        if value.ndim < 2 or value.shape[0] % len(moment.branches):
-            self.skip(f"{name}: shape {list(value.shape)} does not divide into branches, tokens and channels")
+        name, moment, parts = seen.node.name, seen.moment, self.parts(seen)
+        if not parts:
             return
-        for branch, part in of_branches(moment, value):
+        for branch, part in parts:
             self._rows[name, branch, moment.step] = coordinates(part)
             tokens = part.movedim(1, -1) if name in self._images else part
             self._tokens[name, branch] = drawn_tokens(tokens)

@@ -82,7 +82,9 @@ class SiteSensitivity:
     ) -> dict[str, Table]:
         kept = self.checkpoints.load(f"{name}.sites", [HEADER])
         if kept is not None:
-            return from_tensors(kept)["sensitivity"]
+            tables = from_tensors(kept)["sensitivity"]
+            stage.advance(units=sum(len(table.labels["anchor"]) for table in tables.values()))
+            return tables
         planting = CallPlants(programs[name].variants.trace, self.calls[name], stage, network.geometry)
         self._generate(name, programs, planting, pair)
         tables = planting.tables()

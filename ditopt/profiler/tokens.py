@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ditopt.calls import NetworkCalls
-from ditopt.geometry import Geometry
+from ditopt.geometry import Geometry, cells_of
 from ditopt.measures import PROMPT, Measure, Numbers, Table
 from ditopt.passes._infra import tensor_value
 from ditopt.passes.features import feature
-from ditopt.profiler.interpret import Collector, Seen, of_branches
+from ditopt.profiler.interpret import Collector, Seen
 from ditopt.sites import STEP, range_name
 from ditopt.trace import Trace
 
@@ -73,11 +73,10 @@ class TokenChange(Collector):
 
     def see(self, seen: Seen) -> None:
         """Keep the sums of a stream at the beginning of a site, compare at its end."""
-        name, value, moment = seen.node.name, seen.result, seen.moment
-        if value.ndim < 2 or value.shape[0] % len(moment.branches):
-            self.skip(f"{name}: shape {list(value.shape)} does not divide into branches, tokens and channels")
+        name, moment, parts = seen.node.name, seen.moment, self.parts(seen)
+        if not parts:
             return
-        for branch, part in of_branches(moment, value):
+        for branch, part in parts:
             sums = signed_sums(part)
             for site in self._ends.get(name, ()):
                 start = self._streams[site][1]
@@ -146,14 +145,6 @@ def pooled(geometry: Geometry) -> tuple[int, int, int]:
         sizes[longest] = -(-sizes[longest] // 2)
     frames, rows, columns = sizes
     return frames, rows, columns
-
-
-@functools.lru_cache(maxsize=16)
-def cells_of(sizes: tuple[int, ...], grid: tuple[int, ...]) -> Cells:
-    """The cell of each token, both in raster order; sizes that the grid does not divide give cells of unequal size."""
-    places = np.unravel_index(np.arange(math.prod(sizes)), sizes)
-    inside = [place * cells // size for place, cells, size in zip(places, grid, sizes, strict=True)]
-    return np.asarray(np.ravel_multi_index(tuple(inside), grid))
 
 
 def signed_sums(value: Tensor) -> Tensor:

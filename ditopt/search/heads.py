@@ -16,7 +16,7 @@ from ditopt.measures import Label, Table
 from ditopt.profile import Array, NetworkProfile, branch_shares
 from ditopt.search.joint import carried
 from ditopt.search.problem import SearchProblem
-from ditopt.search.quadratic import COHERENCE
+from ditopt.search.quadratic import mixed
 from ditopt.search.solution import Draft
 
 HEADS = "heads"
@@ -77,7 +77,7 @@ def output_errors(network: NetworkProfile, sensitivity: Mapping[str, Table], cho
     if np.isnan(each[:, steps][:, present.T[steps]]).any():
         raise InputError(f"{choice.site}: what {choice.candidate} costs head {choice.head} was not measured")
     each = np.where(present.T[None], each, 0.0)
-    squares = COHERENCE * each.sum(axis=2) ** 2 + (1 - COHERENCE) * (each**2).sum(axis=2)
+    squares = mixed(each.sum(axis=2) ** 2, (each**2).sum(axis=2))
     kind = LEFT_OUT if choice.candidate == SKIP else PATTERN
     found = np.zeros(squares.shape[1])
     growth = [output_growth(sensitivity[choice.site], step, kind, choice.head) for step in steps]
@@ -98,6 +98,6 @@ def heads_error(network: NetworkProfile, problem: SearchProblem, draft: Draft, c
     for choice in choices:
         moved = weights * output_errors(network, sensitivity, choice)
         moved = moved[list(draft.kept)]
-        total += COHERENCE * float(moved.sum()) ** 2 + (1 - COHERENCE) * float((moved**2).sum())
+        total += mixed(float(moved.sum()) ** 2, float((moved**2).sum()))
     planted = sensitivity.get(HEADS)
     return float(np.sqrt(total)) * (float(planted["scale"].values) if planted is not None else 1.0)

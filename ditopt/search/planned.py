@@ -9,7 +9,7 @@ import numpy as np
 
 from ditopt.profile import Array
 from ditopt.search.problem import SearchProblem
-from ditopt.search.quadratic import COHERENCE
+from ditopt.search.quadratic import COHERENCE, mixed
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def planned_error(problem: SearchProblem, predictions: Mapping[int, Planned], co
         total += row
         alone += float(row @ gram @ row)
     together = float(total @ gram @ total)
-    return float(max(coherence * together + (1 - coherence) * alone, 0.0) ** 0.5)
+    return float(max(mixed(together, alone, coherence), 0.0) ** 0.5)
 
 
 def _row(problem: SearchProblem, step: int, sources: Sequence[int], factors: Sequence[float]) -> Array:

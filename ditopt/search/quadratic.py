@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,12 @@ from ditopt.search.table import ErrorTable, with_histories
 
 COHERENCE = 0.8
 """Share of the coherent sum ``|sum_t e_t|^2``; the rest is ``sum_t |e_t|^2``."""
+
+
+def mixed(together: Any, alone: Any, coherence: float = COHERENCE) -> Any:
+    """The square of a sum of errors, from that of all ``together`` and the sum of their squares (numbers or arrays)."""
+    return coherence * together + (1 - coherence) * alone
+
 
 Families = Mapping[int, int]
 """Predicted step -> index of its candidate in the table."""
@@ -74,7 +81,7 @@ class Quadratic:
         return self._mix(float(total @ self.gram @ total), alone)
 
     def _mix(self, together: float, alone: float) -> float:
-        return float(max(self.coherence * together + (1 - self.coherence) * alone, 0.0) ** 0.5)
+        return float(max(mixed(together, alone, self.coherence), 0.0) ** 0.5)
 
     def settle(self, kept: Sequence[int], sweeps: int = 2) -> tuple[dict[int, int], float]:
         """The families for ``kept``: each step's own best first, then changed one by one while the whole gains."""

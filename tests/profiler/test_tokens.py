@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ditopt.calls import NetworkCalls
-from ditopt.geometry import Geometry
+from ditopt.geometry import Geometry, cells_of
 from ditopt.measures import Table
 from ditopt.passes._infra import outputs
 from ditopt.profiler import tokens
 from ditopt.profiler.interpret import Moment, Seen
-from ditopt.profiler.tokens import CELLS, TokenChange, cells_of, pooled, relative_change, signed_sums, stream_of
+from ditopt.profiler.tokens import CELLS, TokenChange, pooled, relative_change, signed_sums, stream_of
 from tests.profiler.watched_models import (
     BATCHED,
     INTERVAL,
