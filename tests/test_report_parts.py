@@ -28,7 +28,7 @@ from ditopt.report.html import render_report
 from ditopt.report.layers import layers_of, with_site
 from ditopt.report.planted import growth, planted_in_rollouts
 from ditopt.report.png import Bytes, heat_levels, heat_palette, png, resized
-from ditopt.report.profiled import candidate_name, good_patterns, role_counts, similarity
+from ditopt.report.profiled import average, candidate_name, format_snr, good_patterns, role_counts, similarity, upper
 from ditopt.report.samples import Samples, amplification, drawn, load_samples, psnr
 from ditopt.report.tried import agreements, nearest_rivals, pareto, rank_correlation, trials_chart
 from ditopt.report.work import roof, work_bars
@@ -123,7 +123,7 @@ def test_maps_have_a_tile_for_each_head() -> None:
     tile = maps.groups[0].columns[0].tiles[1]
     assert tile.role is not None and tile.role.role == "temporal"
     assert "sparsest pattern under 2% error: temporal, columns 0, rows 0: 40% of the blocks" in tile.tip
-    assert "same pixel: 66" in tile.tip and "(uniform 1.0%)" in tile.tip
+    assert "same pixel: 66" in tile.tip and ", uniform 1.0%" in tile.tip
     assert role_counts(part, "self") == {"spatial": 7, "temporal": 8, "local": 8, "idle": 1}
 
 
@@ -184,7 +184,9 @@ def test_features_are_drawn_by_kind_of_site() -> None:
     assert titles[0] == "self-attention output (3 sites)" and titles[-1] == "the whole step (1 site)"
     lags, rows = lag_rows(part)
     assert lags == (1, 2, 3) and (rows[0].kind, rows[0].way) == ("self-attention output", "as it was")
-    assert rows[0].errors == pytest.approx((0.05, 0.1, 0.15), rel=0.05)
+    means, uppers = zip(*rows[0].errors, strict=True)
+    assert means == pytest.approx((0.05, 0.1, 0.15), rel=0.05)
+    assert all(mean < high < 1.1 * mean for mean, high in rows[0].errors if mean and high), uppers
 
 
 def test_planted_errors_are_drawn_by_depth_and_against_prediction() -> None:
@@ -216,6 +218,26 @@ def test_patterns_are_told_in_words() -> None:
     parts = [{"frames": 1, "pattern": "sink", "places": []}, {"pattern": "band", "width": 0.125}]
     assert candidate_name(json.dumps({"of": parts, "pattern": "union"})) == "sink, frames 1 + band, width 0.125"
     assert candidate_name("dense") == "dense"
+
+
+def test_beside_means_stands_what_few_prompts_exceed() -> None:
+    values = np.array([[[1.0, 3.0], [10.0, 10.0]], [[3.0, 5.0], [10.0, 10.0]]])  # of two prompts
+    measure = Measure(("prompt", "head", "step"), values)
+    assert average(measure, "head").tolist() == [3.0, 10.0]
+    assert upper(measure, "head") == pytest.approx([2 + 0.9 * 2, 10.0])
+    assert upper(measure, "head", quantile=0.0).tolist() == [2.0, 10.0]
+    assert upper(Measure(("head",), np.array([1.0, 2.0])), "head").tolist() == [1.0, 2.0], "of no prompts, as it is"
+    part = make_profile(layers=1).networks["transformer"]
+    table = part.tables["linear"]["blocks.0.attn1.to_q"]
+    snr = np.full((2, *table["snr"].values.shape[1:]), 30.0)
+    snr[1] = 20.0
+    part.tables["linear"] = {
+        name: replace(table, measures={**table.measures, "snr": Measure(table["snr"].axes, values)})
+        for name, values in (("one", snr), ("other", snr - 10))
+    }
+    found = format_snr(part)["int8_smooth"]
+    assert (found.mean, found.worst, found.site) == (20.0, 15.0, "other")
+    assert (found.lower, found.worst_lower) == pytest.approx((16.0, 11.0))
 
 
 def test_the_front_holds_what_nothing_beats() -> None:

@@ -5,21 +5,21 @@ The errors are noise of a tenth of the output and, in self-attention, a head lef
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ditopt.console import Stage
 from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.candidates import block_for
 from ditopt.measures import Label, Measure, Table
 from ditopt.profiler.head_edits import BlockMask, middling, under_blocks, without_head
-from ditopt.profiler.interpret import Collector, CountedCalls, Edit, Moment, Seen, Watched, of_branches
+from ditopt.profiler.interpret import Collector, CountedCalls, Edit, Moment, Seen, State, Watched, of_branches
 from ditopt.profiler.pattern_errors import candidates_of
 from ditopt.profiler.places import SELF, Attention, Module, attentions, modules
 from ditopt.runtime.program import Compute
@@ -115,39 +115,44 @@ class CallPlants(CountedCalls):
         _, moment = self.next_call()
         if moment.step not in self.steps or 0 not in moment.branches:
             return compute(arguments)
-        planted = [
-            (module, edits) for module in reversed(self.modules) if (edits := list(self._edits(module, moment.step)))
-        ]
+        planted = {
+            node: (module, edits) for module in self.modules for node, edits in self._edits(module, moment.step).items()
+        }
         if not planted:
             self.stage.advance(units=len(self.modules))
             return compute(arguments)
-        before = planted[0][0].node.name
-        keeper = Keeper(before)
-        outputs: Sequence[Any] = Watched(self.trace, [keeper]).run(*arguments)
-        base = keeper.kept[before]
-        for (module, edits), (then, _) in zip(planted, [*planted[1:], planted[-1]], strict=True):
+        run = Watched(self.trace)
+        outputs: Sequence[Any] = run.run(*arguments)
+        state = run.start(*arguments)
+        for node in run.graph.nodes:
+            if node not in planted:
+                continue
+            module, edits = planted[node]
+            state = run.until(state, node)
+            given, value = run.value(state)
+            base, _ = _through(run, state, value, module)
             for head, error, edit in edits:
-                keeper = Keeper(module.node.name, then.node.name)
-                changed = Watched(self.trace, [keeper], edit).run(*arguments)
-                key = (module.site, head, error, moment.step)
-                self._note(moment, key, base, keeper.kept[module.node.name], changed[0] - outputs[0])
-            base = keeper.kept[then.node.name]  # upstream of the plant, so it is what it was
+                output, behind = _through(run, state, edit(given, value), module)
+                moved = run.finish(behind)[0] - outputs[0]
+                self._note(moment, (module.site, head, error, moment.step), base, output, moved)
             self.stage.advance(units=len(self.modules) / len(planted))
         return outputs
 
-    def _edits(self, module: Module, step: int) -> Iterator[tuple[int, str, dict[str, Edit]]]:
-        """Heads (0: none), kinds of errors and their edits."""
+    def _edits(self, module: Module, step: int) -> dict[fx.Node, list[tuple[int, str, Edit]]]:
+        """By the node that is edited: heads (0: none), kinds of errors and their edits."""
         position, place = self.modules.index(module), self.steps.index(step)
         between = 0 < place < len(self.steps) - 1
-        if not between:
-            yield 0, NOISE_ERROR, {module.node.name: noisy(1000 * step + position)}
+        found: dict[fx.Node, list[tuple[int, str, Edit]]] = {}
         attention, mask = self._attention.get(module.site), self._masks.get(module.site)
         for head in range(position % self._every, attention.site.heads if attention else 0, self._every):
             assert attention is not None
             if between or mask is None:
-                yield head, LEFT_OUT, {attention.node.name: without_head(head)}
+                found.setdefault(attention.node, []).append((head, LEFT_OUT, without_head(head)))
             if mask is not None:
-                yield head, PATTERN, {attention.node.name: under_blocks({head: mask})}
+                found.setdefault(attention.node, []).append((head, PATTERN, under_blocks({head: mask})))
+        if not between:
+            found.setdefault(module.node, []).append((0, NOISE_ERROR, noisy(1000 * step + position)))
+        return found
 
     def _note(
         self, moment: Moment, key: tuple[str, int, str, int], base: Tensor, planted: Tensor, moved: Tensor
@@ -180,6 +185,15 @@ class CallPlants(CountedCalls):
             labels: dict[str, tuple[Label, ...]] = {"anchor": self.steps, "error": ERRORS}
             found[module.site] = Table(measures, labels, {"kind": module.kind})
         return found
+
+
+def _through(run: Watched, state: State, value: Any, module: Module) -> tuple[Tensor, State]:
+    """With a value for the node that is next: the module's output, and the state behind it."""
+    if state.at is module.node:
+        return value, run.put(state, value)
+    before = run.until(run.put(state, value), module.node)
+    _, output = run.value(before)
+    return output, run.put(before, output)
 
 
 def mask_for(attention: Attention, geometry: Geometry | None) -> BlockMask | None:

@@ -149,7 +149,7 @@ class DetailRun:
         if "tokens" in self.collect:
             found.append(TokenChange(trace, calls, geometry))
         if "linear" in self.collect:
-            found.append(LinearInputs(trace, calls))
+            found.append(LinearInputs(trace, calls, prompts=prompts))
         return found
 
     def _generate(self, pair: Pair, collectors: Mapping[str, Sequence[Collector]]) -> Tensor:

@@ -77,8 +77,20 @@ class Collector(ABC):
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
 
+@dataclass(frozen=True)
+class State:
+    """Where a run stands: the node that comes next, and the values that are still needed there."""
+
+    at: fx.Node
+    values: Mapping[fx.Node, Any]
+
+
 class Watched(fx.Interpreter):
-    """Runs a trace's graph eagerly; values die after their last use, so it needs no more memory than the model does."""
+    """Runs a trace's graph eagerly; values die after their last use, so it needs no more memory than the model does.
+
+    A run can stop before a node, and go on from there as often as wanted, with other values: states share what they
+    hold, and running on leaves them as they were.
+    """
 
     def __init__(
         self, trace: Trace, collectors: Sequence[Collector] = (), edits: Mapping[str, Edit] | None = None
@@ -104,6 +116,46 @@ class Watched(fx.Interpreter):
         for collector in watching or ():
             collector.see(Seen(self.moment, n, arguments, settings, result))
         return result
+
+    def start(self, *arguments: Any) -> State:
+        """The state before the first node, with the graph's ``arguments``."""
+        nodes = iter(self.graph.nodes)
+        values: dict[fx.Node, Any] = {}
+        for node, value in zip(nodes, self.graph.process_inputs(*arguments), strict=False):
+            values[node] = value
+        return State(next(node for node in self.graph.nodes if node.op != "placeholder"), values)
+
+    def until(self, state: State, node: fx.Node) -> State:
+        """Run on up to the ``node``, which is the next one then."""
+        self.env = dict(state.values)
+        at = state.at
+        while at is not node:
+            self.env[at] = self.run_node(at)
+            self._forget(at)
+            at = at.next
+        return State(node, self.env)
+
+    def value(self, state: State) -> tuple[tuple[Any, ...], Any]:
+        """Arguments and value of the node that is next."""
+        self.env = dict(state.values)
+        arguments, _ = self.fetch_args_kwargs_from_env(state.at)
+        return arguments, self.run_node(state.at)
+
+    def put(self, state: State, value: Any) -> State:
+        """The state behind the node that is next, with a value for it."""
+        self.env = {**state.values, state.at: value}
+        self._forget(state.at)
+        return State(state.at.next, self.env)
+
+    def finish(self, state: State) -> Any:
+        """Run on to the end; what the graph gives."""
+        last = self.graph.output_node()
+        _, outputs = self.value(self.until(state, last))
+        return self.graph.process_outputs(outputs)
+
+    def _forget(self, node: fx.Node) -> None:
+        for unused in self.user_to_last_uses.get(node, ()):
+            self.env.pop(unused, None)
 
 
 @dataclass

@@ -21,6 +21,8 @@ from ditopt.sites import LinearSite
 from ditopt.trace import PRODUCTS, Trace
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
+CHANNEL_BYTES = 128 << 20
+"""Of the ranges of single channels, over all layers and prompts: with more, they are kept of fewer steps."""
 OUTPUTS = 1024
 """The noise of a wider layer is measured in so many of its outputs, drawn evenly: what is rounded stays affordable."""
 LARGEST = float(np.finfo(np.float16).max)
@@ -54,24 +56,32 @@ class _Layer:
 class LinearInputs(Collector):
     """Ranges of the inputs of linear layers in every step, and the noise that each precision would add, at anchors.
 
+    Those of single channels are of evenly spread steps (the label ``channel_step``), of as many as ``CHANNEL_BYTES``
+    allow with so many ``prompts``: of all in most models.
+
     The signal to noise ratio is that of the product without bias, against the product in float32, of at most ``rows``
     evenly drawn tokens.
 
     Raises:
-        InputError: ``rows`` is below 1.
+        InputError: ``rows`` or ``prompts`` is below 1.
     """
 
     name = "linear"
 
-    def __init__(self, trace: Trace, calls: NetworkCalls, *, rows: int = 128) -> None:
+    def __init__(self, trace: Trace, calls: NetworkCalls, *, rows: int = 128, prompts: int = 1) -> None:
         super().__init__()
         if rows < 1:
             raise InputError(f"rows={rows}: a product needs at least 1 row to be measured on")
+        if prompts < 1:
+            raise InputError(f"prompts={prompts}: a profile has at least 1")
         self._rows = rows
         steps, branches = len(calls.timesteps), calls.branches
         self.anchors = anchor_steps(steps)
         self._layers: dict[str, _Layer] = {}
-        for site, node in linears(trace):
+        found = linears(trace)
+        per_step = 2 * branches * prompts * sum(site.in_features for site, _ in found)
+        self.channel_steps = anchor_steps(steps, max(2, CHANNEL_BYTES // max(per_step, 1)))
+        for site, node in found:
             left, right = PRODUCTS[node.target]  # type: ignore[index]  # the sites' nodes are calls of products
             source = node.args[left]
             assert isinstance(source, fx.Node)
@@ -80,7 +90,7 @@ class LinearInputs(Collector):
                 left,
                 right,
                 _source(source),
-                _unknown(len(self.anchors), branches, site.in_features, dtype=np.float16),
+                _unknown(len(self.channel_steps), branches, site.in_features, dtype=np.float16),
                 _unknown(steps, branches, len(QUANTILES)),
                 _unknown(steps, branches),
                 _unknown(len(self.anchors), branches, len(FORMATS)),
@@ -102,8 +112,9 @@ class LinearInputs(Collector):
         for (branch, _), found in zip(parts, self._ranges(layer, moment, [part for _, part in parts]), strict=True):
             layer.token_max[moment.step, branch] = found.tokens
             layer.outlier[moment.step, branch] = outlier_ratio(found.channels)
-            if moment.step in self.anchors:
-                layer.channel_max[self.anchors.index(moment.step), branch] = np.minimum(found.channels, LARGEST)
+            if moment.step in self.channel_steps:
+                position = self.channel_steps.index(moment.step)
+                layer.channel_max[position, branch] = np.minimum(found.channels, LARGEST)
         if moment.step in self.anchors:
             some = weight[drawn(len(weight), OUTPUTS).to(weight.device)].float()
             for branch, part in parts:
@@ -111,13 +122,18 @@ class LinearInputs(Collector):
 
     def tables(self) -> dict[str, Table]:
         """By site, the measures of the layers that were seen."""
-        labels: dict[str, tuple[Label, ...]] = {"anchor": self.anchors, "quantile": QUANTILES, "format": tuple(FORMATS)}
+        labels: dict[str, tuple[Label, ...]] = {
+            "anchor": self.anchors,
+            "channel_step": self.channel_steps,
+            "quantile": QUANTILES,
+            "format": tuple(FORMATS),
+        }
         found = {}
         for layer in self._layers.values():
             if layer.weight_max is None:
                 continue
             axes = {
-                "channel_max": ("anchor", "branch", "channel"),
+                "channel_max": ("channel_step", "branch", "channel"),
                 "token_max": ("step", "branch", "quantile"),
                 "outlier": ("step", "branch"),
                 "snr": ("anchor", "branch", "format"),

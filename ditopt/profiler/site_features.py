@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ditopt.calls import NetworkCalls
 from ditopt.errors import InputError
@@ -23,10 +23,13 @@ from ditopt.profiler.drawn import Centred, centred, coordinates, drawn_tokens, f
 from ditopt.profiler.interpret import Collector, Seen
 from ditopt.profiler.places import BLOCK, RANGE, STEP_KIND, attentions, modules
 from ditopt.profiler.ranges import candidate_spans
+from ditopt.profiler.rows import anchor_steps
 from ditopt.sites import STEP, range_name
 from ditopt.trace import Trace
 
 ERRORS = ("affine", "affine_shared", "plain")
+COEFFICIENT_BYTES = 256 << 20
+"""Of the first prompt's corrections, which others are tried with: with more, ``affine_shared`` is of fewer steps."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class FeatureTables(Collector):
 
     The correction is CacheQuant's (arXiv 2503.01323): ``Y = a X + b`` per channel with ``a = Cov(X, Y) / Var(X)``.
     Channels are the last dimension; of images and videos that the step returns, the second. ``shared`` are the
-    ``coefficients`` of the first prompt's collector; None: this is the first prompt.
+    ``coefficients`` of the first prompt's collector; None: this is the first prompt. They are of evenly spread steps,
+    of as many as ``COEFFICIENT_BYTES`` allow: of all in most models.
 
     Raises:
         InputError: lags are not distinct numbers from 1 on; while collecting, ``shared`` does not fit this generation.
@@ -90,6 +94,7 @@ class FeatureTables(Collector):
         position = {node.name: at for at, node in enumerate(order)}
         returned = {name for each in self._features if each.kind == STEP_KIND for name in each.nodes}
         self._images = {n.name for n in order if n.name in returned and tensor_value(n).ndim > 3}
+        self.fitted_steps = self._fitted(order)
         self._ending: dict[str, list[Feature]] = {}
         for each in self._features:
             self._ending.setdefault(max(each.nodes, key=position.__getitem__), []).append(each)
@@ -99,7 +104,10 @@ class FeatureTables(Collector):
 
     @property
     def coefficients(self) -> dict[str, Tensor]:
-        """By site, ``[step, branch, lag, 2, channel]`` float32: a, then b; NaN where no earlier output was."""
+        """By site, ``[step, branch, lag, 2, channel]`` float32: a, then b; NaN where no earlier output was.
+
+        Steps are the ``fitted_steps``.
+        """
         if self.shared is not None:
             return dict(self.shared)
         return {site: measured.coefficients for site, measured in self._measured.items()}
@@ -146,13 +154,13 @@ class FeatureTables(Collector):
             before = measured.earlier.get((branch, step - lag))
             if before is None:
                 continue
-            at = step, branch, position
             own = [fitted(*pair) for pair in zip(before, now, strict=True)]
             own_error = relative_error(before, now, own, measured.sizes)
-            if self.shared is None:
+            shared_error = math.nan  # of the first prompt, their own errors would flatter them
+            at = (self.fitted_steps.index(step), branch, position) if step in self.fitted_steps else None
+            if at is not None and self.shared is None:
                 measured.coefficients[at] = torch.cat(own, dim=1)
-                shared_error = float("nan")  # their own errors would flatter them
-            else:
+            elif at is not None:
                 fits = measured.coefficients[at].to(own[0].device)
                 shared = fits.split([part.values.shape[1] for part in now], dim=1)
                 shared_error = relative_error(before, now, shared, measured.sizes)
@@ -167,8 +175,8 @@ class FeatureTables(Collector):
     def _started(self, each: Feature, now: Sequence[Centred]) -> _Measured:
         channels = sum(part.values.shape[1] for part in now)
         sizes = tuple(self._sizes[end] for end, _ in each.parts)
-        shape = (self._steps, self._branches, len(self.lags))
-        errors = np.full((len(ERRORS), *shape), np.nan, np.float32)
+        errors = np.full((len(ERRORS), self._steps, self._branches, len(self.lags)), np.nan, np.float32)
+        shape = (len(self.fitted_steps), self._branches, len(self.lags))
         if self.shared is None:
             return _Measured(channels, sizes, errors, torch.full((*shape, 2, channels), math.nan))
         known = self.shared.get(each.site)
@@ -176,6 +184,13 @@ class FeatureTables(Collector):
             has = "none" if known is None else f"shape {list(known.shape)}"
             raise InputError(f"shared coefficients of {each.site} need shape {[*shape, 2, channels]}; there is {has}")
         return _Measured(channels, sizes, errors, known)
+
+    def _fitted(self, nodes: Sequence[fx.Node]) -> tuple[int, ...]:
+        """The steps of which corrections are kept."""
+        channels = {node.name: tensor_value(node).shape[1 if node.name in self._images else -1] for node in nodes}
+        total = sum(channels[end] for each in self._features for end, _ in each.parts)
+        per_step = 4 * 2 * len(self.lags) * self._branches * total
+        return anchor_steps(self._steps, max(2, COEFFICIENT_BYTES // max(per_step, 1)))
 
     def _gram(self, each: Feature) -> Numbers:
         """Inner products in float64 over rows ``branch * steps + step``; of what did not run they are zero."""

@@ -23,7 +23,7 @@ from ditopt.profiler.split import SplitProfileRun
 from ditopt.quality import value_range
 from ditopt.techniques import Techniques
 
-TABLES = 1
+TABLES = 2
 """Counts up when collectors measure otherwise: checkpoints of before are not taken up."""
 
 

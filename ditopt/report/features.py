@@ -28,11 +28,11 @@ WAYS = {
 
 @dataclass(frozen=True)
 class LagRow:
-    """One kind of site and one way of prediction; ``errors`` by lag, None where not measured."""
+    """One kind of site and one way of prediction; ``errors`` by lag, mean and upper quantile over prompts."""
 
     kind: str
     way: str
-    errors: tuple[float | None, ...]
+    errors: tuple[tuple[float | None, float | None], ...]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def lag_rows(part: NetworkProfile) -> tuple[tuple[int, ...], list[LagRow]]:
     lags = tuple(sorted({lag for ways in found.values() for errors in ways.values() for lag in errors}))
     order = [*SITE_KINDS, *sorted(found.keys() - SITE_KINDS)]
     return lags, [
-        LagRow(SITE_KINDS.get(kind, kind), WAYS[way], tuple(errors.get(lag) for lag in lags))
+        LagRow(SITE_KINDS.get(kind, kind), WAYS[way], tuple(errors.get(lag, (None, None)) for lag in lags))
         for kind in order
         if kind in found
         for way, errors in found[kind].items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -47,6 +47,34 @@ def error(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value * 100:.3g}%" if value < 10 else f"{value:.0%}"
+
+
+def share(value: float | None) -> str:
+    """A share of a whole for people.
+
+    >>> share(0.0503), share(None)
+    ('5.0%', '–')
+    """
+    return "–" if value is None or not math.isfinite(value) else f"{value:.1%}"
+
+
+def decibels(value: float | None) -> str:
+    """A ratio in decibels for people.
+
+    >>> decibels(31.416), decibels(None)
+    ('31.4', '–')
+    """
+    return "–" if value is None or not math.isfinite(value) else f"{value:.1f}"
+
+
+def with_upper(mean: float | None, upper: float | None, write: Callable[[float | None], str] = error) -> str:
+    """A mean over prompts, and in brackets an upper quantile where it reads otherwise.
+
+    >>> with_upper(0.012, 0.02), with_upper(0.012, 0.012), with_upper(None, None)
+    ('1.2% (2%)', '1.2%', '–')
+    """
+    one, other = write(mean), write(upper)
+    return one if one == other else f"{one} ({other})"
 
 
 def _dtype(bench: Mapping[str, Any]) -> str | None:

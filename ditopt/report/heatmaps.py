@@ -9,6 +9,7 @@ import numpy as np
 
 from ditopt.measures import Table
 from ditopt.profile import NetworkProfile
+from ditopt.report.figures import share, with_upper
 from ditopt.report.png import heat_levels, heat_uri, resized, strip
 from ditopt.report.profiled import (
     ATTENTION,
@@ -19,6 +20,7 @@ from ditopt.report.profiled import (
     masses,
     roles_of,
     sites_of,
+    upper,
 )
 from ditopt.roles import HeadRole
 
@@ -151,11 +153,13 @@ def _tips(table: Table, patterns: Table | None) -> list[str]:
     """What is shown of each head on hover: entropy, masses, the sparsest pattern that is good enough."""
     good = good_patterns(patterns) if patterns is not None and "error" in patterns.measures else None
     tips = []
-    for head, value in enumerate(average(table["entropy"], "head")):
-        told = [f"entropy {value:.2f} of 1"]
-        for name, (mass, uniform) in masses(table).items():
-            if np.isfinite(mass[head]) and (uniform or mass[head] > 0):
-                told.append(f"{name}: {mass[head]:.1%}" + ("" if uniform is None else f" (uniform {uniform:.1%})"))
+    entropies = zip(average(table["entropy"], "head"), upper(table["entropy"], "head"), strict=True)
+    for head, (value, high) in enumerate(entropies):
+        told = [f"entropy {with_upper(value, high, '{:.2f}'.format)} of 1"]
+        for name, mass in masses(table).items():
+            if np.isfinite(mass.mean[head]) and (mass.uniform or mass.mean[head] > 0):
+                uniform = "" if mass.uniform is None else f", uniform {share(mass.uniform)}"
+                told.append(f"{name}: {with_upper(mass.mean[head], mass.upper[head], share)}{uniform}")
         if good is not None:
             told.append(f"sparsest pattern under 2% error: {good[head] or 'none'}")
         tips.append("\n".join(told))

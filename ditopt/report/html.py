@@ -14,7 +14,7 @@ from ditopt.plan import Plan, format_steps
 from ditopt.profile import Profile
 from ditopt.report import measured_parts
 from ditopt.report.explained import Explained, Explanation
-from ditopt.report.figures import bench_notes, bench_rows, duration, error, figure
+from ditopt.report.figures import bench_notes, bench_rows, decibels, duration, error, figure, with_upper
 from ditopt.report.gained import gained
 from ditopt.report.layers import layers_of
 from ditopt.report.measured_parts import ROLE_MEANINGS
@@ -60,6 +60,7 @@ def render_report(
     """
     loader = PackageLoader("ditopt", "report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.globals |= {"with_upper": with_upper, "decibels": decibels}
     environment.filters |= {"figure": figure, "duration": duration, "percent": _percent, "error": error}
     found = explained or Explained()
     context = measured_parts.of_profile(profile, found)

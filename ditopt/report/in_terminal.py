@@ -12,7 +12,7 @@ from rich.text import Text
 from ditopt.findings import describe
 from ditopt.observations import findings_of
 from ditopt.profile import NetworkProfile, Profile
-from ditopt.report.figures import duration, figure
+from ditopt.report.figures import decibels, duration, figure, with_upper
 from ditopt.report.profiled import (
     ATTENTION,
     ATTENTION_KINDS,
@@ -79,9 +79,10 @@ def _network(part: NetworkProfile) -> Iterable[RenderableType]:
         grid = Grid("format", "mean dB", "worst dB", "where")
         for name in (*FORMATS, *sorted(snr.keys() - FORMATS)):
             if name in snr:
-                mean, worst, site = snr[name]
-                grid.add_row(Text(FORMATS.get(name, name)), f"{mean:.1f}", f"{worst:.1f}", Text(site))
-        yield Text("\noutput SNR of linear layers", style="bold")
+                one = snr[name]
+                values = with_upper(one.mean, one.lower, decibels), with_upper(one.worst, one.worst_lower, decibels)
+                grid.add_row(Text(FORMATS.get(name, name)), *values, Text(one.site))
+        yield Text("\noutput SNR of linear layers (in brackets: what a prompt in ten falls short of)", style="bold")
         yield grid
     found = describe(findings_of(part))
     if found:
@@ -124,7 +125,8 @@ def _similarity(part: NetworkProfile) -> Iterable[RenderableType]:
         mean = np.array([line[1:] for line in of_sites.values()]).mean(axis=0)
         thirds = [f"{np.nanmean(each):.4f}" if len(each) else "–" for each in np.array_split(mean, 3)]
         lags = errors.get(kind, {}).get("plain", {})
-        nearest = f"{lags[min(lags)]:.2%}" if lags else "–"
+        nearest = with_upper(*lags[min(lags)]) if lags else "–"
         grid.add_row(Text(SITE_KINDS.get(kind, kind)), str(len(of_sites)), *thirds, nearest)
-    yield Text("\nsimilarity to the step before (cosine), and error of taking it unchanged", style="bold")
+    title = "similarity to the step before (cosine), and error of taking it unchanged"
+    yield Text(f"\n{title} (in brackets: what a prompt in ten exceeds)", style="bold")
     yield grid

@@ -109,7 +109,7 @@ def _precision(name: str, part: NetworkProfile) -> dict[str, Any] | None:
         if "outlier" in table.measures
     }
     worst = sorted(outliers.items(), key=lambda each: -each[1])[:OUTLIERS]
-    formats = [(FORMATS.get(key, key), *snr[key]) for key in order if key in snr]
+    formats = [(FORMATS.get(key, key), snr[key]) for key in order if key in snr]
     return {"network": name, "formats": formats, "outliers": worst} if formats else None
 
 

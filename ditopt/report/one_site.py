@@ -11,9 +11,9 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from ditopt.errors import InputError
-from ditopt.measures import Numbers, Table
+from ditopt.measures import Table
 from ditopt.profile import NetworkProfile, Profile
-from ditopt.report.figures import figure
+from ditopt.report.figures import decibels, figure, share, with_upper
 from ditopt.report.profiled import (
     ATTENTION,
     FEATURES,
@@ -21,15 +21,18 @@ from ditopt.report.profiled import (
     LINEAR,
     PATTERNS,
     SITE_KINDS,
+    UPPER,
     average,
     candidate_errors,
     candidate_name,
     masses,
     roles_of,
+    upper,
 )
 from ditopt.sites import STEP
 
 SHOWN_CANDIDATES = 8
+EXCEEDED = " (in brackets: what a prompt in ten exceeds)"
 
 
 def find_site(site: str, known: Iterable[str], where: str) -> str:
@@ -108,40 +111,41 @@ def _told(part: NetworkProfile, site: str) -> Iterable[RenderableType]:
 
 def _attention(part: NetworkProfile, site: str, table: Table) -> Iterable[RenderableType]:
     """Roles and masses of the heads."""
-    facts, entropy = table.facts, average(table["entropy"], "head")
+    facts, entropy, high = table.facts, average(table["entropy"], "head"), upper(table["entropy"], "head")
     title = f"{facts.get('kind', '')}-attention, {facts.get('queries', '?')} queries, {facts.get('keys', '?')} keys"
     grid = _grid("head", "role", "confidence", "same in steps", "in prompts", "entropy")
     for head, role in enumerate(roles_of(part, site)):
         told = [role.role, *map(figure, (role.confidence, role.over_steps, role.over_prompts))] if role else ["–"] * 4
-        _row(grid, str(head), *told, figure(float(entropy[head])))
+        _row(grid, str(head), *told, with_upper(float(entropy[head]), float(high[head]), figure))
     yield _titled(title, grid)
     of_heads = masses(table)
     grid = _grid("head", *of_heads)
     for head in range(len(entropy)):
-        shares = [f"{mass[head]:.1%}" if np.isfinite(mass[head]) else "–" for mass, _ in of_heads.values()]
-        _row(grid, str(head), *shares)
-    _row(grid, "if uniform", *("–" if share is None else f"{share:.1%}" for _, share in of_heads.values()))
+        _row(grid, str(head), *(with_upper(mass.mean[head], mass.upper[head], share) for mass in of_heads.values()))
+    _row(grid, "if uniform", *(share(mass.uniform) for mass in of_heads.values()))
     if of_heads:
-        yield _titled("where an average query's mass lies (within: tokens in space and time)", grid)
+        yield _titled(f"where an average query's mass lies (within: tokens in space and time){EXCEEDED}", grid)
 
 
 def _patterns(table: Table) -> Iterable[RenderableType]:
     """What the candidates and reuse would cost, per head: relative errors of the layer's output."""
     if "error" in table.measures:
         errors, density = candidate_errors(table), table["density"].values
+        uppers = upper(table["error"], "head", "candidate")
         order = np.argsort(np.nan_to_num(errors.mean(0), nan=np.inf), kind="stable")[:SHOWN_CANDIDATES]
         heads = [f"head {head}" for head in range(len(errors))]
         grid = _grid("pattern", "blocks kept", *heads)
         for i in order:
             name = candidate_name(table.labels["candidate"][i])
-            _row(grid, name, f"{density[i]:.0%}", *(f"{value:.2%}" for value in errors[:, i]))
-        yield _titled("error of patterns, the least on average first", grid)
+            _row(grid, name, f"{density[i]:.0%}", *map(with_upper, errors[:, i], uppers[:, i]))
+        yield _titled(f"error of patterns, the least on average first{EXCEEDED}", grid)
     if "reuse" in table.measures:
         reuse = average(table["reuse"], "lag", "head")
         grid = _grid("steps earlier", *(f"head {head}" for head in range(reuse.shape[1])))
-        for lag, errors in zip(table.labels["lag"], reuse, strict=True):
-            _row(grid, str(lag), *(f"{value:.2%}" for value in errors))
-        yield _titled("error of a head's own earlier output", grid)
+        uppers = upper(table["reuse"], "lag", "head")
+        for lag, of_lag, high in zip(table.labels["lag"], reuse, uppers, strict=True):
+            _row(grid, str(lag), *map(with_upper, of_lag, high))
+        yield _titled(f"error of a head's own earlier output{EXCEEDED}", grid)
 
 
 def _features(table: Table) -> RenderableType:
@@ -149,10 +153,11 @@ def _features(table: Table) -> RenderableType:
     kind = str(table.facts.get("kind", ""))
     ways = [name for name in ("plain", "affine", "affine_shared") if name in table.measures]
     grid = _grid("steps earlier", *ways)
-    values = [average(table[name], "lag") for name in ways]
+    values = [(average(table[name], "lag"), upper(table[name], "lag")) for name in ways]
     for i, lag in enumerate(table.labels.get("lag", ())):
-        _row(grid, str(lag), *(f"{each[i]:.2%}" for each in values))
-    return _titled(f"{SITE_KINDS.get(kind, kind)}: relative error of predicting it from an earlier one", grid)
+        _row(grid, str(lag), *(with_upper(mean[i], high[i]) for mean, high in values))
+    title = f"{SITE_KINDS.get(kind, kind)}: relative error of predicting it from an earlier one"
+    return _titled(f"{title}{EXCEEDED}", grid)
 
 
 def _linear(table: Table) -> RenderableType:
@@ -160,16 +165,16 @@ def _linear(table: Table) -> RenderableType:
     facts = table.facts
     title = f"linear, {facts.get('in_features', '?')} -> {facts.get('out_features', '?')}: output SNR in dB"
     grid = _grid("format", "mean", *(f"step {step}" for step in table.labels["anchor"]))
-    snr = average(table["snr"], "format", "anchor")
-    for name, values in zip(table.labels["format"], snr, strict=True):
-        shown = [f"{value:.1f}" if np.isfinite(value) else "–" for value in [_mean(values), *values]]
+    low = 1 - UPPER
+    every = (
+        [average(table["snr"], *kept), upper(table["snr"], *kept, quantile=low)]
+        for kept in (("format",), ("format", "anchor"))
+    )
+    means, lowers = (np.column_stack(each) for each in zip(*every, strict=True))
+    for name, mean, lower in zip(table.labels["format"], means, lowers, strict=True):
+        shown = [with_upper(one, other, decibels) for one, other in zip(mean, lower, strict=True)]
         _row(grid, FORMATS.get(str(name), str(name)), *shown)
-    return _titled(title, grid)
-
-
-def _mean(values: Numbers) -> float:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if known.size else float("nan")
+    return _titled(f"{title} (in brackets: what a prompt in ten falls short of)", grid)
 
 
 def _weights(values: Sequence[float]) -> RenderableType:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ditopt.errors import InputError
-from ditopt.measures import Measure, Numbers, Table
+from ditopt.measures import PROMPT, Measure, Numbers, Table
 from ditopt.profile import NetworkProfile
+from ditopt.report.figures import with_upper
 from ditopt.roles import ROLES, HeadRole, head_roles
 from ditopt.sites import STEP
 
@@ -20,6 +21,8 @@ ATTENTION, PATTERNS, FEATURES, TOKENS, LINEAR = "attention", "patterns", "featur
 SENSITIVITY = "sensitivity"
 GOOD_ENOUGH = 0.02
 """The relative error of a layer's output below which a pattern counts as good for a head."""
+UPPER = 0.9
+"""The quantile over prompts that stands in brackets behind means; of what is better the larger it is, 1 minus it."""
 ATTENTION_KINDS = {"self": "self-attention", "joint": "joint attention (text and video)", "cross": "cross-attention"}
 SITE_KINDS = {
     "self": "self-attention output",
@@ -55,9 +58,10 @@ class Good:
     name: str
     density: float
     error: float
+    upper: float
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.density:.0%} of the blocks, error {self.error:.2%}"
+        return f"{self.name}: {self.density:.0%} of the blocks, error {with_upper(self.error, self.upper)}"
 
 
 def sites_of(part: NetworkProfile, collector: str, kind: str | None = None) -> dict[str, Table]:
@@ -69,6 +73,13 @@ def sites_of(part: NetworkProfile, collector: str, kind: str | None = None) -> d
 def average(measure: Measure, *kept: str) -> Numbers:
     """The mean over all axes but those ``kept``, in their order."""
     return measure.mean(*(axis for axis in measure.axes if axis not in kept)).ordered(*kept)
+
+
+def upper(measure: Measure, *kept: str, quantile: float = UPPER) -> Numbers:
+    """As ``average``, but over prompts the ``quantile``."""
+    others = (axis for axis in measure.axes if axis not in (*kept, PROMPT))
+    of_prompts = measure.mean(*others)
+    return (of_prompts.upper(quantile, PROMPT) if PROMPT in measure.axes else of_prompts).ordered(*kept)
 
 
 def candidate_name(text: str | int | float) -> str:
@@ -106,29 +117,44 @@ def candidate_errors(table: Table) -> Numbers:
 def good_patterns(table: Table, bound: float = GOOD_ENOUGH) -> list[Good | None]:
     """For each head the sparsest candidate with an error below ``bound``; None where only dense attention has one."""
     errors, density = candidate_errors(table), np.asarray(table["density"].values, dtype=float)
-    names = table.labels["candidate"]
+    names, uppers = table.labels["candidate"], upper(table["error"], "head", "candidate")
     found: list[Good | None] = []
-    for of_head in errors:
+    for of_head, upper_of_head in zip(errors, uppers, strict=True):
         fitting = [i for i in np.argsort(density, kind="stable") if of_head[i] < bound and density[i] < 1]
         best = fitting[0] if fitting else None
-        found.append(
-            None if best is None else Good(candidate_name(names[best]), float(density[best]), float(of_head[best]))
-        )
+        if best is None:
+            found.append(None)
+            continue
+        figures = (float(density[best]), float(of_head[best]), float(upper_of_head[best]))
+        found.append(Good(candidate_name(names[best]), *figures))
     return found
 
 
-def masses(table: Table) -> dict[str, tuple[Numbers, float | None]]:
-    """By name in words, an average query's mass ``[head]`` on a part of the keys, and uniform attention's if known."""
+class Mass(NamedTuple):
+    """An average query's mass on a part of the keys, ``[head]``: mean and upper quantile over prompts.
+
+    ``uniform`` is uniform attention's, None where it is not known.
+    """
+
+    mean: Numbers
+    upper: Numbers
+    uniform: float | None
+
+
+def masses(table: Table) -> dict[str, Mass]:
+    """An average query's masses, by name in words."""
     uniform = table.facts.get("uniform") or {}
-    found: dict[str, tuple[Numbers, float | None]] = {}
+    found: dict[str, Mass] = {}
     for name, words in MASSES.items():
         if name in table.measures and "distance" not in table[name].axes:
-            found[words] = (average(table[name], "head"), _number(uniform.get(name)))
+            measure = table[name]
+            found[words] = Mass(average(measure, "head"), upper(measure, "head"), _number(uniform.get(name)))
     if "mass_near" in table.measures:
-        near, of_uniform = average(table["mass_near"], "distance", "head"), uniform.get("mass_near")
+        near, high = (of(table["mass_near"], "distance", "head") for of in (average, upper))
+        of_uniform = uniform.get("mass_near")
         for i, distance in enumerate(table.labels["distance"]):
             share = of_uniform[i] if isinstance(of_uniform, list | tuple) and i < len(of_uniform) else None
-            found[f"within {distance}"] = (near[i], _number(share))
+            found[f"within {distance}"] = Mass(near[i], high[i], _number(share))
     return found
 
 
@@ -188,27 +214,60 @@ def _neighbours(gram: Numbers, steps: int) -> list[float]:
     return [float(value) for value in average(measure, "step")]
 
 
-def lag_errors(part: NetworkProfile) -> dict[str, dict[str, dict[int, float]]]:
-    """By kind, way of prediction and lag, the mean relative error of taking the output of that many steps earlier."""
-    found: dict[str, dict[str, dict[int, list[float]]]] = {}
+def lag_errors(part: NetworkProfile) -> dict[str, dict[str, dict[int, tuple[float, float]]]]:
+    """By kind, way of prediction and lag, the relative error of taking the output of that many steps earlier.
+
+    Mean over sites and steps; over prompts mean and upper quantile.
+    """
+    found: dict[str, dict[str, dict[int, list[Numbers]]]] = {}
     for table in sites_of(part, FEATURES).values():
         of_kind = found.setdefault(str(table.facts.get("kind", "site")), {})
         for name in ("plain", "affine", "affine_shared"):
             if name in table.measures:
-                for lag, error in zip(table.labels["lag"], average(table[name], "lag"), strict=True):
-                    of_kind.setdefault(name, {}).setdefault(int(lag), []).append(float(error))
+                for lag, errors in zip(table.labels["lag"], average(table[name], "lag", PROMPT), strict=True):
+                    of_kind.setdefault(name, {}).setdefault(int(lag), []).append(errors)
     return {
-        kind: {name: {lag: float(np.nanmean(each)) for lag, each in lags.items()} for name, lags in ways.items()}
+        kind: {name: {lag: _over_prompts(each) for lag, each in lags.items()} for name, lags in ways.items()}
         for kind, ways in found.items()
     }
 
 
-def format_snr(part: NetworkProfile) -> dict[str, tuple[float, float, str]]:
-    """By format, the mean SNR in dB of linear layers' outputs, the least of any site, and that site."""
-    found: dict[str, dict[str, float]] = {}
+def _over_prompts(sites: Sequence[Numbers]) -> tuple[float, float]:
+    """Mean and upper quantile over prompts of the mean over sites; each is ``[prompt]``."""
+    measure = Measure(("site", PROMPT), np.array(sites), True)
+    return float(average(measure)), float(upper(measure))
+
+
+@dataclass(frozen=True)
+class FormatNoise:
+    """The SNR in dB of linear layers' outputs in one number format: their mean, and the least of any site.
+
+    ``lower`` and ``worst_lower`` are what one prompt of ten falls short of.
+    """
+
+    mean: float
+    lower: float
+    worst: float
+    worst_lower: float
+    site: str
+
+
+def format_snr(part: NetworkProfile) -> dict[str, FormatNoise]:
+    """By format, the noise that it adds."""
+    found: dict[str, dict[str, tuple[float, Numbers]]] = {}
     for site, table in sites_of(part, LINEAR).items():
-        for name, value in zip(table.labels["format"], average(table["snr"], "format"), strict=True):
-            if np.isfinite(value):
-                found.setdefault(str(name), {})[site] = float(value)
-    worst = {name: min(each, key=each.__getitem__) for name, each in found.items()}
-    return {name: (float(np.mean(list(each.values()))), each[worst[name]], worst[name]) for name, each in found.items()}
+        means, prompts = average(table["snr"], "format"), average(table["snr"], "format", PROMPT)
+        for name, mean, of_prompts in zip(table.labels["format"], means, prompts, strict=True):
+            if np.isfinite(mean):
+                found.setdefault(str(name), {})[site] = float(mean), of_prompts
+    return {name: _noise(of_sites) for name, of_sites in found.items()}
+
+
+def _noise(of_sites: Mapping[str, tuple[float, Numbers]]) -> FormatNoise:
+    site = min(of_sites, key=lambda name: of_sites[name][0])
+    every = Measure(("site", PROMPT), np.array([prompts for _, prompts in of_sites.values()]), True)
+    worst = Measure((PROMPT,), of_sites[site][1], True)
+    lower, worst_lower = (float(upper(each, quantile=1 - UPPER)) for each in (every, worst))
+    return FormatNoise(
+        float(np.mean([mean for mean, _ in of_sites.values()])), lower, of_sites[site][0], worst_lower, site
+    )

@@ -87,7 +87,7 @@ def test_measures_are_those_of_what_the_layers_were_given(name: str, calls: Netw
                     unseen += 1
                     assert np.isnan(table["token_max"].values[0, step, branch]).all()
                     assert np.isnan(table["outlier"].values[0, step, branch])
-                    assert at is None or np.isnan(table["channel_max"].values[0, at, branch]).all()
+                    assert np.isnan(table["channel_max"].values[0, step, branch]).all()
                     assert at is None or np.isnan(table["snr"].values[0, at, branch]).all()
                     continue
                 channels = [max(abs(v) for v in column) for column in x.T.tolist()]
@@ -96,9 +96,9 @@ def test_measures_are_those_of_what_the_layers_were_given(name: str, calls: Netw
                 np.testing.assert_allclose(table["token_max"].values[0, step, branch], quantiles, rtol=1e-5)
                 ratio = max(channels) / float(np.median(channels))
                 assert table["outlier"].values[0, step, branch] == pytest.approx(ratio, rel=1e-5)
+                np.testing.assert_allclose(table["channel_max"].values[0, step, branch], channels, rtol=1e-3)
                 if at is None:
                     continue
-                np.testing.assert_allclose(table["channel_max"].values[0, at, branch], channels, rtol=1e-3)
                 some = x[drawn(len(x), 9)]
                 reference = some @ weight.T
                 for position, product in enumerate(FORMATS.values()):
@@ -123,7 +123,7 @@ def test_every_measure_has_its_axes_and_type() -> None:
     for table in collector.tables().values():
         axes = {name: measure.axes for name, measure in table.measures.items()}
         assert axes == {
-            "channel_max": ("prompt", "anchor", "branch", "channel"),
+            "channel_max": ("prompt", "channel_step", "branch", "channel"),
             "token_max": ("prompt", "step", "branch", "quantile"),
             "outlier": ("prompt", "step", "branch"),
             "snr": ("prompt", "anchor", "branch", "format"),
@@ -132,6 +132,23 @@ def test_every_measure_has_its_axes_and_type() -> None:
         types = {name: measure.values.dtype for name, measure in table.measures.items()}
         assert types == dict.fromkeys(types, np.dtype(np.float32)) | {"channel_max": np.dtype(np.float16)}
         assert {name for name, measure in table.measures.items() if measure.partial} == axes.keys() - {"weight_max"}
+
+
+def test_ranges_of_channels_are_of_fewer_steps_where_they_would_take_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = collect("Wan", ONE)
+    assert whole.channel_steps == tuple(range(STEPS))
+    of_step = 2 * sum(table.facts["in_features"] for table in whole.tables().values())
+    monkeypatch.setattr(linear_inputs, "CHANNEL_BYTES", 6 * of_step)
+    some = collect("Wan", ONE, prompts=2)
+    assert some.channel_steps == anchor_steps(STEPS, 3) != whole.channel_steps
+    for site, table in some.tables().items():
+        assert table.labels["channel_step"] == some.channel_steps
+        values = whole.tables()[site]["channel_max"].values[:, list(some.channel_steps)]
+        np.testing.assert_array_equal(table["channel_max"].values, values)
+    monkeypatch.setattr(linear_inputs, "CHANNEL_BYTES", 1)
+    assert LinearInputs(trace_of("Wan"), ONE).channel_steps == (0, STEPS - 1)
+    with pytest.raises(InputError, match="prompts=0"):
+        LinearInputs(trace_of("Wan"), ONE, prompts=0)
 
 
 def test_layers_that_read_one_value_share_its_ranges(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,23 @@ def test_later_prompts_use_the_coefficients_of_the_first() -> None:
     assert second.coefficients.keys() == first.coefficients.keys()
 
 
+def test_corrections_are_of_fewer_steps_where_they_would_take_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = collect("Wan", ONE)[0]
+    tried = collect("Wan", ONE, shared=whole.coefficients, seed=1)[0].tables()
+    of_step = sum(value[0].numel() for value in whole.coefficients.values()) * 4
+    monkeypatch.setattr(site_features, "COEFFICIENT_BYTES", 3 * of_step)
+    first = collect("Wan", ONE)[0]
+    steps = list(first.fitted_steps)
+    assert len(steps) == 3 < STEPS and steps[-1] == STEPS - 1
+    tables = collect("Wan", ONE, shared=first.coefficients, seed=1)[0].tables()
+    for site, value in first.coefficients.items():
+        torch.testing.assert_close(value, whole.coefficients[site][steps], rtol=0, atol=0, equal_nan=True)
+        np.testing.assert_array_equal(tables[site]["affine"].values, tried[site]["affine"].values)
+        found, expected = (of[site]["affine_shared"].values[0] for of in (tables, tried))
+        np.testing.assert_array_equal(found[steps], expected[steps])
+        assert np.isnan(np.delete(found, steps, axis=0)).all()
+
+
 def test_coefficients_that_do_not_fit_are_named() -> None:
     first, _ = collect("Wan", ONE)
     shared = dict(first.coefficients)
