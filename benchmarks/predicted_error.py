@@ -198,7 +198,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     rng = np.random.default_rng(arguments.seed)
     plans = [draw_plan(rng, problem, network) for _ in range(arguments.plans)]
-    rows = []
+    rows: list[dict[str, Any]] = []
     with as_it_was(adapter, always=True):
         prepared = Preparation(adapter, reporter, [], lambda _: nullcontext(), settings)(pairs[0])
         prepared.evaluator.dense(pairs)
@@ -218,10 +218,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 stage.advance()
                 told = ", ".join(f"{error:.4f}" for error in measured)
                 reporter.say(f"  predicted {predicted:.4f}, measured {told}: {rows[-1]['plan']}")
-    predicted = [row["predicted"] for row in rows]
+    ranks = {
+        key: rank_correlation([row["predicted"] for row in rows], [row[key] for row in rows])
+        for key in ("measured", "root_mean_square")
+    }
     return {
-        "rank_correlation": rank_correlation(predicted, [row["measured"] for row in rows]),
-        "rank_correlation_root_mean_square": rank_correlation(predicted, [row["root_mean_square"] for row in rows]),
+        "rank_correlation": ranks["measured"],
+        "rank_correlation_root_mean_square": ranks["root_mean_square"],
         "plans": rows,
         "prompts": unseen,
         "seed": arguments.seed,

@@ -47,6 +47,12 @@ def save_profile(profile: Profile, path: str | Path) -> None:
     path = Path(path)
     check_profile(profile, f"{path} is not written: profile")
     text, arrays = profile_text(profile), profile_arrays(profile)
+    size = len(text) + sum(array.nbytes for array in arrays.values())
+    if size > MAX_BYTES:
+        raise ProfileError(
+            f"{path}: is not written: {size} bytes are over the limit of {MAX_BYTES}; profile fewer prompts, or fewer "
+            "tables (`--collect`)"
+        )
     whole = f'{{"{KEY}":{FORMAT_VERSION},"fingerprint":"{_hash(text, arrays)}","profile":{text}}}'
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

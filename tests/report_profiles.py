@@ -15,7 +15,7 @@ from ditopt.kernels.patterns.whole import Nothing
 from ditopt.kernels.patterns.window import Window
 from ditopt.measures import Label, Measure, Numbers, Table
 from ditopt.profile import Array, FeatureGram, NetworkProfile, Profile
-from ditopt.profiler.site_sensitivity import compared
+from ditopt.profiler.site_sensitivity import Planted, compared
 
 STEPS, PROMPTS, LAGS, BLOCK = 10, 2, (1, 2, 3), 16
 SIZES = (3, 8, 8)
@@ -201,8 +201,9 @@ def _sensitivity(rng: np.random.Generator, kind: str, growth: float) -> Table:
 
 def _rollouts(rng: np.random.Generator) -> Table:
     predicted = np.geomspace(0.1, 2.0, 9)
-    names = [f"blocks.{i}.ffn, step 5, noise" for i in range(9)]
-    return compared(names, _noisy(rng, predicted * 1.1).tolist(), predicted.tolist())
+    measured = _noisy(rng, predicted * 1.1)
+    each = enumerate(zip(measured.tolist(), predicted.tolist(), strict=True))
+    return compared([Planted(f"blocks.{i}.ffn, step 5, noise", "noise", *moved) for i, moved in each], PROMPTS)
 
 
 def _of_lags(rng: np.random.Generator, shape: tuple[int, ...]) -> Numbers:

@@ -140,6 +140,9 @@ def test_no_file_no_profile(tmp_path: Path, file: Path, monkeypatch: pytest.Monk
     assert "is a folder" in refused(tmp_path)
     monkeypatch.setattr("ditopt.profile_file.MAX_BYTES", 100)
     assert "over the limit of 100" in refused(file)
+    with pytest.raises(ProfileError, match=r"is not written: .* bytes are over the limit of 100"):
+        made_profile().save(file)
+    monkeypatch.undo()
     with pytest.raises(ProfileError, match=r"none/p\.profile: cannot be written.*choose a folder"):
         made_profile().save(tmp_path / "none" / "p.profile")
 

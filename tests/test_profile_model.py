@@ -20,6 +20,7 @@ from ditopt.geometry import Geometry
 from ditopt.offline import OfflineSearch
 from ditopt.profile import Profile
 from ditopt.profile_file import fingerprint
+from ditopt.search.heads import correction
 from ditopt.target import Target
 from ditopt.techniques import COLLECTORS
 from tests.tiny import euler, make_model, tiny_wan
@@ -78,7 +79,7 @@ def test_everything_is_measured_and_a_profile_is_enough_to_search(tmp_path: Path
     assert {"blocks.0.ffn", "blocks.1.attn2", "blocks.0", "step"} <= set(network.grams)
     rollouts = network.tables["sensitivity"]["rollouts"]
     assert len(rollouts.labels["plant"]) == rollouts["measured"].size("plant") >= 3
-    assert 0.1 < float(rollouts["scale"].values) < 10
+    assert 0.1 < correction(rollouts)[0] < 10
     path = tmp_path / "p.profile"
     profile.save(path)
     loaded = Profile.load(path)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ditopt.calls import NetworkCalls
 from ditopt.console import Reporter
-from ditopt.errors import RolloutError
 from ditopt.geometry import Geometry
 from ditopt.measure import Evaluator
 from ditopt.measures import joined
@@ -22,7 +21,7 @@ from ditopt.profiler.find_geometry import find_geometry
 from ditopt.profiler.interpret import Collector, WatchedCalls, reasons_of
 from ditopt.profiler.kept_tables import HEADER, Tables, from_tensors, reasons_in, to_tensors
 from ditopt.profiler.linear_inputs import LinearInputs
-from ditopt.profiler.observe import Pair, captured_once, inputs_of, intercepted
+from ditopt.profiler.observe import Pair, answered, inputs_of
 from ditopt.profiler.places import attentions
 from ditopt.profiler.run import whole_program
 from ditopt.profiler.site_features import FeatureTables
@@ -157,14 +156,7 @@ class DetailRun:
         watched = {
             name: WatchedCalls(programs[name].variants.trace, self.calls[name], c) for name, c in collectors.items()
         }
-        with captured_once(self.evaluator, pair), intercepted(self.evaluator, programs, watched):
-            sample = self.evaluator.adapter.checked_rollout(*pair)
-        if not all(each.complete for each in watched.values()):
-            raise RolloutError(
-                f"the rollout of prompt {pair[0]!r} calls the model less often than that of the first prompt; "
-                "it must call it alike for every prompt"
-            )
-        return sample
+        return answered(self.evaluator, pair, programs, watched)
 
     def _network(self, profile: NetworkProfile, name: str, prompts: Sequence[Tables]) -> NetworkProfile:
         """A network's profile with the prompts' tables joined; Gram matrices of features become its own."""

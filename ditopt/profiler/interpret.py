@@ -159,12 +159,16 @@ class Watched(fx.Interpreter):
 
 
 @dataclass
-class CountedCalls:
+class CountedCalls(ABC):
     """What an interceptor of one generation knows: the network's graph, its call pattern, and the calls so far."""
 
     trace: Trace
     calls: NetworkCalls
     count: int = field(default=0, kw_only=True)
+
+    @abstractmethod
+    def __call__(self, arguments: list[Any], compute: Compute) -> Sequence[Any]:
+        """Answer one call of the network."""
 
     @property
     def complete(self) -> bool:

@@ -13,10 +13,15 @@ from torch import Tensor
 from ditopt.errors import RolloutError
 from ditopt.measure import Evaluator
 from ditopt.profiler.features import FeatureCollector
+from ditopt.profiler.interpret import CountedCalls
 from ditopt.runtime.program import Interceptor, Observation, Observer, Program
 
 Pair = tuple[str, int]
 Observers = Sequence[tuple[Program, Observer]]
+LESS_OFTEN = (
+    "the rollout of prompt {prompt!r} calls the model less often than that of the first prompt; it must call it alike "
+    "for every prompt"
+)
 
 
 def observed(evaluator: Evaluator, pair: Pair, observers: Observers) -> Tensor:
@@ -42,10 +47,7 @@ def collected(evaluator: Evaluator, pair: Pair, observers: Observers, collectors
             "for every prompt"
         ) from error
     if not all(collector.complete for collector in collectors):
-        raise RolloutError(
-            f"the rollout of prompt {pair[0]!r} calls the model less often than that of the first prompt; "
-            "it must call it alike for every prompt"
-        )
+        raise RolloutError(LESS_OFTEN.format(prompt=pair[0]))
     return sample
 
 
@@ -97,6 +99,22 @@ def _in_place(observers: Observers) -> Iterator[None]:
     finally:
         for program, _ in observers:
             program.observer = None
+
+
+def answered(
+    evaluator: Evaluator, pair: Pair, programs: Mapping[str, Program], by: Mapping[str, CountedCalls]
+) -> Tensor:
+    """The sample of a dense generation in which the networks named in ``by`` are answered by its interceptors.
+
+    Raises:
+        RolloutError: the rollout called a network more or less often than in the recorded generation, or with inputs of
+            other shapes.
+    """
+    with captured_once(evaluator, pair), intercepted(evaluator, programs, by):
+        sample = evaluator.adapter.checked_rollout(*pair)
+    if not all(each.complete for each in by.values()):
+        raise RolloutError(LESS_OFTEN.format(prompt=pair[0]))
+    return sample
 
 
 @contextmanager

@@ -288,7 +288,7 @@ class SharedRows:
         operands = Operands.of(seen.arguments, seen.settings)
         samples = first_samples(seen.moment, seen.result)
         rows = place.sample.rows.to(operands.query.device).view(-1)
-        reason = refusal(operands, seen.result, list(samples.values()), rows)
+        reason = refusal(operands, seen.result, list(samples.values()), rows) if samples else _undivided(seen)
         self._last = (seen.moment, seen.node, reason is None)
         if reason is not None:
             for reader in self.readers:
@@ -306,8 +306,18 @@ class SharedRows:
 
 
 def first_samples(moment: Moment, value: Tensor) -> dict[int, int]:
-    """Where in a batch the first sample of each guidance branch stands; others are not looked at."""
+    """Where in a batch the first sample of each guidance branch stands; others are not looked at.
+
+    None at all where the batch does not divide into branches.
+    """
+    if value.shape[0] % len(moment.branches):
+        return {}
     return {branch: int(part[0]) for branch, part in of_branches(moment, torch.arange(value.shape[0]))}
+
+
+def _undivided(seen: Seen) -> str:
+    branches = len(seen.moment.branches)
+    return f"a batch of {seen.result.shape[0]} does not divide into {branches} guidance branches"
 
 
 def parts(place: Place, operands: Operands, step: int, branch: int, index: int, values: bool) -> Iterator[Part]:

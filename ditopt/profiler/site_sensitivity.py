@@ -18,23 +18,33 @@ from torch import Tensor
 from ditopt.calls import NetworkCalls
 from ditopt.console import Reporter, Stage
 from ditopt.measure import Evaluator
-from ditopt.measures import Measure, Table
+from ditopt.measures import PROMPT, Measure, Table
 from ditopt.profile import NetworkProfile, Profile, branch_shares
 from ditopt.profiler.call_plants import CallPlants, anchor_steps_of, chosen_modules
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.kept_tables import HEADER, from_tensors, to_tensors
-from ditopt.profiler.observe import Pair, intercepted, observed
+from ditopt.profiler.observe import Pair, answered, observed
 from ditopt.profiler.places import attentions
 from ditopt.profiler.rollout_plants import STARTS, HeadsPlant, Plant, RolloutPlant, masks_of, plants, third_of_heads
 from ditopt.profiler.run import whole_program
 from ditopt.profiler.sensitivity import Tape
-from ditopt.runtime.program import Interceptor, Program
-from ditopt.search.heads import HEADS, heads_error, output_growth
+from ditopt.runtime.program import Program
+from ditopt.search.heads import HEADS, PATTERN, heads_error, output_growth
 from ditopt.search.joint import dense
 from ditopt.search.problem import SearchProblem
 
 ROLLOUTS = "rollouts"
 """The site under which the table of rollouts planted at modules stands; that of heads stands under ``HEADS``."""
+
+
+@dataclass(frozen=True)
+class Planted:
+    """What was planted in a rollout, what kind of error that is, and how far it moved the sample."""
+
+    name: str
+    error: str
+    measured: float
+    predicted: float
 
 
 @dataclass
@@ -86,7 +96,7 @@ class SiteSensitivity:
             stage.advance(units=sum(len(table.labels["anchor"]) for table in tables.values()))
             return tables
         planting = CallPlants(programs[name].variants.trace, self.calls[name], stage, network.geometry)
-        self._generate(name, programs, planting, pair)
+        answered(self.evaluator, pair, programs, {name: planting})
         tables = planting.tables()
         self.checkpoints.save(f"{name}.sites", to_tensors({"sensitivity": tables}))
         return tables
@@ -99,7 +109,7 @@ class SiteSensitivity:
         if kept is None:
             trace = programs[name].variants.trace
             planting = RolloutPlant(trace, self.calls[name], self._outputs(name, programs, pair), plant)
-            moved = self._moved(self._generate(name, programs, planting, pair), pair)
+            moved = self._moved(answered(self.evaluator, pair, programs, {name: planting}), pair)
             errors = [planting.errors.get(branch, 0.0) for branch in range(self.calls[name].branches)]
             kept = {"moved": moved, "errors": torch.tensor(errors, dtype=torch.float64)}
             self.checkpoints.save(f"{name}.plant{number}", kept)
@@ -115,7 +125,7 @@ class SiteSensitivity:
             return None
         problem = SearchProblem.from_profile(network, ("reuse",), sample_norm=profile.sample_norm)
         nodes = {entry.site.name: entry.node.name for entry in attentions(trace)}
-        names, measured, predicted = [], [], []
+        planted = []
         for which, share in enumerate(STARTS):
             heads = third_of_heads(trace, network, which, max(1, round(share * problem.steps)))
             stage.advance()
@@ -126,16 +136,12 @@ class SiteSensitivity:
                 masks = masks_of(heads, network, nodes)
                 outputs = self._outputs(name, programs, pair)
                 planting = HeadsPlant(trace, self.calls[name], outputs, heads[0].steps[0], masks)
-                kept = {"moved": self._moved(self._generate(name, programs, planting, pair), pair)}
+                kept = {"moved": self._moved(answered(self.evaluator, pair, programs, {name: planting}), pair)}
                 self.checkpoints.save(f"{name}.heads{which}", kept)
-            names.append(f"{len(heads)} heads from step {heads[0].steps[0]} on")
-            measured.append(float(kept["moved"]))
-            predicted.append(heads_error(network, problem, dense(problem), heads) * problem.sample_norm)
-        return compared(names, measured, predicted) if names else None
-
-    def _generate(self, name: str, programs: Mapping[str, Program], planting: Interceptor, pair: Pair) -> Tensor:
-        with intercepted(self.evaluator, programs, {name: planting}):
-            return self.evaluator.adapter.checked_rollout(*pair)
+            predicted = heads_error(network, problem, dense(problem), heads) * problem.sample_norm
+            told = f"{len(heads)} heads from step {heads[0].steps[0]} on"
+            planted.append(Planted(told, PATTERN, float(kept["moved"]), predicted))
+        return compared(planted, len(profile.prompts)) if planted else None
 
     def _moved(self, sample: Tensor, pair: Pair) -> Tensor:
         moved: Tensor = torch.linalg.vector_norm(sample.double() - self.evaluator.references[pair].double())
@@ -165,7 +171,9 @@ def rollouts_table(
         * network.sensitivity[plant.step]
         for plant, _, errors in rows
     ]
-    return compared([str(plant) for plant, _, _ in rows], [moved for _, moved, _ in rows], predicted)
+    each = zip(rows, predicted, strict=True)
+    prompts = len(next(iter(network.grams.values())).values)
+    return compared([Planted(str(plant), plant.error, moved, float(of)) for (plant, moved, _), of in each], prompts)
 
 
 def guided_norm(errors: npt.NDArray[np.float64], *, alike: bool) -> float:
@@ -176,17 +184,15 @@ def guided_norm(errors: npt.NDArray[np.float64], *, alike: bool) -> float:
     return float(abs(errors.sum())) if alike else float(np.linalg.norm(errors))
 
 
-def compared(names: Sequence[str], measured: Sequence[float], predicted: Sequence[float]) -> Table:
-    """``measured`` and ``predicted`` ``[plant]`` (L2 norms), their mean ratio ``scale``, and its ``spread``.
+def compared(plants: Sequence[Planted], prompts: int = 1) -> Table:
+    """``measured`` and ``predicted`` movement of the sample ``[prompt, plant]`` (L2 norms) under the first prompt.
 
-    Mean and standard deviation are of the logarithm: what the profile predicts is off by a factor of ``exp(spread)``,
-    up or down, in one of three cases.
+    Under the others of ``prompts`` nothing is planted. How far the one is off the other: ``search.heads.correction``.
     """
-    logs = np.log(np.maximum(measured, 1e-30)) - np.log(np.maximum(predicted, 1e-30))
-    measures = {
-        "measured": Measure(("plant",), np.asarray(measured, dtype=np.float64)),
-        "predicted": Measure(("plant",), np.asarray(predicted, dtype=np.float64)),
-        "scale": Measure((), np.asarray(np.exp(logs.mean()))),
-        "spread": Measure((), np.asarray(logs.std(ddof=1) if logs.size > 1 else 0.0)),
-    }
-    return Table(measures, {"plant": tuple(names)})
+    measures = {}
+    for name in ("measured", "predicted"):
+        values = np.full((prompts, len(plants)), np.nan)
+        values[0] = [getattr(each, name) for each in plants]
+        measures[name] = Measure((PROMPT, "plant"), values, partial=True)
+    errors = [each.error for each in plants]
+    return Table(measures, {"plant": tuple(each.name for each in plants)}, {"errors": errors})

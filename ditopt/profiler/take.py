@@ -44,10 +44,10 @@ def take_profile(
             sampler,
             checkpoints,
             reporter,
-            techniques.ranges,
-            "fit" in techniques.predictors,
-            techniques.dtypes,
-            techniques.simplify,
+            use_ranges=techniques.ranges,
+            use_fits="fit" in techniques.predictors,
+            dtypes=techniques.dtypes,
+            simplify=techniques.simplify,
         )
     else:
         run = SplitProfileRun(evaluator, prepared.graphs, calls, sampler, checkpoints, reporter)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ditopt.errors import InputError
-from ditopt.measures import Label, Table
+from ditopt.measures import PROMPT, Label, Table
 from ditopt.profile import Array, NetworkProfile, branch_shares
 from ditopt.search.joint import carried
 from ditopt.search.problem import SearchProblem
@@ -100,4 +100,17 @@ def heads_error(network: NetworkProfile, problem: SearchProblem, draft: Draft, c
         moved = moved[list(draft.kept)]
         total += mixed(float(moved.sum()) ** 2, float((moved**2).sum()))
     planted = sensitivity.get(HEADS)
-    return float(np.sqrt(total)) * (float(planted["scale"].values) if planted is not None else 1.0)
+    return float(np.sqrt(total)) * (correction(planted)[0] if planted is not None else 1.0)
+
+
+def correction(table: Table, error: str | None = None) -> tuple[float, float]:
+    """By how much what is predicted has to be multiplied, and how far off it is then, of rollouts with planted errors.
+
+    Mean and standard deviation are of the logarithm, over plants (of the kind ``error``; None: all) and prompts: with a
+    spread ``s`` two of three predictions are right to a factor of ``exp(s)``. NaN of fewer than two plants.
+    """
+    chosen = [at for at, kind in enumerate(table.facts["errors"]) if error in (None, kind)]
+    found = [table[name].ordered(PROMPT, "plant")[:, chosen] for name in ("measured", "predicted")]
+    measured, predicted = (np.log(np.maximum(values, 1e-30)) for values in found)
+    logs = (measured - predicted)[~np.isnan(measured - predicted)]
+    return float(np.exp(logs.mean())), float(logs.std(ddof=1)) if logs.size > 1 else float("nan")

@@ -457,6 +457,15 @@ def test_what_cannot_be_measured_is_skipped_and_counted(mask: Tensor, reason: st
         assert all(np.isnan(measure.values).all() for name, measure in table.measures.items() if name != "density")
 
 
+def test_a_batch_that_guidance_branches_cannot_share_is_skipped() -> None:
+    captured = planted(operands(24))
+    collectors = attention_collectors(trace_of(captured), steps(2, 2, batched=True), PLAIN)
+    run(captured, steps(2, 2, batched=True), collectors)
+    for collector in collectors:
+        assert collector.reasons == {f"{SITE}: a batch of 1 does not divide into 2 guidance branches": 2}
+        assert np.isnan(next(iter(collector.tables()[SITE].measures.values())).values).all()
+
+
 def test_values_that_are_not_finite_are_skipped() -> None:
     x = operands(24)
     captured = planted(x)

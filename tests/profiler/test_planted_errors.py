@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ditopt.calls import NetworkCalls
 from ditopt.console import Stage
-from ditopt.measures import Table
+from ditopt.measures import Table, joined
 from ditopt.profile import FeatureGram, NetworkProfile
 from ditopt.profiler.call_plants import NOISE, CallPlants, chosen_modules, noisy
 from ditopt.profiler.interpret import WatchedCalls
 from ditopt.profiler.rollout_plants import Plant, RolloutPlant, plants
-from ditopt.profiler.site_sensitivity import rollouts_table
+from ditopt.profiler.site_sensitivity import Planted, compared, rollouts_table
 from ditopt.runtime.program import Program
-from ditopt.search.heads import output_growth
+from ditopt.search.heads import correction, output_growth
 from tests.tiny import TinyDiT, compiled_tiny, make_model, prompt_features
 
 STEPS = 10
@@ -149,8 +149,16 @@ def test_predictions_of_plants_and_their_spread() -> None:
     ]
     found = rollouts_table(network, {"m": table}, rows)
     assert found["predicted"].values.tolist() == pytest.approx([1.5, 6.0])
-    assert float(found["scale"].values) == pytest.approx(np.sqrt(2 * 4))
-    assert float(found["spread"].values) == pytest.approx(np.log(2) / np.sqrt(2))
+    scale, spread = correction(found)
+    assert scale == pytest.approx(np.sqrt(2 * 4)) and spread == pytest.approx(np.log(2) / np.sqrt(2))
+    assert correction(found, "noise") == (scale, spread)
+    of_another = compared([Planted(str(name), "noise", 2.0, 1.0) for name in found.labels["plant"]])
+    assert correction(joined([found, of_another]))[0] == pytest.approx((2 * 4 * 2 * 2) ** 0.25), "every prompt counts"
+    kinds = compared(
+        [Planted("a", "noise", 2.0, 1.0), Planted("b", "reuse", 9.0, 3.0), Planted("c", "noise", 1.0, 1.0)]
+    )
+    assert correction(kinds, "reuse")[0] == pytest.approx(3.0) and np.isnan(correction(kinds, "reuse")[1])
+    assert correction(kinds, "noise") == pytest.approx((2**0.5, np.log(2) / 2**0.5))
 
 
 def test_more_calls_than_recorded_are_an_error(compiled: tuple[TinyDiT, Program]) -> None:
