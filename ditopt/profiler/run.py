@@ -38,7 +38,11 @@ ROUNDED = 0.2123
 
 @dataclass
 class ProfileRun:
-    """What a run needs; ``calls`` and ``sessions`` are per network."""
+    """What a run needs; ``calls`` and ``sessions`` are per network.
+
+    ``for_tuning``: rollouts will follow, that tune a plan to whole generations of the first prompts: these are kept
+    step by step, dense and along second-order paths.
+    """
 
     evaluator: Evaluator
     calls: Mapping[str, NetworkCalls]
@@ -49,6 +53,7 @@ class ProfileRun:
     use_fits: bool = True
     dtypes: tuple[str, ...] = ()
     simplify: bool = True
+    for_tuning: bool = True
 
     def __post_init__(self) -> None:
         self._tapes: dict[int, Tape] = {}
@@ -67,7 +72,7 @@ class ProfileRun:
                 grams.append(self._features(index, pair))
                 stage.advance()
         networks = {name: self._network(name, grams) for name in sessions}
-        if self.use_fits and len(networks) == 1:
+        if self.for_tuning and self.use_fits and len(networks) == 1:
             ((name, network),) = networks.items()
             self._second_order(name, network, pairs[:TUNING_PROMPTS])
         norm = float(np.mean([float(self.evaluator.references[pair].double().norm()) for pair in pairs]))
@@ -128,7 +133,7 @@ class ProfileRun:
     def _features(self, index: int, pair: tuple[str, int]) -> dict[str, Tensor]:
         """Gram matrices of one rollout, from its checkpoint if there is one."""
         sessions = self.evaluator.sessions
-        tuned = index < TUNING_PROMPTS
+        tuned = self.for_tuning and index < TUNING_PROMPTS
         expected = ["sample", *(f"{name}.{STEP}" for name in sessions)]
         expected += [f"{name}.weights" for name in sessions if not index]
         expected += [f"{name}.path.{kind}" for name in sessions if tuned for kind in ("outputs", "latents")]

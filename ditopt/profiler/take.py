@@ -28,9 +28,16 @@ TABLES = 2
 
 
 def take_profile(
-    prepared: Prepared, techniques: Techniques, checkpoints: Checkpoints, pairs: Sequence[Pair], reporter: Reporter
+    prepared: Prepared,
+    techniques: Techniques,
+    checkpoints: Checkpoints,
+    pairs: Sequence[Pair],
+    reporter: Reporter,
+    for_tuning: bool = True,
 ) -> Profile:
     """What the search for decisions of ``techniques`` needs, over (prompt, seed) ``pairs``.
+
+    ``for_tuning``: what rollouts that tune its plans need, too.
 
     Raises:
         RolloutError: the loop calls the model differently from prompt to prompt, or is not deterministic.
@@ -48,6 +55,7 @@ def take_profile(
             use_fits="fit" in techniques.predictors,
             dtypes=techniques.dtypes,
             simplify=techniques.simplify,
+            for_tuning=for_tuning,
         )
     else:
         run = SplitProfileRun(evaluator, prepared.graphs, calls, sampler, checkpoints, reporter)
@@ -111,6 +119,6 @@ def profile_alone(
                 )
         facts = {"ranges": techniques.ranges, "profile": pairs, "geometry": str(geometry), "tables": TABLES}
         checkpoints = prepared.checkpoints(facts, settings, resume)
-        profile = take_profile(prepared, techniques, checkpoints, pairs, reporter)
+        profile = take_profile(prepared, techniques, checkpoints, pairs, reporter, for_tuning=False)
         profile = add_tables(prepared, profile, collect, geometry, checkpoints, pairs, reporter)
     return replace(profile, reasons=tuple(dict.fromkeys((*reasons, *profile.reasons))))

@@ -148,7 +148,7 @@ def test_predictions_of_plants_and_their_spread() -> None:
         for step, moved in ((0, 3.0), (2, 24.0))
     ]
     found = rollouts_table(network, {"m": table}, rows)
-    assert found["predicted"].values.tolist() == pytest.approx([1.5, 6.0])
+    assert found["predicted"].values[0].tolist() == pytest.approx([1.5, 6.0])
     scale, spread = correction(found)
     assert scale == pytest.approx(np.sqrt(2 * 4)) and spread == pytest.approx(np.log(2) / np.sqrt(2))
     assert correction(found, "noise") == (scale, spread)
