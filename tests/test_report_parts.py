@@ -26,7 +26,7 @@ from ditopt.report.features import change_maps, lag_rows, similarity_panels
 from ditopt.report.heatmaps import attention_maps
 from ditopt.report.html import render_report
 from ditopt.report.layers import layers_of, with_site
-from ditopt.report.planted import growth, planted_in_rollouts
+from ditopt.report.planted import corrections, growth, planted_in_rollouts
 from ditopt.report.png import Bytes, heat_levels, heat_palette, png, resized
 from ditopt.report.profiled import average, candidate_name, format_snr, good_patterns, role_counts, similarity, upper
 from ditopt.report.samples import Samples, amplification, drawn, load_samples, psnr
@@ -196,6 +196,8 @@ def test_planted_errors_are_drawn_by_depth_and_against_prediction() -> None:
     assert "MLP output, layer 2: 1." in str(drawing)
     found = planted_in_rollouts(part)
     assert found is not None and found.count == 9 and found.rank == 1.0
+    (told,) = corrections(part.tables["sensitivity"]["rollouts"])
+    assert told.startswith("noise at a module: measured 1.1 times the predicted, off by a factor of 1")
     bare = make_profile(tables=False).networks["transformer"]
     assert growth(bare) == (None, []) and planted_in_rollouts(bare) is None
 

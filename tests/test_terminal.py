@@ -66,6 +66,8 @@ def test_explain_tells_of_every_kind_of_site(profile: Path) -> None:
     assert "output SNR in dB" in run("explain", profile, "blocks.3.attn1.to_q").stdout
     assert "growth of an error" in run("explain", profile, "step").stdout
     assert "MLP output" in run("explain", profile, "blocks.3.ffn").stdout
+    planted = run("explain", profile, "rollouts").stdout
+    assert "blocks.8.ffn, step 5, noise" in planted and "noise at a module: measured 1.1 times" in planted
     tokens = run("explain", profile, "blocks.4").stdout
     assert "change" in tokens, "a collector without words of its own has its range"
 

@@ -15,8 +15,8 @@ from ditopt.report.explained import Explained, NetworkFigures
 from ditopt.report.features import change_maps, lag_rows, similarity_panels
 from ditopt.report.figures import duration
 from ditopt.report.heatmaps import MAX_PIXELS, attention_maps
-from ditopt.report.planted import growth, planted_in_rollouts
-from ditopt.report.profiled import ATTENTION, FORMATS, LINEAR, average, format_snr, role_counts, sites_of
+from ditopt.report.planted import corrections, growth, planted_in_rollouts
+from ditopt.report.profiled import ATTENTION, FORMATS, LINEAR, SENSITIVITY, average, format_snr, role_counts, sites_of
 from ditopt.report.samples import Samples
 from ditopt.report.work import kinds_of, roof, step_times, style_of, variant_notes, work_bars
 from ditopt.sites import STEP
@@ -80,6 +80,7 @@ def _features(name: str, part: NetworkProfile | None, found: Explained) -> dict[
     shown: dict[str, Any] = {
         "growth": grown,
         "planted": planted_in_rollouts(part) if part is not None else None,
+        "corrections": _corrections(part) if part is not None else [],
         "panels": similarity_panels(part) if part is not None else [],
         "lag_rows": rows,
         "changes": change_maps(part) if part is not None else [],
@@ -87,6 +88,11 @@ def _features(name: str, part: NetworkProfile | None, found: Explained) -> dict[
         "sensitivity": figures.sensitivity and charts.curve(figures.sensitivity, "step", "growth of an error"),
     }
     return {"network": name, "lags": lags, "growth_kinds": kinds, **shown} if any(shown.values()) else None
+
+
+def _corrections(part: NetworkProfile) -> list[str]:
+    tables = [table for table in sites_of(part, SENSITIVITY).values() if "predicted" in table.measures]
+    return [line for table in tables for line in corrections(table)]
 
 
 def step_figures(part: NetworkProfile) -> NetworkFigures:

@@ -14,6 +14,7 @@ from ditopt.errors import InputError
 from ditopt.measures import Table
 from ditopt.profile import NetworkProfile, Profile
 from ditopt.report.figures import decibels, figure, share, with_upper
+from ditopt.report.planted import corrections
 from ditopt.report.profiled import (
     ATTENTION,
     FEATURES,
@@ -105,7 +106,9 @@ def _told(part: NetworkProfile, site: str) -> Iterable[RenderableType]:
     if site == STEP and part.sensitivity:
         yield _weights(part.sensitivity)
     for collector, table in tables.items():
-        if collector not in (ATTENTION, PATTERNS, FEATURES, LINEAR):
+        if "predicted" in table.measures:
+            yield _rollouts(table)
+        elif collector not in (ATTENTION, PATTERNS, FEATURES, LINEAR):
             yield _anything(collector, table)
 
 
@@ -183,6 +186,16 @@ def _weights(values: Sequence[float]) -> RenderableType:
     for step in sorted(set(np.linspace(0, len(values) - 1, min(10, len(values))).round().astype(int).tolist())):
         _row(grid, str(step), figure(float(values[step])))
     return _titled("growth of an error planted here, up to the sample", grid)
+
+
+def _rollouts(table: Table) -> RenderableType:
+    """How far errors planted in rollouts moved the sample, and what that says of predictions."""
+    grid = _grid("planted", "moved the sample", "predicted")
+    values = (average(table[name], "plant") for name in ("measured", "predicted"))
+    for plant, *moved in zip(table.labels["plant"], *values, strict=True):
+        _row(grid, str(plant), *(figure(float(value)) for value in moved))
+    told = [Text(line) for line in corrections(table)]
+    return Group(_titled("errors planted in rollouts, L2 norm of what the sample moved by", grid), *told)
 
 
 def _anything(collector: str, table: Table) -> RenderableType:

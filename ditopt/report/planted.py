@@ -7,12 +7,19 @@ from itertools import zip_longest
 import numpy as np
 from markupsafe import Markup
 
+from ditopt.measures import Table
 from ditopt.profile import NetworkProfile
 from ditopt.report import charts
 from ditopt.report.profiled import SENSITIVITY, SITE_KINDS, average, sites_of
 from ditopt.report.tried import Agreement, agreement
+from ditopt.search.heads import correction
 
 NOISE, COLOURS = "noise", 5
+ERRORS = {
+    NOISE: "noise at a module",
+    "reuse": "a module's output of the step before",
+    "pattern": "heads under patterns",
+}
 
 
 def growth(part: NetworkProfile) -> tuple[Markup | None, list[tuple[str, str]]]:
@@ -28,6 +35,17 @@ def growth(part: NetworkProfile) -> tuple[Markup | None, list[tuple[str, str]]]:
     kinds = [(SITE_KINDS.get(kind, kind), f"curve curve-{i % COLOURS}") for i, kind in enumerate(found)]
     series = [charts.Line(values, *kind) for values, kind in zip_longest(found.values(), kinds)]
     return charts.lines(series, "layer", "error at the output / planted", size=(520, 300), also=(0.0,)), kinds
+
+
+def corrections(table: Table) -> list[str]:
+    """For each kind of error planted in rollouts, how far what was measured is off what was predicted, in words."""
+    found = []
+    for error in dict.fromkeys(table.facts.get("errors", ())):
+        scale, spread = correction(table, error)
+        if np.isfinite(scale):
+            off = f", off by a factor of {np.exp(spread):.2g} either way" if np.isfinite(spread) else ""
+            found.append(f"{ERRORS.get(error, error)}: measured {scale:.2g} times the predicted{off}")
+    return found
 
 
 def planted_in_rollouts(part: NetworkProfile) -> Agreement | None:
