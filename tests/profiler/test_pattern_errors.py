@@ -25,7 +25,7 @@ from ditopt.profiler.attention import attention_collectors
 from ditopt.profiler.interpret import Collector, Seen
 from ditopt.profiler.pattern_errors import PatternCollector, Projection, error_moments, moments
 from ditopt.profiler.places import attentions
-from tests.profiler.test_attention import SITE, model, operands, planted, run, steps, trace_of
+from tests.profiler.attention_rig import SITE, model, operands, planted, run, steps, trace_of
 from tests.trace.models import Captured
 
 PLAIN = Geometry(2, 3, 4)

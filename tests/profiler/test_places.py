@@ -14,7 +14,7 @@ from ditopt.kernels.ops import ATTENTION
 from ditopt.measures import Table
 from ditopt.profiler.interpret import Collector, Seen, Watched
 from ditopt.profiler.places import _product_behind, attentions
-from tests.profiler.test_attention import model
+from tests.profiler.attention_rig import model
 from tests.trace.models import CASES
 
 TEXT = {"SD3": (16, 22), "Flux": (0, 6), "CogVideoX": (0, 6), "HunyuanVideo": (32, 38)}
