@@ -4,7 +4,8 @@
 
 A Wan of random weights (which time kernels and judge nothing) under a plain Euler loop. Each side runs in a process of
 its own, from an empty cache of profiles, so that peaks of resident memory can be told apart; a third process imports
-the same libraries and builds the same model, and does nothing.
+the same libraries and builds the same model, and does nothing. Threads that wait sleep (OMP_WAIT_POLICY), so that what
+else runs on the machine slows the sides alike.
 """
 
 from __future__ import annotations
@@ -105,9 +106,8 @@ def main() -> None:
     for side in SIDES:
         with tempfile.TemporaryDirectory() as cache:
             command = [sys.executable, "-m", "benchmarks.profile_cost", *sys.argv[1:], "--side", side]
-            done = subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"DITOPT_CACHE": cache}
-            )
+            settings = {"DITOPT_CACHE": cache, "OMP_WAIT_POLICY": "passive"}
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | settings)
         *progress, last = done.stdout.strip().splitlines()
         found[side] = json.loads(last)
         print("\n".join(progress))

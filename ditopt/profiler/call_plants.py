@@ -20,6 +20,7 @@ from ditopt.kernels.patterns.candidates import block_for
 from ditopt.measures import Label, Measure, Table
 from ditopt.profiler.head_edits import BlockMask, middling, under_blocks, without_head
 from ditopt.profiler.interpret import Collector, CountedCalls, Edit, Moment, Seen, State, Watched, of_branches
+from ditopt.profiler.memory import trim
 from ditopt.profiler.pattern_errors import candidates_of
 from ditopt.profiler.places import SELF, Attention, Module, attentions, modules
 from ditopt.runtime.program import Compute
@@ -135,6 +136,7 @@ class CallPlants(CountedCalls):
                 output, behind = _through(run, state, edit(given, value), module)
                 moved = run.finish(behind)[0] - outputs[0]
                 self._note(moment, (module.site, head, error, moment.step), base, output, moved)
+            trim()
             self.stage.advance(units=len(self.modules) / len(planted))
         return outputs
 

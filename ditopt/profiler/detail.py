@@ -21,6 +21,7 @@ from ditopt.profiler.find_geometry import find_geometry
 from ditopt.profiler.interpret import Collector, WatchedCalls, reasons_of
 from ditopt.profiler.kept_tables import HEADER, Tables, from_tensors, reasons_in, to_tensors
 from ditopt.profiler.linear_inputs import LinearInputs
+from ditopt.profiler.memory import collect
 from ditopt.profiler.observe import Pair, answered, inputs_of
 from ditopt.profiler.places import attentions
 from ditopt.profiler.run import whole_program
@@ -60,12 +61,14 @@ class DetailRun:
             InputError: the given geometry does not fit the model's tokens.
             RolloutError: the loop calls the model differently from prompt to prompt.
         """
+        collect()
         self._find_geometries(pairs[0])
         found: dict[str, list[Tables]] = {name: [] for name in self.programs}
         with self.reporter.stage(f"profile: {', '.join(self.collect)}", len(pairs)) as stage:
             for index, pair in enumerate(pairs):
                 for name, tables in self._prompt(index, pair, len(pairs)).items():
                     found[name].append(tables)
+                collect()  # collectors that share rows refer to each other
                 stage.advance()
         networks = {name: self._network(profile.networks[name], name, found[name]) for name in self.programs}
         if "sensitivity" in self.collect:

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from ditopt.calls import NetworkCalls
 from ditopt.errors import RolloutError
 from ditopt.measures import Table
+from ditopt.profiler.memory import trim
 from ditopt.runtime.program import Compute
 from ditopt.trace import Trace
 
@@ -200,6 +201,7 @@ class WatchedCalls(CountedCalls):
         _, self._interpreter.moment = self.next_call()
         with torch.no_grad():
             outputs: Sequence[Any] = self._interpreter.run(*arguments)
+        trim()
         return outputs
 
 

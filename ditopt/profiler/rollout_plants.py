@@ -16,6 +16,7 @@ from ditopt.profile import NetworkProfile
 from ditopt.profiler.call_plants import Keeper, noisy
 from ditopt.profiler.head_edits import BlockMask, middling, under_blocks
 from ditopt.profiler.interpret import CountedCalls, Watched, of_branches
+from ditopt.profiler.memory import trim
 from ditopt.profiler.pattern_errors import candidates_of
 from ditopt.profiler.places import Module, attentions
 from ditopt.runtime.program import Compute, copied
@@ -111,6 +112,7 @@ class HeadsPlant(CountedCalls):
         if moment.step < self.start:
             return copied(self.outputs[number])
         result: Sequence[Any] = Watched(self.trace, (), self._edits).run(*arguments)
+        trim()
         return result
 
 

@@ -20,6 +20,7 @@ from ditopt.measure import DensePath, Evaluator, SecondOrder
 from ditopt.profile import FeatureGram, NetworkProfile, Profile, branch_shares
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.features import FeatureCollector, range_gram
+from ditopt.profiler.memory import collect
 from ditopt.profiler.moves import sampler_moves, second_order
 from ditopt.profiler.observe import collected, inputs_of, observed
 from ditopt.profiler.ranges import RangeProbe, candidate_spans
@@ -81,6 +82,7 @@ class ProfileRun:
         total = len(chosen) * sum(map(len, planted.values())) + 2 * len(sessions)
         with self.reporter.stage("profile: planted errors, timing", total) as stage:
             factors = [self._planted(index, pair, networks, planted, stage) for index, pair in enumerate(chosen)]
+            collect()  # before graphs are compiled and timed
             for name in sessions:
                 found = interpolate(
                     len(self.calls[name].timesteps), planted[name], [each[name].tolist() for each in factors]
