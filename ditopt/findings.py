@@ -17,6 +17,10 @@ HOLDS = 0.8
 """A pattern holds where top blocks of elsewhere keep at least so much mass."""
 
 
+def _others(count: int) -> str:
+    return "another" if count == 1 else f"{count} others"
+
+
 @dataclass(frozen=True)
 class OverSteps:
     """How long the pattern of a head lasts: mass of later steps in the top blocks of an earlier one (the anchor).
@@ -79,7 +83,7 @@ class OverPrompts:
     def __str__(self) -> str:
         return (
             f"Patterns over prompts: the blocks with {self.own:.0%} of one prompt's mass ({self.blocks:.0%} of all "
-            f"blocks) keep {self.kept:.0%} of the mass of {self.prompts - 1} others, and {HOLDS:.0%} or more of each "
+            f"blocks) keep {self.kept:.0%} of the mass of {_others(self.prompts - 1)}, and {HOLDS:.0%} or more of each "
             f"for {self.holding:.0%} of heads."
         )
 

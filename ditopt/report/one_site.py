@@ -122,10 +122,10 @@ def _attention(part: NetworkProfile, site: str, table: Table) -> Iterable[Render
         _row(grid, str(head), *told, with_upper(float(entropy[head]), float(high[head]), figure))
     yield _titled(title, grid)
     of_heads = masses(table)
-    grid = _grid("head", *of_heads)
-    for head in range(len(entropy)):
-        _row(grid, str(head), *(with_upper(mass.mean[head], mass.upper[head], share) for mass in of_heads.values()))
-    _row(grid, "if uniform", *(share(mass.uniform) for mass in of_heads.values()))
+    grid = _grid("on", *(f"head {head}" for head in range(len(entropy))), "if uniform")
+    for where, mass in of_heads.items():
+        shares = [with_upper(*of_head, share) for of_head in zip(mass.mean, mass.upper, strict=True)]
+        _row(grid, where, *shares, share(mass.uniform))
     if of_heads:
         yield _titled(f"where an average query's mass lies (within: tokens in space and time){EXCEEDED}", grid)
 
