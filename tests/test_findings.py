@@ -255,7 +255,7 @@ def test_all_findings_of_a_network_are_told_in_sentences() -> None:
         "Early steps: up to 2 steps later, blocks chosen in the first third of steps keep 40% of the mass, blocks "
         "chosen later 90%.",
         "Patterns over prompts: the blocks with 100% of one prompt's mass (50% of all blocks) keep 80% of the mass of "
-        "1 others, and 80% or more of each for 0% of heads.",
+        "another, and 80% or more of each for 0% of heads.",
         "Guidance branches: the blocks with 90% of the mass of one keep 85% of the other's (85% in the first third of "
         "steps, 85% later), and 80% or more for 100% of heads.",
         "Roles of 1 heads: 1 text; confidence 1.00 in the mean, the same role in 100% of steps and 100% of prompts. "
