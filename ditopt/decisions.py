@@ -169,6 +169,11 @@ class HeadDecisions:
             return HeadDecisions(do)
         return HeadDecisions(self.others, {**self.named, **dict.fromkeys(heads, do)})
 
+    @property
+    def any_sparse(self) -> bool:
+        """Whether some head is, if there are any that are not named."""
+        return any(isinstance(do, Sparse) for do in (self.others, *self.named.values()))
+
     def of(self, heads: int) -> tuple[HeadDecision, ...]:
         """The decision of each of so many heads."""
         return tuple(self.named.get(head, self.others) for head in range(heads))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -33,7 +32,7 @@ from ditopt.decisions import (
 )
 from ditopt.errors import PlanError
 from ditopt.geometry import Geometry
-from ditopt.plan_text import explain, read_yaml, short, write_yaml
+from ditopt.plan_text import explain, number_ranges, read_yaml, short, write_yaml
 from ditopt.sites import STEP, range_names
 
 FORMAT_VERSION = 1
@@ -65,25 +64,7 @@ def parse_steps(text: str | int) -> tuple[int, ...]:
     Raises:
         ValueError: the text is not a list of numbers and ranges, or names more than ``MAX_STEPS`` steps.
     """
-    return tuple(sorted(set().union(*_step_ranges(text))))
-
-
-def _step_ranges(text: str | int, what: str = "steps", limit: int = MAX_STEPS) -> list[range]:
-    """The ranges of a text of steps, or of heads, not yet expanded. Raises as ``parse_steps``."""
-    ranges: list[range] = []
-    total = 0
-    for part in str(text).split(","):
-        found = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part)
-        if not found:
-            raise ValueError(f"{what} {short(text)!r} should be numbers and ranges such as '3, 5-7'")
-        first, last = int(found[1]), int(found[2] or found[1])
-        if last < first:
-            raise ValueError(f"{what} {short(text)!r} has a range that runs backwards: {part.strip()!r}")
-        ranges.append(range(first, last + 1))
-        total += last + 1 - first
-        if total > limit:
-            raise ValueError(f"{what} {short(text)!r} are over the limit of {limit}; name each once")
-    return ranges
+    return tuple(sorted(set().union(*number_ranges(text, "steps", MAX_STEPS))))
 
 
 def format_steps(steps: Iterable[int]) -> str:
@@ -101,19 +82,20 @@ def format_steps(steps: Iterable[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in parts)
 
 
-def _read_steps(value: Any) -> Any:
-    return parse_steps(value) if isinstance(value, str | int) and not isinstance(value, bool) else value
+def _reader(what: str, limit: int) -> BeforeValidator:
+    """Reads a text of numbers and ranges; what is none is left to the field's own validation."""
 
+    def read(value: Any) -> Any:
+        is_text = isinstance(value, str | int) and not isinstance(value, bool)
+        return tuple(sorted(set().union(*number_ranges(value, what, limit)))) if is_text else value
 
-def _read_heads(value: Any) -> Any:
-    known = isinstance(value, str | int) and not isinstance(value, bool)
-    return tuple(set().union(*_step_ranges(value, "heads", MAX_HEADS))) if known else value
+    return BeforeValidator(read)
 
 
 def _count_steps(value: Any) -> int:
     """How many steps a rule's ``steps`` stand for; 0 of what its own validation will refuse."""
     try:
-        value = _step_ranges(value) if isinstance(value, str | int) else [value]
+        value = number_ranges(value, "steps", MAX_STEPS) if isinstance(value, str | int) else [value]
         return sum(map(len, value))
     except (TypeError, ValueError):
         return 0
@@ -139,11 +121,11 @@ def _read_decision(value: Any) -> Any:
         raise ValueError("a decision is a word or one 'kind: {setting: value}', its settings named by words") from None
 
 
-Steps = Annotated[tuple[int, ...], BeforeValidator(_read_steps), PlainSerializer(format_steps, return_type=str)]
+Steps = Annotated[tuple[int, ...], _reader("steps", MAX_STEPS), PlainSerializer(format_steps, return_type=str)]
 Heads = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...],
     Field(min_length=1, max_length=MAX_HEADS),
-    BeforeValidator(_read_heads),
+    _reader("heads", MAX_HEADS),
     AfterValidator(lambda heads: tuple(sorted(set(heads)))),
     PlainSerializer(format_steps, return_type=str),
 ]
@@ -305,21 +287,21 @@ class Plan(_Part):
         What is decided for heads is not among them: it is ``head_decisions``.
         """
         chosen: dict[str, FeatureDecision] = dict.fromkeys(sites, Dense())
-        for rule in self._rules_in(step, network):
-            if not isinstance(rule.do, Sparse) and not rule.for_heads:
+        for rule in self.rules:
+            if isinstance(rule.do, Sparse) or rule.for_heads or step not in rule.steps:
+                continue
+            if fnmatch.fnmatchcase(network, rule.network):
                 chosen |= {site: rule.do for site in sites if rule.names(site)}
         return chosen
 
-    def head_decisions(self, step: int, site: str, network: str = "transformer") -> HeadDecisions:
-        """What the heads of an attention site do in ``step``; those that no rule names are ``Dense()``."""
-        found = HeadDecisions()
-        for rule in self._rules_in(step, network):
-            if rule.names(site) and isinstance(rule.do, HeadDecision):
-                found = found.then(rule.heads, rule.do)
-        return found
-
-    def _rules_in(self, step: int, network: str) -> list[Rule]:
-        return [rule for rule in self.rules if step in rule.steps and fnmatch.fnmatchcase(network, rule.network)]
+    def head_decisions(self, site: str, network: str = "transformer") -> tuple[HeadDecisions, ...]:
+        """What the heads of an attention site do in every step; those that no rule names are ``Dense()``."""
+        found = [HeadDecisions()] * len(self.sampler.timesteps[network])
+        for rule in self.rules:
+            if isinstance(rule.do, HeadDecision) and rule.names(site) and fnmatch.fnmatchcase(network, rule.network):
+                for step in {*rule.steps} & {*range(len(found))}:
+                    found[step] = found[step].then(rule.heads, rule.do)
+        return tuple(found)
 
     def kept_steps(self, network: str = "transformer") -> tuple[int, ...]:
         """The steps in which the network runs (the site ``step`` is dense)."""

@@ -263,11 +263,11 @@ def test_rules_for_heads_are_read_and_written_and_later_ones_win_head_by_head(tm
     assert plan.tokens == {"transformer": Geometry(6, 16, 8, text=4)}
     temporal, union = (plan.rules[at].do for at in (0, 2))
     assert temporal == Sparse(pattern='{"rows": 1, "pattern": "temporal"}') != union
-    assert plan.head_decisions(1, "blocks.1.attn1").of(4) == (temporal, Dense(), temporal, Dense())
-    assert plan.head_decisions(2, "blocks.1.attn1").of(4) == (temporal, Dense(), Dense(), Dense())
-    assert plan.head_decisions(2, "blocks.2.attn1").of(3) == (union,) * 3
-    assert plan.head_decisions(0, "blocks.2.attn1").of(2) == (Dense(),) * 2
-    assert plan.head_decisions(2, "blocks.1.attn2").of(2) == (Dense(),) * 2
+    assert plan.head_decisions("blocks.1.attn1")[1].of(4) == (temporal, Dense(), temporal, Dense())
+    assert plan.head_decisions("blocks.1.attn1")[2].of(4) == (temporal, Dense(), Dense(), Dense())
+    assert plan.head_decisions("blocks.2.attn1")[2].of(3) == (union,) * 3
+    assert plan.head_decisions("blocks.2.attn1")[0].of(2) == (Dense(),) * 2
+    assert plan.head_decisions("blocks.1.attn2")[2].of(2) == (Dense(),) * 2
     plan.save(tmp_path / "plan.yaml")
     assert Plan.load(tmp_path / "plan.yaml") == plan
     written = (tmp_path / "plan.yaml").read_text()
@@ -279,9 +279,9 @@ def test_rules_for_heads_say_nothing_of_blocks_and_those_of_blocks_nothing_of_he
     plan = make(Rule(sites="blocks.1", steps=(1,), do=Reuse()), sparse)
     assert plan.decisions(1, ["blocks.1"]) == {"blocks.1": Reuse()}
     plan = make(sparse, Rule(sites="blocks.*", steps=(1,), do=Reuse()))
-    assert plan.head_decisions(1, "blocks.1.attn1").of(1) == (sparse.do,)
+    assert plan.head_decisions("blocks.1.attn1")[1].of(1) == (sparse.do,)
     plan = make(sparse, Rule(sites="blocks.1.*", steps=(1,), do=Dense()))
-    assert plan.head_decisions(1, "blocks.1.attn1").of(1) == (Dense(),)
+    assert plan.head_decisions("blocks.1.attn1")[1].of(1) == (Dense(),)
     assert cast_rules([Rule(sites="step", steps=(1,), do=Dense(dtype="bfloat16")), sparse])[1:] == []
 
 

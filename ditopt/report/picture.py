@@ -145,8 +145,8 @@ def _picture(plan: Plan, network: str, layers: Sequence[str], attention: str | N
         rows.append(Row(site, tuple(cells), site in layers))
     also = [attention] if attention is not None and any(rule.names(attention) for rule in of_heads) else []
     for site in dict.fromkeys([*(rule.sites for rule in of_heads), *also]):
-        told = [plan.head_decisions(step, site, network) for step in range(len(table))]
-        rows.append(Row(site, tuple(_head_cell(each, step, whole[step]) for step, each in enumerate(told))))
+        told = enumerate(plan.head_decisions(site, network))
+        rows.append(Row(site, tuple(_head_cell(each, step, whole[step]) for step, each in told)))
     led = [table[step][STEP] for step in combined]
     shares = {each.second_order for each in led if isinstance(each, Dense) and each.second_order is not None}
     simplified = any(isinstance(do := each[STEP], Dense) and do.simplify for each in table)
@@ -163,8 +163,7 @@ def _head_cell(found: HeadDecisions, step: int, predicted: bool) -> Cell:
         alike.setdefault(do, []).append(head)
     told = [f"heads {format_steps(heads)}: {_pattern(do)}" for do, heads in alike.items()]
     told.append(f"{'other' if told else 'all'} heads: {_pattern(found.others)}")
-    sparse = any(isinstance(do, Sparse) for do in (*alike, found.others))
-    return Cell("sparse" if sparse else "dense", f"step {step}: {'; '.join(told)}")
+    return Cell("sparse" if found.any_sparse else "dense", f"step {step}: {'; '.join(told)}")
 
 
 def _pattern(decision: Decision) -> str:

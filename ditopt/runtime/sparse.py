@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -43,7 +43,7 @@ def not_looked_for(given: Geometry | None) -> tuple[Geometry | None, str]:
 
 @dataclass(frozen=True)
 class Place:
-    """An attention site, the block that it is in, and whether its queries and keys are the same tokens (``own``)."""
+    """An attention site, the block that it is in, and whether it is self-attention of the latents' tokens (``own``)."""
 
     site: AttentionSite
     block: str | None
@@ -87,7 +87,7 @@ class AttentionSites:
 
         Raises:
             PlanMismatchError: a rule names a site or head that is not there, or a pattern that is unknown, is given
-                parameters that it has not, or is for other keys than the queries themselves.
+                parameters that it has not, or is for self-attention only and the site is none.
         """
         for number, rule in enumerate(plan.rules):
             if rule.for_heads and fnmatchcase(network, rule.network):
@@ -110,8 +110,8 @@ class AttentionSites:
                 raise PlanMismatchError(f"{told}: {error}") from None
             if not place.own and rule.do.settings["pattern"] not in WITHOUT_TOKENS:
                 raise PlanMismatchError(
-                    f"{told}: {place.site.name} attends to {place.site.keys} keys that are not its "
-                    f"{place.site.queries} queries; of patterns only {' and '.join(WITHOUT_TOKENS)} are for it"
+                    f"{told}: {place.site.name} is no self-attention of the latents' tokens, with {place.site.queries} "
+                    f"queries and {place.site.keys} keys; of patterns only {' and '.join(WITHOUT_TOKENS)} are for it"
                 )
 
     def steps(
@@ -127,11 +127,15 @@ class AttentionSites:
         found: list[list[tuple[SparseAttention, BlockLists]]] = [[] for _ in plan.sampler.timesteps[network]]
         notes: dict[str, None] = {}  # a set in order
         for name, place in self.places.items():
-            decided = [
-                plan.head_decisions(step, name, network).of(place.site.heads) if not inside(step, place.block) else ()
-                for step in range(len(found))
-            ]
-            for step, lists in self._lists(plan, network, place, decided, notes).items():
+            decided = {
+                step: each.of(place.site.heads)
+                for step, each in enumerate(plan.head_decisions(name, network))
+                if each.any_sparse and not inside(step, place.block)
+            }
+            if not decided:
+                continue
+            geometry = self._geometry(plan, network, place) if place.own else None
+            for step, lists in _lists(place.site, geometry, decided, notes).items():
                 width = int(lists.indices.shape[-1])
                 found[step].append((SparseAttention(name, lists.query_block, lists.key_block, width), lists))
         steps = (
@@ -146,34 +150,6 @@ class AttentionSites:
             for of_step in found
         )
         return tuple(steps), tuple(notes)
-
-    def _lists(
-        self,
-        plan: Plan,
-        network: str,
-        place: Place,
-        decided: Sequence[tuple[HeadDecision, ...]],
-        notes: dict[str, None],
-    ) -> dict[int, BlockLists]:
-        """The lists of a site by step; steps in which its heads attend to all blocks have none, and run dense."""
-        distinct = [each for each in dict.fromkeys(decided) if any(isinstance(do, Sparse) for do in each)]
-        if not distinct:
-            return {}
-        geometry = self._geometry(plan, network, place) if place.own else None
-        key_block = block_for(place.site.keys)
-        query_block = -(-block_for(place.site.queries) // QUERY_TASK) * QUERY_TASK
-        maps = {
-            each: torch.stack([_map(do, geometry, place.site, query_block, key_block) for do in each])[None]
-            for each in distinct
-        }
-        if any(attended.all() for attended in maps.values()):
-            size = f"{query_block} queries and {key_block} keys"
-            notes[f"{place.site.name}: patterns that keep every block of {size} run dense"] = None
-        maps = {each: attended for each, attended in maps.items() if not attended.all()}
-        longest = max((int(attended.sum(-1).max()) for attended in maps.values()), default=0)
-        width = min(blocks(place.site.keys, key_block), max(1, -(-longest // WIDTHS)) * WIDTHS)
-        lists = {each: BlockLists.from_map(attended, query_block, key_block, width) for each, attended in maps.items()}
-        return {step: lists[each] for step, each in enumerate(decided) if each in lists}
 
     def _geometry(self, plan: Plan, network: str, place: Place) -> Geometry:
         """How the tokens of a site lie: as the plan says, or as is found."""
@@ -203,6 +179,29 @@ class AttentionSites:
         except InputError as error:
             raise PlanMismatchError(f"the plan's tokens of {network}: {error}") from None
         return given
+
+
+def _lists(
+    site: AttentionSite,
+    geometry: Geometry | None,
+    decided: Mapping[int, tuple[HeadDecision, ...]],
+    notes: dict[str, None],
+) -> dict[int, BlockLists]:
+    """The lists of a site by step; steps in which its heads attend to all blocks have none, and run dense."""
+    key_block = block_for(site.keys)
+    query_block = -(-block_for(site.queries) // QUERY_TASK) * QUERY_TASK
+    maps = {
+        heads: torch.stack([_map(do, geometry, site, query_block, key_block) for do in heads])[None]
+        for heads in dict.fromkeys(decided.values())
+    }
+    if any(attended.all() for attended in maps.values()):
+        size = f"{query_block} queries and {key_block} keys"
+        notes[f"{site.name}: patterns that keep every block of {size} run dense"] = None
+    maps = {heads: attended for heads, attended in maps.items() if not attended.all()}
+    longest = max((int(attended.sum(-1).max()) for attended in maps.values()), default=0)
+    width = min(blocks(site.keys, key_block), max(1, -(-longest // WIDTHS)) * WIDTHS)
+    lists = {heads: BlockLists.from_map(attended, query_block, key_block, width) for heads, attended in maps.items()}
+    return {step: lists[heads] for step, heads in decided.items() if heads in lists}
 
 
 def _fitting(geometry: Geometry, tokens: int) -> Iterator[Geometry]:
