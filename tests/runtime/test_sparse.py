@@ -78,12 +78,12 @@ def call(forward: Callable[..., Any], inputs: Mapping[str, Any], time: float) ->
     return found
 
 
-def wan_inputs(rows: int = 32) -> dict[str, Any]:
+def wan_inputs(rows: int = 32, batch: int = 1, text: int = 6) -> dict[str, Any]:
     drawing = torch.Generator().manual_seed(1)
     return {
-        "hidden_states": torch.randn(1, 4, 4, rows, 32, generator=drawing),
-        "timestep": torch.tensor([500.0]),
-        "encoder_hidden_states": torch.randn(1, 6, 16, generator=drawing),
+        "hidden_states": torch.randn(batch, 4, 4, rows, 32, generator=drawing),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": torch.randn(batch, text, 16, generator=drawing),
     }
 
 
@@ -312,11 +312,18 @@ def test_rules_that_do_not_fit_the_model_are_named(wan: nn.Module, structure: st
         call(compiled(wan, plan=plan_of(structure, bad)), wan_inputs(), TIMES[0])
 
 
+def test_cross_attention_to_as_many_keys_is_no_self_attention(wan: nn.Module, structure: str) -> None:
+    plan = plan_of(structure, rule("blocks.0.attn2", "1", sparse("spatial")))
+    with interpreted(), pytest.raises(PlanMismatchError, match=r"is no self-attention .* 1024 queries and 1024 keys"):
+        call(compiled(wan, plan=plan), wan_inputs(text=1024), TIMES[0])
+
+
 def test_a_geometry_that_is_not_given_is_found(wan: nn.Module, structure: str) -> None:
+    """And all samples of a batch go by the same lists."""
     plan = plan_of(structure, *RULES, tokens=None)
     session = Session(plan=plan)
     with interpreted():
-        for step, found, arguments in steps_of(session, compiled(wan, session=session), wan_inputs()):
+        for step, found, arguments in steps_of(session, compiled(wan, session=session), wan_inputs(batch=2)):
             expected = emulated(session.programs[0], plan, step, arguments, FRAMES)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
