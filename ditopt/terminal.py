@@ -92,6 +92,8 @@ def _provenance(plan: Plan) -> RenderableType:
         _row(
             table, "geometry", "; ".join(f"{name} {' × '.join(map(str, size))}" for name, size in plan.geometry.items())
         )
+    if plan.tokens:
+        _row(table, "tokens", "; ".join(f"{name} {tokens}" for name, tokens in plan.tokens.items()))
     for name, broken in plan.breaks.items():
         _row(table, "breaks", f"{name}: {'; '.join(broken.at) or 'not told'}")
     _row(table, "device", f"{plan.device.device}, torch {plan.device.torch}, {plan.device.dtype}")

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from ditopt.cli import app
 from ditopt.decisions import Dense, Fit, Forecast, Reuse, Sparse
+from ditopt.geometry import Geometry
 from ditopt.plan import DevicePrint, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.report import charts, svg
 from ditopt.report.explained import Explained, side_path
@@ -267,11 +268,13 @@ def test_the_picture_tells_what_heads_do(plan: Plan) -> None:
 
 def test_page_and_terminal_tell_the_heads_of_rules(tmp_path: Path, plan: Plan) -> None:
     path = tmp_path / "heads.yaml"
-    planned = plan.model_copy(update={"rules": (*plan.rules, *OF_HEADS)})
+    of_heads = {"rules": (*plan.rules, *OF_HEADS), "tokens": {"transformer": Geometry(4, 8, 8)}}
+    planned = plan.model_copy(update=of_heads)
     planned.save(path)
     assert "<code>blocks.*.attn1 heads 0, 2-3</code>" in render_report(planned, None, None, "heads.yaml")
     shown = CliRunner().invoke(app, ["show", str(path)], env={"COLUMNS": "120"}, catch_exceptions=False).stdout
     assert "blocks.*.attn1 heads 0, 2-3 @ 0-2: temporal, rows 1" in shown
+    assert "transformer geometry of 4 x 8 x 8 tokens" in shown
     assert "s computed, some heads attend to a pattern of blocks only" in shown
     side_path(path).write_text("{}")
     told = CliRunner().invoke(app, ["explain", str(path), "blocks.3.attn1"], catch_exceptions=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,9 +152,12 @@ def distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def test_a_compiled_plan_is_the_eager_model_with_its_heads_under_masks(wan: nn.Module, structure: str) -> None:
+def test_a_compiled_plan_file_is_the_eager_model_with_its_heads_under_masks(
+    wan: nn.Module, structure: str, tmp_path: Path
+) -> None:
     plan, inputs = plan_of(structure, *RULES), wan_inputs()
-    session = Session(plan=plan, check_passes=True)
+    plan.save(tmp_path / "plan.yaml")
+    session = Session.from_options({"plan": tmp_path / "plan.yaml", "check_passes": True})
     forward = compiled(wan, session=session)
     moved = []
     before = None
