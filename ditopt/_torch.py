@@ -159,6 +159,14 @@ def fake_mode_of(value: Tensor) -> Iterator[Any]:
         yield mode
 
 
+def real_tensors() -> contextlib.AbstractContextManager[object]:
+    """While it lasts tensors are made and computed with as outside of a compilation, where they are fake."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    without: contextlib.AbstractContextManager[object] = _disable_current_modes()
+    return without
+
+
 def is_mutating(target: object) -> bool:
     """Whether a graph node's target is an operator that writes into an argument."""
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable

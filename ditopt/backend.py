@@ -20,6 +20,7 @@ from torch import fx
 from ditopt import store
 from ditopt._torch import BoxedCallable, CompileContext, functionalise, graph_break_after
 from ditopt.errors import DitoptError, InputError, PlanMismatchError
+from ditopt.geometry import Geometry
 from ditopt.plan import LATENT_NAMES, TIMESTEP_NAMES, Inputs, Plan
 from ditopt.runtime.graphs import Graphs
 from ditopt.runtime.program import MISMATCH, InputPositions, Program
@@ -113,6 +114,7 @@ class Session:
                 VariantCache(trace, positions.latents, self.check_passes), positions, self.network, self.on_mismatch
             )
             program.on_generation = self.on_generation
+            program.find_geometry = functools.cache(functools.partial(_geometry_of, trace, positions.latents))
             self.programs.append(program)
             self._attach(program, trace, plan)
             return _boxed(program)
@@ -184,6 +186,13 @@ class Session:
             ]
             latents = max(tensors, key=lambda p: nodes[p].meta["val"].ndim, default=None)
         return InputPositions(timestep, latents, None)
+
+
+def _geometry_of(trace: Trace, latents: int | None, given: Geometry | None) -> tuple[Geometry | None, str]:
+    """How a graph's tokens lie, from the graph alone, or whether they do so."""
+    from ditopt.profiler.find_geometry import find_geometry  # it is seldom needed
+
+    return find_geometry(trace, latents, given=given)
 
 
 @functools.cache  # a model compiled again, for another resolution say, is not told twice

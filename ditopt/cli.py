@@ -165,7 +165,8 @@ def explain(
 @command
 def diff(old: PlanFile, new: PlanFile) -> None:
     """Say what differs between two plans; exit with 1 if anything does."""
-    from ditopt.plan import Plan, diff_plans
+    from ditopt.plan import Plan
+    from ditopt.plan_diff import diff_plans
 
     lines = diff_plans(Plan.load(old), Plan.load(new))
     for line in lines or ["no difference"]:

@@ -6,13 +6,18 @@ In a plan file a decision is a word (``dense``, ``reuse``) or a one-key mapping
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 Dtype = Literal["bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 """What the products of a float32 network may be computed in."""
+MAX_PATTERN = 4000
+"""Characters of a sparse decision's pattern."""
 
 
 class _Decision(BaseModel):
@@ -101,19 +106,92 @@ class Fit(_Decision):
         return sources
 
 
-Decision = Dense | Reuse | Forecast | Fit
-Predictor = Reuse | Forecast | Fit
+def pattern_text(pattern: Any) -> str:
+    """The one text of a pattern: its mapping (or that as a text) as JSON with sorted keys, as profiles name candidates.
 
-KINDS: dict[str, type[Dense] | type[Reuse] | type[Forecast] | type[Fit]] = {
+    >>> pattern_text({"pattern": "temporal", "columns": 1})
+    '{"columns": 1, "pattern": "temporal"}'
+
+    Raises:
+        ValueError: it is no mapping with the name of a pattern, holds what JSON does not, or is too long.
+    """
+    try:
+        written = json.loads(pattern) if isinstance(pattern, str) else pattern
+        text = json.dumps(written, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"a pattern is a mapping of names to numbers, words and lists: {error}") from None
+    if not isinstance(written, Mapping) or not isinstance(written.get("pattern"), str):
+        raise ValueError("sparse needs the name of a pattern, e.g. {sparse: {pattern: temporal, rows: 1, columns: 1}}")
+    if len(text) > MAX_PATTERN:
+        raise ValueError(f"a pattern of {len(text)} characters is over the limit of {MAX_PATTERN}")
+    return text
+
+
+def _name_first(entries: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    return dict(sorted(entries, key=lambda entry: entry[0] != "pattern"))
+
+
+class Sparse(_Decision):
+    """Attend to the blocks of keys that a pattern keeps; for heads of attention sites.
+
+    ``pattern`` is the ``pattern_text`` of its mapping, as ``kernels.patterns.registry`` reads it when a plan is bound;
+    two that are written alike are equal.
+    """
+
+    kind: Literal["sparse"] = "sparse"
+    pattern: Annotated[str, BeforeValidator(pattern_text)]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The pattern's mapping, its name first."""
+        found: dict[str, Any] = json.loads(self.pattern, object_pairs_hook=_name_first)
+        return found
+
+
+Decision = Dense | Reuse | Forecast | Fit | Sparse
+Predictor = Reuse | Forecast | Fit
+FeatureDecision = Dense | Predictor
+"""What may be done at the whole step and at ranges of blocks."""
+HeadDecision = Dense | Sparse
+"""What may be done at a head of an attention site."""
+
+
+@dataclass(frozen=True)
+class HeadDecisions:
+    """What the heads of an attention site do in a step: some by number, all ``others`` alike."""
+
+    others: HeadDecision = Dense()  # noqa: RUF009  # it is frozen
+    named: Mapping[int, HeadDecision] = field(default_factory=dict)
+
+    def then(self, heads: Sequence[int] | None, do: HeadDecision) -> HeadDecisions:
+        """The same with ``do`` for some heads, or for all."""
+        if heads is None:
+            return HeadDecisions(do)
+        return HeadDecisions(self.others, {**self.named, **dict.fromkeys(heads, do)})
+
+    @property
+    def any_sparse(self) -> bool:
+        """Whether some head is, if there are any that are not named."""
+        return any(isinstance(do, Sparse) for do in (self.others, *self.named.values()))
+
+    def of(self, heads: int) -> tuple[HeadDecision, ...]:
+        """The decision of each of so many heads."""
+        return tuple(self.named.get(head, self.others) for head in range(heads))
+
+
+KINDS: dict[str, type[Dense] | type[Reuse] | type[Forecast] | type[Fit] | type[Sparse]] = {
     "dense": Dense,
     "reuse": Reuse,
     "forecast": Forecast,
     "fit": Fit,
+    "sparse": Sparse,
 }
 
 
 def decision_to_data(decision: Decision) -> str | dict[str, Any]:
     """The readable form of a decision: a word where it has no settings, else a one-key mapping."""
+    if isinstance(decision, Sparse):
+        return {decision.kind: decision.settings}
     settings = decision.model_dump(
         mode="json", exclude={"kind"}, exclude_none=True, exclude_defaults=isinstance(decision, Dense | Fit)
     )
@@ -136,4 +214,6 @@ def decision_from_data(data: Any) -> Decision:
         raise ValueError(
             f"decision {data!r} is unknown; write one of {', '.join(KINDS)}, e.g. {{forecast: {{order: 1}}}}"
         )
+    if kind == "sparse":
+        return Sparse(pattern=pattern_text(settings))
     return KINDS[kind](**settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ class Geometry:
     columns: int
     text: int = 0
     text_first: bool = False
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # where it is a field of a file
 
     def __post_init__(self) -> None:
         if min(self.frames, self.rows, self.columns) < 1 or self.text < 0:

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
-from ditopt.decisions import Decision, Dense, Fit, decision_from_data, decision_to_data
+from ditopt.decisions import (
+    Decision,
+    Dense,
+    FeatureDecision,
+    Fit,
+    HeadDecision,
+    HeadDecisions,
+    Sparse,
+    decision_from_data,
+    decision_to_data,
+)
 from ditopt.errors import PlanError
-from ditopt.plan_text import explain, read_yaml, short, write_yaml
+from ditopt.geometry import Geometry
+from ditopt.plan_text import explain, number_ranges, read_yaml, short, write_yaml
 from ditopt.sites import STEP, range_names
 
 FORMAT_VERSION = 1
@@ -25,6 +44,8 @@ MAX_RULES = 10_000
 MAX_STEPS = 100_000
 MAX_RULE_STEPS = 200_000
 """Limits on the steps of one schedule, hence of one rule, and on those that all rules name together."""
+MAX_HEADS = 256
+"""Limit on the heads that one rule names."""
 MAX_STACKS = 100
 MAX_BLOCKS = 300
 """Limits on the stacks that graph breaks leave and on the blocks of one: ranges grow with the square of it."""
@@ -43,25 +64,7 @@ def parse_steps(text: str | int) -> tuple[int, ...]:
     Raises:
         ValueError: the text is not a list of numbers and ranges, or names more than ``MAX_STEPS`` steps.
     """
-    return tuple(sorted(set().union(*_step_ranges(text))))
-
-
-def _step_ranges(text: str | int) -> list[range]:
-    """The ranges of a steps text, not yet expanded. Raises as ``parse_steps``."""
-    ranges: list[range] = []
-    total = 0
-    for part in str(text).split(","):
-        found = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part)
-        if not found:
-            raise ValueError(f"steps {short(text)!r} should be numbers and ranges such as '3, 5-7'")
-        first, last = int(found[1]), int(found[2] or found[1])
-        if last < first:
-            raise ValueError(f"steps {short(text)!r} has a range that runs backwards: {part.strip()!r}")
-        ranges.append(range(first, last + 1))
-        total += last + 1 - first
-        if total > MAX_STEPS:
-            raise ValueError(f"steps {short(text)!r} are over the limit of {MAX_STEPS}; name each step once")
-    return ranges
+    return tuple(sorted(set().union(*number_ranges(text, "steps", MAX_STEPS))))
 
 
 def format_steps(steps: Iterable[int]) -> str:
@@ -79,14 +82,20 @@ def format_steps(steps: Iterable[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in parts)
 
 
-def _read_steps(value: Any) -> Any:
-    return parse_steps(value) if isinstance(value, str | int) and not isinstance(value, bool) else value
+def _reader(what: str, limit: int) -> BeforeValidator:
+    """Reads a text of numbers and ranges; what is none is left to the field's own validation."""
+
+    def read(value: Any) -> Any:
+        is_text = isinstance(value, str | int) and not isinstance(value, bool)
+        return tuple(sorted(set().union(*number_ranges(value, what, limit)))) if is_text else value
+
+    return BeforeValidator(read)
 
 
 def _count_steps(value: Any) -> int:
     """How many steps a rule's ``steps`` stand for; 0 of what its own validation will refuse."""
     try:
-        value = _step_ranges(value) if isinstance(value, str | int) else [value]
+        value = number_ranges(value, "steps", MAX_STEPS) if isinstance(value, str | int) else [value]
         return sum(map(len, value))
     except (TypeError, ValueError):
         return 0
@@ -112,14 +121,25 @@ def _read_decision(value: Any) -> Any:
         raise ValueError("a decision is a word or one 'kind: {setting: value}', its settings named by words") from None
 
 
-Steps = Annotated[tuple[int, ...], BeforeValidator(_read_steps), PlainSerializer(format_steps, return_type=str)]
+Steps = Annotated[tuple[int, ...], _reader("steps", MAX_STEPS), PlainSerializer(format_steps, return_type=str)]
+Heads = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    Field(min_length=1, max_length=MAX_HEADS),
+    _reader("heads", MAX_HEADS),
+    AfterValidator(lambda heads: tuple(sorted(set(heads)))),
+    PlainSerializer(format_steps, return_type=str),
+]
 DecisionField = Annotated[Decision, BeforeValidator(_read_decision), PlainSerializer(decision_to_data, return_type=Any)]
 
 
 class Rule(_Part):
-    """``do`` at the sites ``sites`` (``step``, ``blocks.3``, a range ``blocks.2..5`` or a glob) in ``steps``."""
+    """``do`` at the sites ``sites`` (``step``, ``blocks.3``, a range ``blocks.2..5`` or a glob) in ``steps``.
+
+    A sparse rule is for attention sites (``blocks.3.attn1`` or a glob of such), and for their ``heads``; None: for all.
+    """
 
     sites: Annotated[str, Field(min_length=1, max_length=300)]
+    heads: Heads | None = None
     steps: Annotated[Steps, Field(min_length=1)]
     do: DecisionField
     network: str = "*"
@@ -133,6 +153,29 @@ class Rule(_Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _heads_of_attention(self) -> Self:
+        if self.heads is not None and self.do != Dense() and not isinstance(self.do, Sparse):
+            raise ValueError(
+                f"heads {format_steps(self.heads)} are given to {decision_to_data(self.do)}; only sparse and dense "
+                "without settings are decided for heads"
+            )
+        return self
+
+    def names(self, site: str) -> bool:
+        """Whether it is for a site."""
+        return site == self.sites or fnmatch.fnmatchcase(site, self.sites)
+
+    @property
+    def for_heads(self) -> bool:
+        """Whether it speaks of heads of attention sites, and of nothing else."""
+        return self.heads is not None or isinstance(self.do, Sparse)
+
+    @property
+    def place(self) -> str:
+        """What it is for, in words: its sites, and their heads where it names some."""
+        return self.sites if self.heads is None else f"{self.sites} heads {format_steps(self.heads)}"
+
 
 def cast_rules(rules: Iterable[Rule]) -> list[tuple[Rule, str | None]]:
     """The rules of computed steps with their dtype, and nothing else left of them; none if no step has a dtype.
@@ -141,7 +184,7 @@ def cast_rules(rules: Iterable[Rule]) -> list[tuple[Rule, str | None]]:
     """
     found: list[tuple[Rule, str | None]] = []
     for rule in rules:
-        if isinstance(rule.do, Dense):
+        if isinstance(rule.do, Dense) and not rule.for_heads:
             dtype = rule.do.dtype
             bare = rule.model_copy(update={"do": Dense(dtype=dtype)})
             last = found[-1][0] if found else None
@@ -221,7 +264,7 @@ class Plan(_Part):
     """A plan: what to do where and when; what no rule names is dense, and later rules win.
 
     ``settings`` is what the pipeline was called with, ``geometry`` the shape of each network's latents (batch first),
-    ``breaks`` which networks are several graphs.
+    ``tokens`` how the tokens of that lie, ``breaks`` which networks are several graphs.
     """
 
     ditopt: Literal[1] = 1
@@ -229,6 +272,7 @@ class Plan(_Part):
     sampler: SamplerPrint
     settings: dict[str, bool | int | float | str] = {}
     geometry: dict[str, tuple[int, ...]] = {}
+    tokens: dict[str, Geometry] = {}
     device: DevicePrint
     inputs: Inputs = Inputs()
     breaks: dict[str, Breaks] = {}
@@ -237,15 +281,27 @@ class Plan(_Part):
     measured: dict[str, Any] = {}
     rules: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES), BeforeValidator(_bounded)] = ()
 
-    def decisions(self, step: int, sites: Sequence[str], network: str = "transformer") -> dict[str, Decision]:
-        """The decision of every site of ``sites`` in ``step``; a site that no rule names is ``Dense()``."""
-        chosen: dict[str, Decision] = dict.fromkeys(sites, Dense())
+    def decisions(self, step: int, sites: Sequence[str], network: str = "transformer") -> dict[str, FeatureDecision]:
+        """The decision of every site of ``sites`` in ``step``; a site that no rule names is ``Dense()``.
+
+        What is decided for heads is not among them: it is ``head_decisions``.
+        """
+        chosen: dict[str, FeatureDecision] = dict.fromkeys(sites, Dense())
         for rule in self.rules:
-            if step in rule.steps and fnmatch.fnmatchcase(network, rule.network):
-                for site in sites:
-                    if site == rule.sites or fnmatch.fnmatchcase(site, rule.sites):
-                        chosen[site] = rule.do
+            if isinstance(rule.do, Sparse) or rule.for_heads or step not in rule.steps:
+                continue
+            if fnmatch.fnmatchcase(network, rule.network):
+                chosen |= {site: rule.do for site in sites if rule.names(site)}
         return chosen
+
+    def head_decisions(self, site: str, network: str = "transformer") -> tuple[HeadDecisions, ...]:
+        """What the heads of an attention site do in every step; those that no rule names are ``Dense()``."""
+        found = [HeadDecisions()] * len(self.sampler.timesteps[network])
+        for rule in self.rules:
+            if isinstance(rule.do, HeadDecision) and rule.names(site) and fnmatch.fnmatchcase(network, rule.network):
+                for step in {*rule.steps} & {*range(len(found))}:
+                    found[step] = found[step].then(rule.heads, rule.do)
+        return tuple(found)
 
     def kept_steps(self, network: str = "transformer") -> tuple[int, ...]:
         """The steps in which the network runs (the site ``step`` is dense)."""
@@ -332,34 +388,3 @@ def write_text_atomically(path: Path, text: str) -> None:
         raise PlanError(
             f"{path}: cannot be written: {error.strerror or error}; choose a folder that exists and is writable"
         ) from error
-
-
-def diff_plans(old: Plan, new: Plan) -> list[str]:
-    """What changed from ``old`` to ``new``, a line each; empty if nothing did."""
-    lines = []
-    before, after = old.to_data(), new.to_data()
-    for key in dict.fromkeys([*before, *after]):
-        if key != "rules":
-            lines += _diff_values(key, before.get(key), after.get(key))
-    old_rules = [_rule_text(rule) for rule in old.rules]
-    new_rules = [_rule_text(rule) for rule in new.rules]
-    lines += [f"- rule {text}" for text in old_rules if text not in new_rules]
-    lines += [f"+ rule {text}" for text in new_rules if text not in old_rules]
-    return lines
-
-
-def _diff_values(name: str, before: Any, after: Any) -> list[str]:
-    if before == after:
-        return []
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        return [
-            line
-            for key in dict.fromkeys([*before, *after])
-            for line in _diff_values(f"{name}.{key}", before.get(key), after.get(key))
-        ]
-    return [f"~ {name}: {before} -> {after}"]
-
-
-def _rule_text(rule: Rule) -> str:
-    network = "" if rule.network == "*" else f" [{rule.network}]"
-    return f"{rule.sites} @ {format_steps(rule.steps)}{network}: {decision_to_data(rule.do)}"

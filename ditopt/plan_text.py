@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,6 +125,28 @@ class _LineFinder:
         if id(node) not in self._entries:
             self._entries[id(node)] = {key.value: (key, value) for key, value in node.value}
         return self._entries[id(node)]
+
+
+def number_ranges(text: str | int, what: str, limit: int) -> list[range]:
+    """The ranges, not yet expanded, that a text such as ``"3, 5-6"`` names; ``what`` is how errors name them.
+
+    Raises:
+        ValueError: the text is not a list of numbers and ranges, or names more than ``limit`` numbers.
+    """
+    ranges: list[range] = []
+    total = 0
+    for part in str(text).split(","):
+        found = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", part)
+        if not found:
+            raise ValueError(f"{what} {short(text)!r} should be numbers and ranges such as '3, 5-7'")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise ValueError(f"{what} {short(text)!r} has a range that runs backwards: {part.strip()!r}")
+        ranges.append(range(first, last + 1))
+        total += last + 1 - first
+        if total > limit:
+            raise ValueError(f"{what} {short(text)!r} are over the limit of {limit}; name each once")
+    return ranges
 
 
 def short(value: Any, limit: int = 80) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,7 @@ STYLES = {
     "forecast1": "green",
     "forecast2": "cyan",
     "fit": "magenta",
+    "sparse": "bright_blue",
     "hidden": "dim",
 }
 
@@ -36,7 +38,7 @@ def show_plan(plan: Plan, width: int) -> RenderableType:
     drawn = pictures(plan)
     parts: list[RenderableType] = []
     for picture in drawn:
-        parts += [Text(picture.summary, style="bold"), *_grid(picture, width), Text("")]
+        parts += [Text(picture.summary, style="bold"), *_grid(picture, width), *_of_heads(picture), Text("")]
     parts += [_legend(kinds_in(drawn)), Text(""), _figures(plan), Text(""), _provenance(plan)]
     return Group(*parts)
 
@@ -51,6 +53,13 @@ def _grid(picture: Picture, width: int) -> Iterator[Text]:
         yield Text(" " * label + tens.rstrip(), style="dim")
         for row in picture.rows:
             yield Text(f"{row.site:<{label}}").append(_symbols([row.cells[step] for step in steps]))
+
+
+def _of_heads(picture: Picture, site: str | None = None) -> Iterator[Text]:
+    """The rules for heads, in order, a line each; of one ``site``, those that name it."""
+    for sites, told in picture.heads:
+        if site is None or site == sites or fnmatch.fnmatchcase(site, sites):
+            yield Text(told)
 
 
 def _symbols(cells: Sequence[Cell]) -> Text:
@@ -83,6 +92,8 @@ def _provenance(plan: Plan) -> RenderableType:
         _row(
             table, "geometry", "; ".join(f"{name} {' × '.join(map(str, size))}" for name, size in plan.geometry.items())
         )
+    if plan.tokens:
+        _row(table, "tokens", "; ".join(f"{name} {tokens}" for name, tokens in plan.tokens.items()))
     for name, broken in plan.breaks.items():
         _row(table, "breaks", f"{name}: {'; '.join(broken.at) or 'not told'}")
     _row(table, "device", f"{plan.device.device}, torch {plan.device.torch}, {plan.device.dtype}")
@@ -130,7 +141,7 @@ def show_site(
         InputError: neither the plan nor its side file speaks of the site, or there is no decision in ``step``.
     """
     layers = {name: layers_of(plan, name, explained) for name in plan.sampler.timesteps}
-    drawn = [*pictures(plan), *pictures(plan, layers)]
+    drawn = [*pictures(plan), *pictures(plan, layers, site)]
     told = [one.site for made in explained.explanations.values() for one in made]
     find_site(site, [*(row.site for picture in drawn for row in picture.rows), *told], "the plan")
     found: dict[str, Picture] = {}
@@ -140,7 +151,7 @@ def show_site(
             found.setdefault(picture.network, replace(picture, rows=rows))
     parts: list[RenderableType] = []
     for name, picture in found.items():
-        parts += [Text(name, style="bold"), *_grid(picture, width)]
+        parts += [Text(name, style="bold"), *_grid(picture, width), *_of_heads(picture, site)]
     parts += [_legend(kinds_in(tuple(found.values()))), Text("")] if found else []
     why = {name: tuple(with_site(made, site, layers.get(name, ()))) for name, made in explained.explanations.items()}
     of_site = {"explanations": {name: made for name, made in why.items() if made}, "reasons": ()}

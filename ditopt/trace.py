@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ditopt._torch import CompileContext, is_model_state, module_path, module_stack, source_name
 from ditopt.kernels.ops import ATTENTION, SETTINGS
-from ditopt.passes._infra import Boundary, GraphIndex
+from ditopt.passes._infra import SITE, Boundary, GraphIndex
 from ditopt.sites import AttentionSite, BlockSite, LinearSite, Site, StepSite, range_names
 
 SDPA_ARGUMENTS = ("query", "key", "value", *SETTINGS)
@@ -256,6 +256,7 @@ def _find_sites(trace: Trace) -> list[Site]:
                 )
             )
             trace.site_nodes[sites[-1].name] = node.name
+            node.meta[SITE] = sites[-1].name
         elif node.target in PRODUCTS and seen_through(node.args[PRODUCTS[node.target][1]]) in weights:
             left, right = (node.args[i].meta["val"] for i in PRODUCTS[node.target])
             rows = math.prod(map(int, left.shape[:-1]))  # a strided input makes a batched product of a linear layer

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditopt._torch import has_amx, has_bfloat16_dot_products
-from ditopt.kernels.block_sparse_attention.lists import BlockLists, check
+from ditopt.kernels.block_sparse_attention.lists import BlockLists as BlockLists
+from ditopt.kernels.block_sparse_attention.lists import check
 
 LIBRARY = torch.library.Library("ditopt", "DEF")
 LIBRARY.define(

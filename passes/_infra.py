@@ -43,12 +43,23 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class SparseAttention:
+    """The attention ``site`` attends to listed blocks of keys; lists have room for ``width`` of them."""
+
+    site: str
+    query_block: int
+    key_block: int
+    width: int
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """What one straight-line graph does: which sites it predicts, and which features it hands on.
 
     ``boundaries`` asks for the residual stream at every edge between blocks (for profiling); ``dtype`` names the one
     that products are computed in, where that is not the model's. ``second_order``: what is returned of a computed step
-    is combined with the computed step before. ``simplify``: the rewrites of ``passes.simplify``.
+    is combined with the computed step before. ``simplify``: the rewrites of ``passes.simplify``. ``sparse``: the
+    attention sites that run block-sparse; which blocks they attend to is an input.
     """
 
     predicted: tuple[Prediction, ...] = ()
@@ -57,6 +68,7 @@ class StepPlan:
     dtype: str | None = None
     second_order: bool = False
     simplify: bool = False
+    sparse: tuple[SparseAttention, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,8 @@ class PassResult:
     reasons: tuple[str, ...] = ()
 
 
+SITE = "ditopt_site"
+"""Of the ``meta`` of attention nodes: the name of their site, through all rewrites."""
 OF_THE_CALL = ("val", "eager_input_vals")
 """Of a node's ``meta``, what belongs to the very call: Inductor reads its operands' strides from the latter."""
 
@@ -144,15 +158,25 @@ def replace_each(gm: fx.GraphModule, write: Callable[[fx.Node], fx.Node | None])
     """
     modified = False
     for node in list(gm.graph.nodes):
+        before = node.prev
         with gm.graph.inserting_before(node):
             new = write(node)
         if new is not None:
-            new.meta.update({key: value for key, value in node.meta.items() if key not in OF_THE_CALL})
+            hand_on_meta(node, before)
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
             modified = True
     gm.graph.eliminate_dead_code()
     return modified
+
+
+def hand_on_meta(node: fx.Node, before: fx.Node) -> None:
+    """Give what was inserted between ``before`` and ``node`` the node's ``meta``, but for what belongs to its call."""
+    kept = {key: value for key, value in node.meta.items() if key not in OF_THE_CALL}
+    inserted = before.next
+    while inserted is not node:
+        inserted.meta.update(kept)
+        inserted = inserted.next
 
 
 def converted(gm: fx.GraphModule, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -202,6 +226,11 @@ def _memory_order(value: Tensor) -> list[int]:
     long = [dim for dim in range(value.ndim) if value.shape[dim] > 1]
     ranked = iter(sorted(long, key=lambda dim: strides[dim], reverse=True))
     return [next(ranked) if dim in long else dim for dim in range(value.ndim)]
+
+
+def word(site: str) -> str:
+    """A site's name as a part of that of an input."""
+    return "".join(c if c.isalnum() else "_" for c in site)
 
 
 def last_input(gm: fx.GraphModule) -> fx.Node:

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
 from ditopt.errors import AuditError
-from ditopt.passes._infra import GraphIndex, StepPlan, outputs, tensor_value
+from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, FLASH_ATTENTION
+from ditopt.passes._infra import SITE, GraphIndex, StepPlan, outputs, tensor_value
 from ditopt.passes.cast import castable
 from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.features import user_outputs
 from ditopt.passes.second_order import SECOND_ORDER
 from ditopt.passes.simplify import simplifiable
+from ditopt.passes.sparse import list_names
 from ditopt.sites import STEP
 
+ATTENTIONS = (ATTENTION, FLASH_ATTENTION, BLOCK_SPARSE_ATTENTION)
 
-def audit(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, dead: dict[str, tuple[str, ...]]) -> None:
+
+def audit(
+    gm: fx.GraphModule,
+    plan: StepPlan,
+    index: GraphIndex,
+    dead: dict[str, tuple[str, ...]],
+    reasons: Sequence[str] = (),
+) -> None:
     """Check a rewritten graph against its plan.
 
     ``dead[site]`` names the nodes that only the site's feature needed: in a graph that predicts the site
-    none of them may be left.
+    none of them may be left. ``reasons`` are those of the passes.
 
     Raises:
         AuditError: a decision is not in the graph; names site and finding.
@@ -49,6 +61,7 @@ def audit(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, dead: dict[str,
         left = [node.name for node in simplifiable(gm)]
         if left:
             raise AuditError(f"the step is to be simplified, but {len(left)} nodes are as they were, e.g. {left[0]}")
+    _check_sparse(gm, plan, reasons)
     if plan.second_order:
         _check_second_order(gm)
     extra = len(gm.graph.output_node().args[0]) - user_outputs(gm)  # type: ignore[arg-type]
@@ -56,6 +69,26 @@ def audit(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, dead: dict[str,
         raise AuditError(
             f"{len(plan.recorded)} features are to be recorded ({', '.join(plan.recorded)}), the graph hands on {extra}"
         )
+
+
+def _check_sparse(gm: fx.GraphModule, plan: StepPlan, reasons: Sequence[str]) -> None:
+    """Exactly the sites of the plan have block-sparse attention and no other, each by lists of its own."""
+    calls = [node for node in gm.graph.nodes if node.target in ATTENTIONS]
+    for wanted in plan.sparse:
+        of_site = [node for node in calls if node.meta.get(SITE) == wanted.site]
+        if [node.target for node in of_site] != [BLOCK_SPARSE_ATTENTION]:
+            why = [told.partition(": ")[2] for told in reasons if told.startswith(f"sparse {wanted.site}: ")]
+            found = ", ".join(str(node.target) for node in of_site) or "not in the graph"
+            raise AuditError(f"{wanted.site}: sparse by the plan, but its attention is {'; '.join([found, *why])}")
+        (node,) = of_site
+        read = [str(each.target) for each in node.args[3:5] if isinstance(each, fx.Node)]
+        sizes = (*node.args[5:7], tensor_value(node.args[3]).shape[-1])
+        if read != [*list_names(wanted.site)] or sizes != (wanted.query_block, wanted.key_block, wanted.width):
+            raise AuditError(f"{wanted.site}: to be {wanted}, but its attention reads {', '.join(read)} in {sizes}")
+    planned = {wanted.site for wanted in plan.sparse}
+    for node in calls:
+        if node.target is BLOCK_SPARSE_ATTENTION and node.meta.get(SITE) not in planned:
+            raise AuditError(f"{node.meta.get(SITE, node.name)}: sparse in the graph, but not by the plan")
 
 
 def _check_second_order(gm: fx.GraphModule) -> None:

@@ -8,10 +8,12 @@ stay, and so does the last one, which makes the output; they are sensitive, and 
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
-from ditopt.kernels.ops import ATTENTION
+from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION
 from ditopt.passes._infra import (
     OF_THE_CALL,
     GraphIndex,
@@ -26,7 +28,10 @@ from ditopt.passes._infra import (
 
 aten = torch.ops.aten
 
-PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1, ATTENTION: 0}
+PRODUCTS = {
+    **{aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1},
+    **{ATTENTION: 0, BLOCK_SPARSE_ATTENTION: 0},
+}
 """What is cast, and which of its arguments has the terms that are summed over as its last dimension."""
 MASK = 3  # of attention's arguments
 VIEWS = (aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default, aten.unsqueeze.default)
@@ -44,17 +49,20 @@ def cast(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
     nodes = castable(gm)
     narrowed: dict[fx.Node, fx.Node] = {}
     for node in nodes:
-        value = tensor_value(node)
+        result = _result(node)
+        value = tensor_value(result)
         if node.target is ATTENTION:
             _narrow_mask(gm, node, dtype, narrowed)
         args = [_narrow(gm, arg, dtype, narrowed) if isinstance(arg, fx.Node) else arg for arg in node.args]
         with gm.graph.inserting_before(node):
             product = call(gm, node.target, *args, **node.kwargs)  # type: ignore[arg-type]  # an operator
-            narrow = in_memory_order(gm, product, value)
+            narrow = product if result is node else call(gm, operator.getitem, product, 0)
+            narrow = in_memory_order(gm, narrow, value)
             wide = converted(gm, narrow, value.dtype)
         product.meta.update({key: found for key, found in node.meta.items() if key not in OF_THE_CALL})
-        node.replace_all_uses_with(wide)
-        gm.graph.erase_node(node)
+        result.replace_all_uses_with(wide)
+        for old in dict.fromkeys((result, node)):
+            gm.graph.erase_node(old)
         narrowed[wide] = narrow
     reasons = () if nodes else (f"cast to {plan.dtype}: no product of {WIDE} tensors is left",)
     return PassResult(gm, bool(nodes), reasons)
@@ -73,10 +81,15 @@ def castable(gm: fx.GraphModule) -> list[fx.Node]:
         if followed or product:
             leading.add(node)
         if followed and product:
-            value, left = tensor_value(node), tensor_value(node.args[PRODUCTS[node.target]])
+            value, left = tensor_value(_result(node)), tensor_value(node.args[PRODUCTS[node.target]])
             if value.dtype == WIDE and value.shape[-2] >= MIN_ROWS and left.shape[-1] >= MIN_TERMS:
                 found.append(node)
     return found[::-1]
+
+
+def _result(product: fx.Node) -> fx.Node:
+    """The node that is a product's value: block-sparse attention has it as the first of two."""
+    return next(iter(product.users)) if product.target is BLOCK_SPARSE_ATTENTION else product
 
 
 def _narrow_mask(gm: fx.GraphModule, attention: fx.Node, dtype: torch.dtype, narrowed: dict[fx.Node, fx.Node]) -> None:

@@ -8,23 +8,19 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ditopt.passes._infra import add_input, call, converted, in_layout_of, tensor_value
+from ditopt.passes._infra import add_input, call, converted, in_layout_of, tensor_value, word
 
 aten = torch.ops.aten
 
 
 def slot_name(site: str, age: int, stream: int) -> str:
     """The input that carries stream ``stream`` of the feature ``age`` computations ago."""
-    return f"slot_{_word(site)}_age{age}_stream{stream}"
+    return f"slot_{word(site)}_age{age}_stream{stream}"
 
 
 def factors_name(site: str) -> str:
     """The input that carries a prediction's coefficients ``[terms]`` float32."""
-    return f"factors_{_word(site)}"
-
-
-def _word(site: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in site)
+    return f"factors_{word(site)}"
 
 
 def like(node: fx.Node) -> torch.Tensor:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ditopt.kernels.ops import ATTENTION, FLASH_ATTENTION, SETTINGS, refusal
+from ditopt.kernels.ops import ATTENTION, FLASH_ATTENTION, refusal
 from ditopt.passes._infra import GraphIndex, PassResult, StepPlan, call, in_memory_order, replace_each, tensor_value
+from ditopt.passes.attention import scale_of, special
 
 
 def flash(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
@@ -27,7 +28,7 @@ def flash(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
             reasons[f"flash: attention stays as torch has it: {refused}"] = None
             return None
         query, key, value = node.args[:3]
-        new = call(gm, FLASH_ATTENTION, query, key, value, _scale(node))
+        new = call(gm, FLASH_ATTENTION, query, key, value, scale_of(node))
         return in_memory_order(gm, new, tensor_value(node))
 
     return PassResult(gm, replace_each(gm, write), tuple(reasons))
@@ -35,24 +36,5 @@ def flash(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
 
 def flash_refusal(node: fx.Node, dtype: str | None = None) -> str | None:
     """Why no kernel takes an attention call, were its operands of ``dtype`` (None: as they are); None if one does."""
-    given = _settings(node)
     query, key, value = (tensor_value(operand) for operand in node.args[:3])  # type: ignore[arg-type]  # nodes
-    if given["attn_mask"] is not None or given["is_causal"]:
-        return "there is a mask"
-    if given["dropout_p"]:
-        return f"dropout is {given['dropout_p']}"
-    if query.shape[1:2] != key.shape[1:2] and not given["enable_gqa"]:
-        return "queries and keys have different numbers of heads"
-    return refusal(query, key, value, _scale(node), getattr(torch, dtype) if dtype else query.dtype)
-
-
-def _settings(node: fx.Node) -> dict[str, object]:
-    """What an attention call was given behind its three operands, by name, or has by default."""
-    return {**SETTINGS, **dict(zip(SETTINGS, node.args[3:], strict=False)), **node.kwargs}
-
-
-def _scale(node: fx.Node) -> float:
-    """What scores are multiplied by; one over the root of the number of channels unless it is given."""
-    given = _settings(node)["scale"]
-    depth: int = tensor_value(node.args[0]).shape[-1]  # type: ignore[arg-type]  # a node
-    return float(given) if isinstance(given, (int, float)) else depth**-0.5
+    return special(node) or refusal(query, key, value, scale_of(node), getattr(torch, dtype) if dtype else query.dtype)

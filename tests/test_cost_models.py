@@ -1,10 +1,12 @@
-"""What steps cost: ranges that are not computed, and dtypes."""
+"""What steps cost: ranges that are not computed, dtypes, and attention to some of the blocks."""
 
 from __future__ import annotations
 
 import pytest
 
 from ditopt.cost_models.measured import MeasuredCost
+from ditopt.cost_models.sparse import SparseCost
+from ditopt.errors import InputError
 from ditopt.sites import STEP
 
 COST = MeasuredCost(
@@ -39,3 +41,28 @@ def test_a_site_or_dtype_that_was_not_timed_is_an_error() -> None:
         COST.step_seconds(["blocks.7"])
     with pytest.raises(KeyError, match="float8"):
         COST.step_seconds([], "float8")
+
+
+def test_sparse_attention_costs_its_overhead_and_its_share_of_the_pairs() -> None:
+    cost = SparseCost(dense=2.0, overhead=0.1, efficiency=0.8)
+    assert (cost.seconds(0.0), cost.seconds(0.25), cost.seconds(1.0)) == pytest.approx((0.1, 0.725, 2.6))
+    times = {density: cost.seconds(density) for density in (0.05, 0.25, 1.0)}
+    found = SparseCost.measured(2.0, times)
+    assert (found.overhead, found.efficiency) == pytest.approx((0.1, 0.8))
+
+
+@pytest.mark.parametrize(
+    ("dense", "overhead", "efficiency"), [(0.0, 0.1, 1.0), (1.0, -0.1, 1.0), (1.0, 0.0, 0.0), (float("nan"), 0.1, 1.0)]
+)
+def test_costs_of_sparse_attention_that_cannot_be_are_refused(dense: float, overhead: float, efficiency: float) -> None:
+    with pytest.raises(InputError, match="have to be above 0"):
+        SparseCost(dense, overhead, efficiency)
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [({0.5: 1.0}, "timed at 1 densities"), ({0.1: 2.0, 0.9: 1.0}, "no longer at higher densities")],
+)
+def test_times_that_tell_no_cost_are_refused(times: dict[float, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SparseCost.measured(1.0, times)

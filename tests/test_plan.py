@@ -10,8 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditopt.decisions import Decision, Dense, Fit, Forecast, Reuse, decision_to_data
+from ditopt.decisions import (
+    MAX_PATTERN,
+    Decision,
+    Dense,
+    Fit,
+    Forecast,
+    Reuse,
+    Sparse,
+    decision_to_data,
+    pattern_text,
+)
 from ditopt.errors import PlanError
+from ditopt.geometry import Geometry
 from ditopt.plan import (
     MAX_BYTES,
     MAX_STEPS,
@@ -21,10 +32,10 @@ from ditopt.plan import (
     Rule,
     SamplerPrint,
     cast_rules,
-    diff_plans,
     format_steps,
     parse_steps,
 )
+from ditopt.plan_diff import diff_plans
 from ditopt.plan_text import MAX_FINDINGS
 
 HEAD = """ditopt: 1
@@ -51,6 +62,22 @@ def make(*rules: Rule) -> Plan:
 steps = st.sets(st.integers(0, 200), min_size=1, max_size=12).map(lambda found: tuple(sorted(found)))
 
 
+words = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=6)
+sparse = st.builds(
+    lambda settings, name: Sparse(pattern=pattern_text({**settings, "pattern": name})),
+    st.dictionaries(
+        words,
+        st.recursive(
+            st.integers(-99, 99) | st.floats(-9, 9) | st.booleans() | words,
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+            max_leaves=5,
+        ),
+        max_size=3,
+    ),
+    words,
+)
+
+
 @st.composite
 def rules(draw: st.DrawFn) -> Rule:
     chosen = draw(steps)
@@ -62,8 +89,14 @@ def rules(draw: st.DrawFn) -> Rule:
         sources={t: (t + 2, t + 1) for t in chosen},
     )
     decisions: list[Decision] = [Dense(), Dense(dtype="bfloat16"), Reuse(), Forecast(order=1), Forecast(order=2), fit]
-    do = draw(st.sampled_from(decisions))
-    return Rule(sites=draw(st.sampled_from(["step", "blocks.1", "blocks.0..3", "blocks.*"])), steps=chosen, do=do)
+    do = draw(st.sampled_from(decisions) | sparse)
+    heads = draw(st.none() | st.frozensets(st.integers(0, 40), min_size=1, max_size=8).map(tuple))
+    return Rule(
+        sites=draw(st.sampled_from(["step", "blocks.1", "blocks.0..3", "blocks.*"])),
+        heads=heads if isinstance(do, Sparse) or do == Dense() else None,
+        steps=chosen,
+        do=do,
+    )
 
 
 @given(st.lists(rules(), max_size=4))
@@ -215,6 +248,86 @@ def test_the_model_cast_keeps_the_dtype_of_computed_steps_alone() -> None:
     assert cast_rules([both.model_copy(update={"do": Dense(second_order=0.25)}), reuse]) == []
     simple = both.model_copy(update={"do": Dense(dtype="bfloat16", simplify=True)})
     assert cast_rules([simple]) == [(bare, "bfloat16")], "whoever casts the model does not rewrite it"
+
+
+SPARSE = "- {sites: blocks.*.attn1, heads: '0, 2, 5-6', steps: 1-2, do: {sparse: {pattern: temporal, rows: 1}}}\n"
+
+
+def test_rules_for_heads_are_read_and_written_and_later_ones_win_head_by_head(tmp_path: Path) -> None:
+    text = HEAD + "tokens: {transformer: {frames: 6, rows: 16, columns: 8, text: 4}}\nrules:\n" + SPARSE
+    text += "- {sites: blocks.1.attn1, heads: 2, steps: 2, do: dense}\n"
+    text += (
+        "- {sites: blocks.2.attn1, steps: 2, do: {sparse: {pattern: union, of: [{pattern: spatial}, {pattern: sink}]}}}"
+    )
+    plan = Plan.parse(text)
+    assert plan.tokens == {"transformer": Geometry(6, 16, 8, text=4)}
+    temporal, union = (plan.rules[at].do for at in (0, 2))
+    assert temporal == Sparse(pattern='{"rows": 1, "pattern": "temporal"}') != union
+    assert plan.head_decisions("blocks.1.attn1")[1].of(4) == (temporal, Dense(), temporal, Dense())
+    assert plan.head_decisions("blocks.1.attn1")[2].of(4) == (temporal, Dense(), Dense(), Dense())
+    assert plan.head_decisions("blocks.2.attn1")[2].of(3) == (union,) * 3
+    assert plan.head_decisions("blocks.2.attn1")[0].of(2) == (Dense(),) * 2
+    assert plan.head_decisions("blocks.1.attn2")[2].of(2) == (Dense(),) * 2
+    plan.save(tmp_path / "plan.yaml")
+    assert Plan.load(tmp_path / "plan.yaml") == plan
+    written = (tmp_path / "plan.yaml").read_text()
+    assert "heads: 0, 2, 5-6" in written and "sparse: {pattern: temporal, rows: 1}" in written
+
+
+def test_rules_for_heads_say_nothing_of_blocks_and_those_of_blocks_nothing_of_heads() -> None:
+    sparse = Rule(sites="blocks.*", steps=(1,), do=Sparse(pattern='{"pattern": "skip"}'))
+    plan = make(Rule(sites="blocks.1", steps=(1,), do=Reuse()), sparse)
+    assert plan.decisions(1, ["blocks.1"]) == {"blocks.1": Reuse()}
+    plan = make(sparse, Rule(sites="blocks.*", steps=(1,), do=Reuse()))
+    assert plan.head_decisions("blocks.1.attn1")[1].of(1) == (sparse.do,)
+    plan = make(sparse, Rule(sites="blocks.1.*", steps=(1,), do=Dense()))
+    assert plan.head_decisions("blocks.1.attn1")[1].of(1) == (Dense(),)
+    assert cast_rules([Rule(sites="step", steps=(1,), do=Dense(dtype="bfloat16")), sparse])[1:] == []
+
+
+def test_equal_patterns_are_one_decision_and_heads_are_told_apart() -> None:
+    skip = Sparse(pattern='{"pattern":"skip"}')
+    assert {skip, Sparse(pattern=pattern_text({"pattern": "skip"}))} == {skip}
+    one, other = (Rule(sites="blocks.1.attn1", heads=heads, steps=(1,), do=skip) for heads in ((0,), (2, 1)))
+    assert diff_plans(make(one), make(other)) == [
+        "- rule blocks.1.attn1 heads 0 @ 1: {'sparse': {'pattern': 'skip'}}",
+        "+ rule blocks.1.attn1 heads 1-2 @ 1: {'sparse': {'pattern': 'skip'}}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("heads: 3-1, steps: 1, do: {sparse: {pattern: skip}}", r"rules.0.heads: heads '3-1' has a range .*backwards"),
+        ("heads: 0-256, steps: 1, do: {sparse: {pattern: skip}}", r"rules.0.heads: .* over the limit of 256"),
+        ("heads: [-1], steps: 1, do: {sparse: {pattern: skip}}", r"rules.0.heads.0: .*greater than or equal to 0"),
+        ("heads: all, steps: 1, do: {sparse: {pattern: skip}}", r"rules.0.heads: heads 'all' should be numbers and"),
+        ("heads: 1, steps: 1, do: reuse", r"rules.0: heads 1 are given to reuse; only sparse and dense without"),
+        ("heads: 1, steps: 1, do: {dense: {simplify: true}}", r"rules.0: heads 1 are given to {'dense'"),
+        ("steps: 1, do: sparse", r"rules.0.do: sparse needs the name of a pattern, e.g. {sparse: {pattern: temporal"),
+        ("steps: 1, do: {sparse: {rows: 1}}", r"rules.0.do: sparse needs the name of a pattern"),
+        ("steps: 1, do: {sparse: {pattern: 3}}", r"rules.0.do: sparse needs the name of a pattern"),
+        ("steps: 1, do: {sparse: {pattern: band, width: .nan}}", r"rules.0.do: a pattern is a mapping of names to"),
+        (f"steps: 1, do: {{sparse: {{pattern: {'x' * MAX_PATTERN}}}}}", r"rules.0.do: a pattern of 40\d\d characters"),
+    ],
+)
+def test_malformed_rules_for_heads_are_named(rule: str, message: str) -> None:
+    text = HEAD + f"rules:\n- {{sites: blocks.1.attn1, {rule}}}"
+    with pytest.raises(PlanError, match=f"line 6, field {message}"):
+        Plan.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ("{frames: 0, rows: 1, columns: 2}", r"tokens.transformer: geometry of 0 x 1 x 2 tokens: .* at least 1"),
+        ("{frames: 1, rows: 1}", r"tokens.transformer.columns: Field required"),
+        ("{frames: 1, rows: 1, columns: 1, txt: 3}", r"tokens.transformer.txt: Unexpected keyword"),
+    ],
+)
+def test_malformed_tokens_are_named(tokens: str, message: str) -> None:
+    with pytest.raises(PlanError, match=f"line 5, field {message}"):
+        Plan.parse(HEAD + f"tokens: {{transformer: {tokens}}}")
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.01, float("nan")])

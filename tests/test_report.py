@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from ditopt.cli import app
-from ditopt.decisions import Dense, Fit, Forecast, Reuse
+from ditopt.decisions import Dense, Fit, Forecast, Reuse, Sparse
+from ditopt.geometry import Geometry
 from ditopt.plan import DevicePrint, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.report import charts, svg
 from ditopt.report.explained import Explained, side_path
@@ -237,6 +238,47 @@ def test_the_picture_follows_the_plan(plan: Plan) -> None:
     assert kinds[1] == ["dense", "reuse", HIDDEN, "dense", HIDDEN]
     assert "steps 3, 1, factors 1.5, -0.5" in picture.rows[0].cells[4].note
     assert kinds_in((picture,)) == ("dense", "reuse", "forecast2", "fit", HIDDEN)
+
+
+SKIP = Sparse(pattern='{"pattern": "skip"}')
+TEMPORAL = Sparse(pattern='{"pattern": "temporal", "rows": 1}')
+OF_HEADS = (
+    Rule(sites="blocks.*.attn1", heads=(0, 2, 3), steps=(0, 1, 2), do=TEMPORAL),
+    Rule(sites="blocks.1.attn1", heads=(2,), steps=(1,), do=SKIP),
+)
+
+
+def test_the_picture_tells_what_heads_do(plan: Plan) -> None:
+    planned = plan.model_copy(update={"rules": (*plan.rules, *OF_HEADS)})
+    (before,), (picture,) = pictures(plan), pictures(planned)
+    assert picture.rows[: len(before.rows)] == before.rows
+    one, other = picture.rows[len(before.rows) :]
+    assert (one.site, other.site) == ("blocks.*.attn1", "blocks.1.attn1")
+    assert [cell.kind for cell in other.cells] == ["sparse", "sparse", HIDDEN, "dense", HIDDEN]
+    assert other.cells[1].note == "step 1: heads 0, 3: temporal, rows 1; heads 2: skip; other heads: dense"
+    assert other.cells[3].note == "step 3: all heads: dense"
+    assert picture.heads == (
+        ("blocks.*.attn1", "blocks.*.attn1 heads 0, 2-3 @ 0-2: temporal, rows 1"),
+        ("blocks.1.attn1", "blocks.1.attn1 heads 2 @ 1: skip"),
+    )
+    layers = {"transformer": [f"blocks.{i}" for i in range(4)]}
+    (picture,) = pictures(planned, layers, "blocks.3.attn1")
+    assert [row.site for row in picture.rows if not row.layer][1:] == [one.site, other.site, "blocks.3.attn1"]
+
+
+def test_page_and_terminal_tell_the_heads_of_rules(tmp_path: Path, plan: Plan) -> None:
+    path = tmp_path / "heads.yaml"
+    of_heads = {"rules": (*plan.rules, *OF_HEADS), "tokens": {"transformer": Geometry(4, 8, 8)}}
+    planned = plan.model_copy(update=of_heads)
+    planned.save(path)
+    assert "<code>blocks.*.attn1 heads 0, 2-3</code>" in render_report(planned, None, None, "heads.yaml")
+    shown = CliRunner().invoke(app, ["show", str(path)], env={"COLUMNS": "120"}, catch_exceptions=False).stdout
+    assert "blocks.*.attn1 heads 0, 2-3 @ 0-2: temporal, rows 1" in shown
+    assert "transformer geometry of 4 x 8 x 8 tokens" in shown
+    assert "s computed, some heads attend to a pattern of blocks only" in shown
+    side_path(path).write_text("{}")
+    told = CliRunner().invoke(app, ["explain", str(path), "blocks.3.attn1"], catch_exceptions=False)
+    assert told.exit_code == 0 and "heads 0, 2-3 @ 0-2" in told.stdout and "skip" not in told.stdout
 
 
 def test_the_picture_shows_the_dtype_of_computed_steps(plan: Plan) -> None:

@@ -136,7 +136,7 @@ def _of_plan(
         ],
         "legend": [(kind, MEANINGS.get(kind, kind)) for kind in kinds_in(pictured)],
         "rules": [
-            (rule.sites, format_steps(rule.steps), rule.network, figure(_short(decision_to_data(rule.do))))
+            (rule.place, format_steps(rule.steps), rule.network, figure(_short(decision_to_data(rule.do))))
             for rule in plan.rules
         ],
         "explained": explained,

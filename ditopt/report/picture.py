@@ -6,8 +6,9 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ditopt.decisions import Decision, Dense, Fit, Forecast
+from ditopt.decisions import Decision, Dense, FeatureDecision, Fit, Forecast, HeadDecision, HeadDecisions, Sparse
 from ditopt.plan import Plan, format_steps
+from ditopt.report.profiled import candidate_name
 from ditopt.sites import STEP, range_names
 
 HIDDEN = "hidden"
@@ -19,6 +20,7 @@ SYMBOLS = {
     "forecast1": "1",
     "forecast2": "2",
     "fit": "f",
+    "sparse": "s",
     HIDDEN: "·",
 }
 MEANINGS = {
@@ -28,6 +30,7 @@ MEANINGS = {
     "forecast1": "forecast of order 1 (line through two computed steps)",
     "forecast2": "forecast of order 2 (parabola through three computed steps)",
     "fit": "fitted combination of computed steps",
+    "sparse": "computed, some heads attend to a pattern of blocks only",
     HIDDEN: "not asked for: the whole step is predicted",
 }
 
@@ -56,20 +59,22 @@ class Row:
     @property
     def computed(self) -> tuple[int, ...]:
         """The steps in which the site is computed."""
-        return tuple(step for step, cell in enumerate(self.cells) if cell.kind.startswith("dense"))
+        return tuple(step for step, cell in enumerate(self.cells) if cell.kind.startswith(("dense", "sparse")))
 
 
 @dataclass(frozen=True)
 class Picture:
     """One network's schedule; the first row is the whole step, the others the sites that rules name.
 
-    ``second_order`` are the shares of that formula that computed steps have, ``simplified`` whether they are.
+    ``second_order`` are the shares of that formula that computed steps have, ``simplified`` whether they are; ``heads``
+    the rules for heads of attention sites in words, by what they name.
     """
 
     network: str
     rows: tuple[Row, ...]
     second_order: tuple[float, ...] = ()
     simplified: bool = False
+    heads: tuple[tuple[str, str], ...] = ()
 
     @property
     def steps(self) -> int:
@@ -86,9 +91,16 @@ class Picture:
         return f"{self.network}: {len(kept)} of {self.steps} steps computed ({format_steps(kept)}){form}"
 
 
-def pictures(plan: Plan, layers: Mapping[str, Sequence[str]] | None = None) -> tuple[Picture, ...]:
-    """The schedule of every network of a plan; those with ``layers`` have a row for each in place of ranges."""
-    return tuple(_picture(plan, network, (layers or {}).get(network, ())) for network in plan.sampler.timesteps)
+def pictures(
+    plan: Plan, layers: Mapping[str, Sequence[str]] | None = None, attention: str | None = None
+) -> tuple[Picture, ...]:
+    """The schedule of every network of a plan; those with ``layers`` have a row for each in place of ranges.
+
+    ``attention`` is one more site of heads that has a row where rules are for it.
+    """
+    return tuple(
+        _picture(plan, network, (layers or {}).get(network, ()), attention) for network in plan.sampler.timesteps
+    )
 
 
 def kinds_in(drawn: tuple[Picture, ...]) -> tuple[str, ...]:
@@ -108,9 +120,11 @@ def kind_of(decision: Decision) -> str:
     return f"{decision.kind}{decision.order}" if isinstance(decision, Forecast) else decision.kind
 
 
-def _picture(plan: Plan, network: str, layers: Sequence[str]) -> Picture:
+def _picture(plan: Plan, network: str, layers: Sequence[str], attention: str | None) -> Picture:
     ranges = range_names(layers)
-    named = [rule.sites for rule in plan.rules if fnmatch.fnmatchcase(network, rule.network)]
+    rules = [rule for rule in plan.rules if fnmatch.fnmatchcase(network, rule.network)]
+    of_heads = [rule for rule in rules if rule.for_heads]
+    named = [rule.sites for rule in rules if not rule.for_heads]
     shown = {site: not layers or not _covered(site, ranges) for site in dict.fromkeys(named)}
     sites = [STEP, *(site for site, own_row in shown.items() if site != STEP and own_row)]
     table = [
@@ -129,10 +143,32 @@ def _picture(plan: Plan, network: str, layers: Sequence[str]) -> Picture:
                 finer = site == STEP and step in combined
                 cells.append(Cell(kind_of(decisions[site]), f"step {step}: {_words(decisions[site], step, finer)}"))
         rows.append(Row(site, tuple(cells), site in layers))
+    also = [attention] if attention is not None and any(rule.names(attention) for rule in of_heads) else []
+    for site in dict.fromkeys([*(rule.sites for rule in of_heads), *also]):
+        told = enumerate(plan.head_decisions(site, network))
+        rows.append(Row(site, tuple(_head_cell(each, step, whole[step]) for step, each in told)))
     led = [table[step][STEP] for step in combined]
     shares = {each.second_order for each in led if isinstance(each, Dense) and each.second_order is not None}
     simplified = any(isinstance(do := each[STEP], Dense) and do.simplify for each in table)
-    return Picture(network, tuple(rows), tuple(sorted(shares)), simplified)
+    heads = tuple((rule.sites, f"{rule.place} @ {format_steps(rule.steps)}: {_pattern(rule.do)}") for rule in of_heads)
+    return Picture(network, tuple(rows), tuple(sorted(shares)), simplified, heads)
+
+
+def _head_cell(found: HeadDecisions, step: int, predicted: bool) -> Cell:
+    """What the heads of an attention site do in a step."""
+    if predicted:
+        return Cell(HIDDEN, f"step {step}: {MEANINGS[HIDDEN]}")
+    alike: dict[HeadDecision, list[int]] = {}
+    for head, do in found.named.items():
+        alike.setdefault(do, []).append(head)
+    told = [f"heads {format_steps(heads)}: {_pattern(do)}" for do, heads in alike.items()]
+    told.append(f"{'other' if told else 'all'} heads: {_pattern(found.others)}")
+    return Cell("sparse" if found.any_sparse else "dense", f"step {step}: {'; '.join(told)}")
+
+
+def _pattern(decision: Decision) -> str:
+    """The decision of a head in words."""
+    return candidate_name(decision.pattern) if isinstance(decision, Sparse) else decision.kind
 
 
 def _covered(site: str, ranges: Mapping[str, tuple[int, int]]) -> bool:
@@ -142,15 +178,17 @@ def _covered(site: str, ranges: Mapping[str, tuple[int, int]]) -> bool:
 
 def _of_layers(
     plan: Plan, network: str, step: int, layers: Sequence[str], ranges: Mapping[str, tuple[int, int]]
-) -> dict[str, Decision]:
+) -> dict[str, FeatureDecision]:
     """The decision of each layer: of the last rule for a range that it is in, else that of the whole step."""
     computed = plan.decisions(step, [STEP], network)[STEP]
     dtype = computed.dtype if isinstance(computed, Dense) else None
-    found: dict[str, Decision] = dict.fromkeys(layers, Dense(dtype=dtype))
+    found: dict[str, FeatureDecision] = dict.fromkeys(layers, Dense(dtype=dtype))
     for rule in plan.rules if layers else ():
+        if isinstance(rule.do, Sparse) or rule.for_heads:
+            continue
         if step in rule.steps and rule.sites != STEP and fnmatch.fnmatchcase(network, rule.network):
             for name, (first, last) in ranges.items():
-                if name == rule.sites or fnmatch.fnmatchcase(name, rule.sites):
+                if rule.names(name):
                     found |= dict.fromkeys(layers[first : last + 1], rule.do)
     return found
 

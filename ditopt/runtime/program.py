@@ -22,6 +22,7 @@ from ditopt.runtime.clock import ScheduleCache, StepClock, read_timestep
 from ditopt.runtime.moment import Moment, Place, announce, take
 from ditopt.runtime.schedule import BoundPlan, BoundPrediction, BoundSecondOrder, adapted_factors, bind
 from ditopt.runtime.slots import StreamState
+from ditopt.runtime.sparse import AttentionSites, FindGeometry, not_looked_for, places_of
 from ditopt.runtime.streams import StreamTable, current_context_name, watch_contexts
 from ditopt.runtime.variants import Variant, VariantCache
 from ditopt.sites import STEP
@@ -88,6 +89,7 @@ class Program:
     those of the other graphs follow it, and keep their features in its streams.
 
     ``stored`` is the file of a plan that nobody named: the log says once that it does not fit a call.
+    ``find_geometry`` says how tokens lie where a plan with sparse attention does not.
     """
 
     variants: VariantCache
@@ -101,6 +103,7 @@ class Program:
     interceptor: Interceptor | None = None
     on_generation: Callable[[], None] | None = None
     stored: Path | None = None
+    find_geometry: FindGeometry = not_looked_for
     statistics: Statistics = field(default_factory=Statistics)
 
     def __post_init__(self) -> None:
@@ -150,7 +153,9 @@ class Program:
                 "graph's tensor "
                 f"arguments are {names}; without it guidance branches would share their state"
             )
-        self.bound = bind(plan, self.network, ranges, partial=breaks is not None)
+        sites = AttentionSites(places_of(self.variants.trace), self.find_geometry, self.on_mismatch == "retarget")
+        self.bound = bind(plan, self.network, ranges, partial=breaks is not None, attention=sites)
+        self.variants.reasons += [note for note in self.bound.notes if note not in self.variants.reasons]
 
     def compile(self) -> None:
         """Compile every variant that the plan needs."""
@@ -253,6 +258,8 @@ class Program:
         self, arguments: list[Any], bound: BoundPlan, state: StreamState, number: int, time: float, owner: Program
     ) -> Sequence[Any]:
         """Run step ``number`` of the plan at sigma ``time``; ``state``, which keeps its features, is ``owner``'s."""
+        if bound.refused is not None:
+            raise PlanMismatchError(bound.refused)
         step = bound.steps[number]
         in_turn, state.last_step = state.last_step == number - 1, number
         added = self._added_inputs(step.predictions, state, bound, number, time)
@@ -264,7 +271,7 @@ class Program:
         if added is not None and step.second_order is not None:
             read = self._second_order_inputs(step.second_order, state, bound, number, time) if in_turn else None
             does, added = (replace(does, second_order=False), added) if read is None else (does, {**added, **read})
-        outputs, features = self._run(self.variants.get(does), arguments, added or {})
+        outputs, features = self._run(self.variants.get(does), arguments, {**step.lists, **(added or {})})
         for site, tensors in features.items():
             state.store(site, number, time, tensors)
         owner._note_peak()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from ditopt.decisions import Decision, Dense, Fit, Forecast, Predictor
+from torch import Tensor
+
+from ditopt._torch import real_tensors
+from ditopt.decisions import Dense, FeatureDecision, Fit, Forecast, Predictor
 from ditopt.errors import PlanMismatchError
 from ditopt.passes._infra import Prediction, StepPlan
-from ditopt.plan import Plan, format_steps
+from ditopt.plan import Plan, Rule, format_steps
+from ditopt.runtime.sparse import AttentionSites, SparseStep
 from ditopt.search.predictors import predictor_coefficients, second_order_factors
 from ditopt.sites import STEP, range_name
 
@@ -40,22 +44,31 @@ class BoundSecondOrder:
 
 @dataclass(frozen=True)
 class BoundStep:
-    """One step of a bound plan. ``live`` are the (site, step) features that later steps still read."""
+    """One step of a bound plan.
+
+    ``live`` are the (site, step) features that later steps still read, ``lists`` the inputs of its sparse attention.
+    """
 
     predictions: tuple[BoundPrediction, ...]
     variant: StepPlan
     live: frozenset[tuple[str, int]]
     second_order: BoundSecondOrder | None = None
+    lists: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class BoundPlan:
-    """All steps of a plan for one network; ``full`` computes everything and records what is ever read."""
+    """All steps of a plan for one network; ``full`` computes everything, densely, and records what is ever read.
+
+    ``refused``: why no step can run as planned, if so; ``notes``: what is decided and comes to nothing.
+    """
 
     steps: tuple[BoundStep, ...]
     full: StepPlan
     times: tuple[float, ...]
     timesteps: tuple[float, ...]
+    refused: str | None = None
+    notes: tuple[str, ...] = ()
 
     def position(self, value: float) -> tuple[int, float]:
         """The planned step nearest to a timestep value, and the sigma of that value.
@@ -77,8 +90,9 @@ class BoundPlan:
 
     @property
     def variants(self) -> tuple[StepPlan, ...]:
-        """The distinct graphs needed, in order of first use."""
-        return tuple(dict.fromkeys([*(step.variant for step in self.steps), self.full]))
+        """The distinct graphs needed, in order of first use; ``full`` where predictions may lack their history."""
+        full = [self.full] if any(step.predictions for step in self.steps) else []
+        return tuple(dict.fromkeys([*(step.variant for step in self.steps), *full]))
 
     @property
     def depth(self) -> int:
@@ -87,15 +101,24 @@ class BoundPlan:
         return max([*predictions, *(1 for step in self.steps if step.second_order)], default=0)
 
 
-def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, partial: bool = False) -> BoundPlan:
+def bind(
+    plan: Plan,
+    network: str,
+    ranges: Mapping[str, tuple[int, int]],
+    *,
+    partial: bool = False,
+    attention: AttentionSites | None = None,
+) -> BoundPlan:
     """Resolve a plan's rules for ``network``, whose block ranges (first, last) are ``ranges``.
 
-    ``partial``: the ranges are those of one graph of several, so that rules may name sites of the others.
+    ``partial``: the ranges are those of one graph of several, so that rules may name sites of the others; ``attention``
+    is what its rules for heads may name.
 
     Raises:
-        PlanMismatchError: a rule names a site or step that is not there, or a step is predicted
+        PlanMismatchError: a rule names a site, head, pattern or step that is not there, or a step is predicted
             before enough of its history has been computed.
     """
+    attention = attention or AttentionSites()
     if network not in plan.sampler.timesteps:
         raise PlanMismatchError(f"plan is for networks {sorted(plan.sampler.timesteps)}, not for {network!r}")
     total = len(plan.sampler.timesteps[network])
@@ -107,6 +130,12 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
             f"plan decides whole steps of {network}, which graph breaks cut into several graphs; only ranges of "
             "blocks within one of them can be predicted"
         )
+    if partial and any(rule.for_heads for rule in rules):
+        raise PlanMismatchError(
+            f"plan has rules for heads of {network}, which graph breaks cut into several graphs; sparse attention is "
+            "not supported there"
+        )
+    attention.check(plan, network)
     for rule in rules:
         if isinstance(rule.do, Dense) and not rule.do.is_plain and rule.sites != STEP:
             asked = rule.do.model_dump(exclude_defaults=True)
@@ -114,7 +143,7 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
                 f"plan computes {rule.sites} with {', '.join(asked)}, which is decided for whole steps: write "
                 f"sites: {STEP}"
             )
-    named = dict.fromkeys(rule.sites for rule in rules)
+    named = dict.fromkeys(rule.sites for rule in rules if not _only_for_heads(rule, attention))
     breaks = plan.breaks.get(network)
     decidable = breaks.sites if partial and breaks is not None else frozenset()
     if decidable:  # without the blocks that a break cuts
@@ -137,7 +166,6 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
     for t, active in enumerate(predicted):
         found = []
         for site, decision in active.items():
-            assert not isinstance(decision, Dense)
             sources = tuple(history[site][: decision.history])
             if len(sources) < decision.history:
                 raise PlanMismatchError(
@@ -164,7 +192,35 @@ def bind(plan: Plan, network: str, ranges: Mapping[str, tuple[int, int]], *, par
         dtype=dtypes.pop() if len(dtypes) == 1 else None,
         simplify=bool(computed) and all(form.simplify for form in computed),
     )
-    return BoundPlan(_with_liveness(bound, used, ranges, forms, finer), full, times, plan.sampler.timesteps[network])
+    lists: Sequence[SparseStep] = ()
+    refused: str | None = None
+    notes: tuple[str, ...] = ()
+    try:
+        with real_tensors():
+            lists, notes = attention.steps(
+                plan, network, lambda t, block: any(_inside(block, site, ranges) for site in predicted[t])
+            )
+    except PlanMismatchError as error:  # calls that the plan is not for may run all the same
+        refused = str(error)
+    steps = _with_liveness(bound, used, ranges, forms, finer)
+    if lists:
+        steps = tuple(_with_lists(step, found) for step, found in zip(steps, lists, strict=True))
+    return BoundPlan(steps, full, times, plan.sampler.timesteps[network], refused, notes)
+
+
+def _only_for_heads(rule: Rule, attention: AttentionSites) -> bool:
+    """Whether a rule says nothing of steps and blocks, or nothing but that attention sites are dense."""
+    dense = isinstance(rule.do, Dense) and rule.do.is_plain
+    return rule.for_heads or (dense and any(rule.names(name) for name in attention.places))
+
+
+def _inside(block: str | None, site: str, ranges: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether what is in a block (None: in none) is not computed where ``site`` is predicted."""
+    return site == STEP or (block is not None and block in ranges and overlap(ranges[block], ranges[site]))
+
+
+def _with_lists(step: BoundStep, found: SparseStep) -> BoundStep:
+    return replace(step, variant=replace(step.variant, sparse=found.variant), lists=found.inputs)
 
 
 def adapted_factors(
@@ -186,13 +242,13 @@ def adapted_factors(
     return predictor_coefficients(decision, (time, *held), 0, range(1, history + 1))
 
 
-def _form(decision: Decision) -> StepPlan:
+def _form(decision: FeatureDecision) -> StepPlan:
     """How what is computed in a step is computed."""
     return StepPlan(dtype=decision.dtype, simplify=decision.simplify) if isinstance(decision, Dense) else StepPlan()
 
 
 def _second_order(
-    whole: Sequence[Decision], predicted: Sequence[Mapping[str, Decision]], times: Sequence[float]
+    whole: Sequence[FeatureDecision], predicted: Sequence[Mapping[str, Predictor]], times: Sequence[float]
 ) -> list[BoundSecondOrder | None]:
     """Of every step what its output is combined with; the first computed one and the last have nothing."""
     found: list[BoundSecondOrder | None] = []
@@ -232,17 +288,17 @@ def _sites_in_use(plan: Plan, network: str, total: int, known: set[str]) -> tupl
     return tuple(site for site in ordered if any(_reads(decisions[site]) for decisions in table))
 
 
-def _reads(decision: Decision) -> bool:
+def _reads(decision: FeatureDecision) -> bool:
     """Whether a decision may read features of earlier steps."""
     return not isinstance(decision, Dense) or decision.second_order is not None
 
 
-def _active(decisions: Mapping[str, Decision], ranges: Mapping[str, tuple[int, int]]) -> dict[str, Decision]:
+def _active(decisions: Mapping[str, FeatureDecision], ranges: Mapping[str, tuple[int, int]]) -> dict[str, Predictor]:
     """What is really predicted: a predicted step hides its ranges, a range the ranges inside it."""
     wanted = {site: decision for site, decision in decisions.items() if not isinstance(decision, Dense)}
     if STEP in wanted:
         return {STEP: wanted[STEP]}
-    kept: dict[str, Decision] = {}
+    kept: dict[str, Predictor] = {}
     for site in sorted(wanted, key=lambda name: ranges[name][0] - ranges[name][1]):
         if not any(overlap(ranges[site], ranges[other]) for other in kept):
             kept[site] = wanted[site]

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-import ditopt.kernels.flash_attention.cpu  # noqa: F401  # registers the operator that flash puts into graphs
+# These register the operators that flash and sparse put into graphs.
+import ditopt.kernels.block_sparse_attention.cpu
+import ditopt.kernels.flash_attention.cpu  # noqa: F401
 from ditopt._torch import BoxedCallable, fake_mode_of, lower, trace_aten
 from ditopt.passes._infra import GraphIndex, PassManager, StepPlan
 from ditopt.passes.audit import audit, only_needed_by
@@ -22,12 +24,13 @@ from ditopt.passes.prune import prune
 from ditopt.passes.record import record
 from ditopt.passes.second_order import second_order
 from ditopt.passes.simplify import simplify
+from ditopt.passes.sparse import sparse
 from ditopt.passes.verify import verify
 from ditopt.trace import Trace
 
 Lower = Callable[[fx.GraphModule], BoxedCallable]
 # A recorded feature starts where the block before ends, be that predicted or not: record first.
-PASSES = (record, predict, second_order, prune, simplify, cast, flash)
+PASSES = (record, predict, second_order, sparse, prune, simplify, cast, flash)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class VariantCache:
         changing = {node.name for node in self.trace.changing()}
         dead = {p.site: only_needed_by(self.trace.gm, self.index, p.site, changing) for p in plan.predicted}
         verify(gm)
-        audit(gm, plan, self.index, dead)
+        audit(gm, plan, self.index, dead, manager.reasons)
         return gm
 
     def get(self, plan: StepPlan) -> Variant:

@@ -30,10 +30,17 @@ class BlockLists:
     key_block: int
 
     @classmethod
-    def from_map(cls, attended: Tensor, query_block: int, key_block: int) -> BlockLists:
-        """The lists of a boolean map ``[B or 1, H, Qb, Kb]``."""
+    def from_map(cls, attended: Tensor, query_block: int, key_block: int, width: int | None = None) -> BlockLists:
+        """The lists of a boolean map ``[B or 1, H, Qb, Kb]``, padded to ``width`` (None: to the longest).
+
+        Raises:
+            ValueError: a list is longer than ``width``, or this than there are key blocks.
+        """
         counts = attended.sum(-1)
-        width = max(1, int(counts.max()) if counts.numel() else 1)
+        longest = max(1, int(counts.max()) if counts.numel() else 1)
+        width = longest if width is None else width
+        if not longest <= width <= max(1, attended.shape[-1]):
+            raise ValueError(f"lists of {longest} of {attended.shape[-1]} key blocks cannot be padded to {width}")
         first = torch.argsort(~attended, dim=-1, stable=True)[..., :width]  # what is attended to first, in its order
         return cls(first.to(torch.int32).contiguous(), counts.to(torch.int32).contiguous(), query_block, key_block)
 

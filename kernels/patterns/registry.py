@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.band import Band
 from ditopt.kernels.patterns.radial import Radial
@@ -43,7 +45,12 @@ def pattern_from_data(data: Any) -> Pattern:
         if not isinstance(parts, list | tuple):
             raise ValueError(f"union of {parts!r}: 'of' has to be a list of patterns")
         settings["of"] = tuple(pattern_from_data(part) for part in parts)
-    return PATTERNS[name](**settings)
+    try:
+        return PATTERNS[name](**settings)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        known = ", ".join(parameter for parameter in PATTERNS[name].model_fields if parameter != "kind")
+        raise ValueError(f"pattern {data!r}: {wrong}; {name} has {known or 'no parameters'}") from None
 
 
 def pattern_to_data(pattern: Pattern) -> dict[str, Any]:

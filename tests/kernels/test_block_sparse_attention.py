@@ -87,6 +87,15 @@ def test_lists_and_maps_are_the_same(attended: list[list[bool]], block: int) -> 
     assert lists.density(2 * block, 3 * block) == pytest.approx(given.double().mean((0, 2, 3)))
 
 
+def test_lists_are_padded_as_far_as_asked_for() -> None:
+    given = torch.tensor([[[[True, False, True], [False, False, False]]]])
+    lists = BlockLists.from_map(given, 64, 64, 3)
+    assert lists.indices.shape == (1, 1, 2, 3) and torch.equal(lists.to_map(3), given)
+    for width in (1, 4):
+        with pytest.raises(ValueError, match=f"lists of 2 of 3 key blocks cannot be padded to {width}"):
+            BlockLists.from_map(given, 64, 64, width)
+
+
 def test_short_blocks_at_the_end_count_by_their_tokens() -> None:
     lists = BlockLists.from_map(torch.tensor([[[[True, False], [False, True]]]]), 64, 64)
     assert float(lists.density(100, 70)) == pytest.approx((64 * 64 + 36 * 6) / (100 * 70))

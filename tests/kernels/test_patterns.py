@@ -210,7 +210,8 @@ def test_a_name_and_parameters_make_a_pattern(name: str) -> None:
     [
         ("spacial", "pattern 'spacial' is unknown; write one of band, dense"),
         ({"frames": 1}, "is unknown"),
-        ({"pattern": "spatial", "rows": 1}, "rows"),
+        ({"pattern": "spatial", "rows": 1}, r"rows: Extra inputs are not permitted; spatial has frames$"),
+        ({"pattern": "skip", "rows": 1}, r"skip has no parameters$"),
         ({"pattern": "spatial", "frames": -1}, "greater than or equal to 0"),
         ({"pattern": "union", "of": ["dense"]}, "at least 2"),
         ({"pattern": "window", "tile": [0, 1, 1]}, "greater than or equal to 1"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from ditopt.decisions import Dense
+from ditopt.decisions import Predictor
 from ditopt.search import predictor_coefficients, solve_kept
 from ditopt.search.quadratic import Quadratic, descend
 from ditopt.search.table import with_histories
@@ -27,7 +27,7 @@ def test_the_quadratic_form_is_the_simulated_error(seed: int) -> None:
     solution = solve_kept(problem, 3)
     finals = np.zeros((3, 20))
     for rule in solution.rules:
-        assert not isinstance(rule.do, Dense)
+        assert isinstance(rule.do, Predictor)
         for step in rule.steps:
             history = with_histories(solution.kept, 7)[step]
             factors = predictor_coefficients(rule.do, problem.times, step, history)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ditopt.decisions import Dense
+from ditopt.decisions import Dense, Predictor
 from ditopt.plan import Rule
 from ditopt.profile import Array, FeatureGram, NetworkProfile
 from ditopt.search import Measurement, predictor_coefficients
@@ -47,7 +47,7 @@ class Toy:
         for step in range(self.steps):
             latents.append(x)
             decision = next((rule.do for rule in rules if step in rule.steps), Dense())
-            if isinstance(decision, Dense):
+            if not isinstance(decision, Predictor):
                 output = self.velocity(prompt, x, float(self.sigmas[step]))
                 features[step] = output
                 computed.insert(0, step)

@@ -1,0 +1,33 @@
+"""What an attention call in a graph was given, and what no kernel of ours takes of it."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ditopt.kernels.ops import SETTINGS
+from ditopt.passes._infra import tensor_value
+
+
+def scale_of(node: fx.Node) -> float:
+    """What scores are multiplied by; one over the root of the number of channels unless it is given."""
+    given = _settings(node)["scale"]
+    depth: int = tensor_value(node.args[0]).shape[-1]  # type: ignore[arg-type]  # a node
+    return float(given) if isinstance(given, (int, float)) else depth**-0.5
+
+
+def special(node: fx.Node) -> str | None:
+    """What an attention call has beyond operands and a scale; None: nothing."""
+    given = _settings(node)
+    query, key = (tensor_value(operand) for operand in node.args[:2])  # type: ignore[arg-type]  # nodes
+    if given["attn_mask"] is not None or given["is_causal"]:
+        return "there is a mask"
+    if given["dropout_p"]:
+        return f"dropout is {given['dropout_p']}"
+    if query.shape[1:2] != key.shape[1:2] and not given["enable_gqa"]:
+        return "queries and keys have different numbers of heads"
+    return None
+
+
+def _settings(node: fx.Node) -> dict[str, object]:
+    """What an attention call was given behind its three operands, by name, or has by default."""
+    return {**SETTINGS, **dict(zip(SETTINGS, node.args[3:], strict=False)), **node.kwargs}

@@ -1,0 +1,136 @@
+"""Sparse heads under a price of error: candidates from a profile, and choices against all there are."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ditopt.cost_models.sparse import SparseCost
+from ditopt.decisions import Sparse
+from ditopt.measures import Measure, Table
+from ditopt.profile import NetworkProfile
+from ditopt.search import SearchProblem
+from ditopt.search.heads import SKIP, HeadPattern, heads_error
+from ditopt.search.joint import dense, draft_for
+from ditopt.search.sparse import HeadCandidate, SiteCandidates, choose, head_candidates, not_worse, sparse_rules
+from tests.search.toy import Toy
+
+BAND, SPATIAL = '{"pattern": "band", "width": 2.0}', '{"frames": 0, "pattern": "spatial"}'
+STEPS, HEADS = 8, 3
+COST = SparseCost(dense=2.0, overhead=0.1, efficiency=0.8)
+
+
+@pytest.fixture(scope="module")
+def network() -> NetworkProfile:
+    """The toy's profile with an attention site of three heads and three candidates: skip, band, spatial."""
+    found = Toy(steps=STEPS).profile()
+    error = np.broadcast_to(
+        np.array([[0.3, 0.1, 0.05], [0.05, 0.2, 0.1], [0.4, 0.4, 0.4]]), (6, STEPS, 1, HEADS, 3)
+    ).copy()
+    along = ("prompt", "step", "branch")
+    patterns = Table(
+        {
+            "error": Measure((*along, "head", "candidate"), error),
+            "output": Measure(along, np.full((6, STEPS, 1), 3.0)),
+            "density": Measure(("candidate",), np.array([0.0, 0.25, 0.5])),
+        },
+        {"candidate": (SKIP, BAND, SPATIAL)},
+        {"elements": 16},
+    )
+    growth = Measure(("anchor", "error"), np.full((2, 2), 2.0))
+    found.tables["patterns"] = {"attn": patterns}
+    found.tables["sensitivity"] = {
+        "attn": Table({"to_output": growth}, {"anchor": (0, 4), "error": ("head", "pattern")})
+    }
+    return found
+
+
+def candidates(network: NetworkProfile, *ranges: range) -> tuple[SiteCandidates, ...]:
+    problem = SearchProblem.from_profile(network)
+    return head_candidates(network, problem, dense(problem), {"attn": COST}, ranges)
+
+
+def test_candidates_have_the_errors_of_heads_and_the_seconds_of_their_density(network: NetworkProfile) -> None:
+    problem = SearchProblem.from_profile(network)
+    early, late = candidates(network, range(2), range(2, STEPS))
+    assert [[each.choice.candidate for each in of_head] for of_head in early.heads] == [
+        [SPATIAL, BAND, SKIP],
+        [SKIP],
+        [SKIP],
+    ], "what saves less with a larger error is left out"
+    for found, steps in ((early, 2), (late, 6)):
+        assert found.lost == pytest.approx((0.1 + 2.0 / 0.8 - 2.0) * steps)
+        spatial, _, skip = found.heads[0]
+        assert (spatial.saved, skip.saved) == pytest.approx((2.0 / 0.8 / 3 * 0.5 * steps, 2.0 / 0.8 / 3 * steps))
+        assert spatial.error == pytest.approx(heads_error(network, problem, dense(problem), [spatial.choice]) ** 2)
+    both = [early.heads[0][0].choice, late.heads[1][0].choice]
+    together = heads_error(network, problem, dense(problem), both) ** 2
+    assert together == pytest.approx(early.heads[0][0].error + late.heads[1][0].error), "squares of heads add"
+
+
+def test_steps_that_are_predicted_save_nothing_and_err_nothing(network: NetworkProfile) -> None:
+    problem = SearchProblem.from_profile(network, ("reuse",))
+    draft = draft_for(problem, (0, 1, 4), ["reuse"])
+    found = head_candidates(network, problem, draft, {"attn": COST}, [range(2, 4), range(4, STEPS)])
+    assert [site.heads[0][0].choice.steps for site in found] == [(4,)]
+
+
+numbers = st.floats(0.0, 4.0)
+
+
+@st.composite
+def sites(draw: st.DrawFn) -> SiteCandidates:
+    heads = []
+    for head in range(draw(st.integers(1, 3))):
+        drawn = draw(st.lists(st.tuples(numbers, numbers), max_size=3))
+        heads.append(
+            tuple(HeadCandidate(HeadPattern("a", head, str(at), (0,)), *pair) for at, pair in enumerate(drawn))
+        )
+    return SiteCandidates(tuple(heads), draw(st.floats(-2.0, 4.0)))
+
+
+def objective(chosen: tuple[HeadCandidate | None, ...], site: SiteCandidates, price: float) -> float:
+    """Seconds and priced error of a site, less what it takes dense."""
+    taken = [each for each in chosen if each is not None]
+    return site.lost - sum(each.saved - price * each.error for each in taken) if taken else 0.0
+
+
+@given(st.lists(sites(), min_size=1, max_size=2), st.floats(0.0, 5.0))
+def test_the_choice_is_the_best_of_all(found: list[SiteCandidates], price: float) -> None:
+    pruned = [SiteCandidates(tuple(map(not_worse, site.heads)), site.lost) for site in found]
+    chosen = choose(pruned, price)
+    total = 0.0
+    at = 0
+    for site, kept in zip(found, pruned, strict=True):
+        of_site = chosen[at : at + len(kept.chosen(price))]
+        at += len(of_site)
+        assert len({each.choice.head for each in of_site}) == len(of_site), "one pattern a head"
+        total += objective(of_site, site, price)
+    best = sum(
+        min(objective(combined, site, price) for combined in product(*((None, *of_head) for of_head in site.heads)))
+        for site in found
+    )
+    assert total == pytest.approx(best, abs=1e-9)
+
+
+def test_a_higher_price_saves_less_with_a_smaller_error(network: NetworkProfile) -> None:
+    found = candidates(network, range(STEPS))
+    chosen = [choose(found, price) for price in (0.0, 1.0, 10.0, 100.0, 1e9)]
+    saved = [sum(each.saved for each in each_price) for each_price in chosen]
+    errors = [sum(each.error for each in each_price) for each_price in chosen]
+    assert saved == sorted(saved, reverse=True) and errors == sorted(errors, reverse=True)
+    assert len(chosen[0]) == HEADS and not chosen[-1]
+    assert {each.choice.candidate for each in chosen[0]} == {SKIP}, "what costs nothing is taken"
+
+
+def test_choices_are_rules_with_the_heads_that_share_a_pattern() -> None:
+    choices = [HeadPattern("a", 2, BAND, (1, 2)), HeadPattern("a", 0, BAND, (1, 2)), HeadPattern("a", 1, SKIP, (1, 2))]
+    band, skip = sparse_rules([*choices, HeadPattern("a", 1, BAND, (3,))], "transformer")[:2]
+    assert (band.sites, band.heads, band.steps, band.network) == ("a", (0, 2), (1, 2), "transformer")
+    assert band.do == Sparse(pattern=BAND) and isinstance(band.do, Sparse) and band.do.pattern == BAND
+    assert (skip.heads, skip.do) == ((1,), Sparse(pattern=SKIP))
+    assert sparse_rules([]) == ()
