@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from ditopt.adapters import adapt
 from ditopt.console import Reporter
+from ditopt.device import describe_device
 from ditopt.plan import write_text_atomically
 from ditopt.prepare import Preparation, Prepared, as_it_was
 from ditopt.profile import NetworkProfile, Profile
@@ -230,7 +233,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "seed": arguments.seed,
         "settings": settings,
         "profile_prompts": list(profile.prompts),
-        "device": profile.plan["device"],
+        "profile_device": profile.plan["device"],
+        "model": {"folder": str(arguments.model), **profile.plan["model"], "weights": dict(profile.weights)},
+        "device": describe_device(torch.device("cpu")),
+        "torch": torch.__version__,
+        "command": f"python -m benchmarks.predicted_error {shlex.join(sys.argv[1:])}",
     }
 
 

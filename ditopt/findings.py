@@ -200,10 +200,13 @@ class Sensitivity:
     spread: float
 
     def __str__(self) -> str:
+        steps = [step for step, factor in self.by_step.items() if not math.isnan(factor)]
+        third = max(1, round(len(self.by_step) / 3))
+        late, early = (" and ".join(map(str, some)) for some in (steps[-third:], steps[:third]))
         return (
-            f"Errors in the last third of the depth move the sample {self.over_depth:.2g} times as much as in the "
-            f"first; in the last third of steps {self.over_steps:.2g} times; the extremes are {self.spread:.2g} times "
-            "apart."
+            f"Errors of one size in the last third of the depth move the sample {self.over_depth:.2g} times as much as "
+            f"in the first; in step {late} {self.over_steps:.2g} times as much as in step {early}; the extremes are "
+            f"{self.spread:.2g} times apart."
         )
 
 

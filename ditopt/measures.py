@@ -6,6 +6,7 @@ together along the axis ``prompt``; what has no such axis (a weight's ranges, sa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,11 +48,21 @@ class Measure:
         """The mean along ``axes``, of what was measured."""
         return self._reduced(nanmean, axes)
 
+    def geometric_mean(self, *axes: str) -> Measure:
+        """The geometric mean along ``axes``, of what was measured: for factors, which are 0 or more."""
+
+        def of(values: Numbers, axis: tuple[int, ...]) -> Numbers:
+            found: Numbers = np.exp(nanmean(np.log(np.maximum(values, np.finfo(float).tiny)), axis))
+            return found
+
+        return self._reduced(of, axes)
+
     def upper(self, quantile: float, *axes: str) -> Measure:
         """The ``quantile`` (0.9, say) along ``axes``, of what was measured."""
 
         def of(values: Numbers, axis: tuple[int, ...]) -> Numbers:
-            with np.errstate(all="ignore"):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
                 found: Numbers = np.nanquantile(values, quantile, axis=axis)
             return found
 
@@ -153,5 +164,8 @@ def _joined(name: str, tables: Sequence[Table], shares: Numbers) -> Measure:
     partial = any(part.partial for part in parts)
     if PROMPT in first.axes:
         return Measure(first.axes, np.concatenate([p.values for p in parts], axis=first.axes.index(PROMPT)), partial)
-    mean = np.average(np.stack([part.values for part in parts]), axis=0, weights=shares)
+    values = np.stack([part.values for part in parts]).astype(float)
+    weights = np.where(np.isnan(values), 0, shares.reshape(-1, *[1] * first.values.ndim))
+    total = weights.sum(axis=0)
+    mean = np.where(total > 0, (np.nan_to_num(values) * weights).sum(axis=0) / np.where(total > 0, total, 1), np.nan)
     return Measure(first.axes, np.asarray(mean, dtype=first.values.dtype), partial)

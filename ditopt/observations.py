@@ -30,6 +30,7 @@ from ditopt.findings import (
 from ditopt.measures import PROMPT, Measure, Numbers, Table
 from ditopt.profile import NetworkProfile
 from ditopt.roles import ROLES, HeadRole, head_roles
+from ditopt.search.heads import growth_over_prompts
 
 Tables = Mapping[str, Table]
 LIMITS = (0.01, 0.02, 0.05)
@@ -219,12 +220,14 @@ def _planted(network: NetworkProfile) -> Sensitivity | None:
     for site, table in network.tables.get("sensitivity", {}).items():
         if "to_output" in table.measures and "noise" in table.labels.get("error", ()):
             steps = tuple(int(step) for step in table.labels["anchor"])
-            growth = table["to_output"].at(error=table.position("error", "noise")).values
-            blocks.setdefault(site.rpartition(".")[0], []).append(np.log(np.maximum(growth, 1e-30)))
+            growth = growth_over_prompts(table["to_output"]).at(error=table.position("error", "noise")).values
+            blocks.setdefault(site.rpartition(".")[0], []).append(growth)
     if not blocks:
         return None
     further = np.array([network.step_widths[step] * network.sensitivity[step] for step in steps])
-    return sensitivity(list(blocks), steps, [np.exp(np.mean(each, axis=0)) * further for each in blocks.values()])
+    of_blocks = [Measure(("module", "step"), np.array(each), True).geometric_mean("module") for each in blocks.values()]
+    factors = [each.values * further for each in of_blocks]
+    return None if np.isnan(factors).all() else sensitivity(list(blocks), steps, factors)
 
 
 def sensitivity(groups: Sequence[str], steps: Sequence[int], factors: npt.ArrayLike) -> Sensitivity:

@@ -118,7 +118,7 @@ class Profile:
 
     ``plan`` is the data of a plan without rules that says what was profiled (model, sampler, geometry, device, inputs);
     ``sample`` facts of the finished samples, from which a relative error becomes a PSNR: ``peak`` (the range of values)
-    and ``numel``; ``reasons`` what was left out, and why.
+    and ``numel``; ``reasons`` what was left out, and why; ``weights`` tell fine-tunes of a model apart, by network.
     """
 
     networks: dict[str, NetworkProfile]
@@ -127,6 +127,7 @@ class Profile:
     plan: Mapping[str, Any] = field(default_factory=dict)
     sample: Mapping[str, float] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write the profile as one file; see ``ditopt.profile_file``, which raises what this does."""
@@ -180,6 +181,8 @@ def _merged(one: Profile, two: Profile) -> Profile:
     plans = one.template(), two.template()
     for field_name, mine, theirs in _facts_of_plans(*plans):
         _agree(field_name, mine, theirs)
+    for name in one.weights.keys() & two.weights.keys():
+        _agree(f"weights of {name}", one.weights[name], two.weights[name])
     devices = [None if plan is None else plan.device.device for plan in plans]
     timed = None in devices or devices[0] == devices[1]
     if not timed:
@@ -198,6 +201,7 @@ def _merged(one: Profile, two: Profile) -> Profile:
         one.plan or two.plan,
         {key: _mean(one.sample[key], two.sample[key], counts) for key in one.sample if key in two.sample},
         tuple(dict.fromkeys(reasons)),
+        {**two.weights, **one.weights},
     )
 
 

@@ -72,6 +72,7 @@ class _Profile(_Part):
     plan: dict[str, Any]
     sample: dict[str, float]
     reasons: tuple[str, ...]
+    weights: dict[str, str]
 
 
 def profile_text(profile: Profile) -> str:
@@ -87,6 +88,7 @@ def profile_text(profile: Profile) -> str:
         "plan": dict(profile.plan),
         "sample": {key: float(value) for key, value in profile.sample.items()},
         "reasons": list(profile.reasons),
+        "weights": dict(profile.weights),
     }
     try:
         return canonical(data)
@@ -209,7 +211,7 @@ def profile_of(text: str, arrays: Arrays, source: str) -> Profile:
         )
     if left:
         raise ProfileError(f"{source}, tensor {short(next(iter(left)))}: no field of the profile names it")
-    return Profile(networks, data.prompts, data.sample_norm, data.plan, data.sample, data.reasons)
+    return Profile(networks, data.prompts, data.sample_norm, data.plan, data.sample, data.reasons, data.weights)
 
 
 def _table(source: str, parts: tuple[str, ...], table: _Table, take: Any) -> Table:

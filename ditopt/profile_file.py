@@ -29,7 +29,7 @@ from ditopt.profile import Profile
 from ditopt.profile_check import check_profile
 from ditopt.profile_data import canonical, profile_arrays, profile_of, profile_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEY = "ditopt_profile"
 MAX_BYTES = 8 * 2**30
 MAX_HEADER = 100_000_000

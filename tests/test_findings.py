@@ -263,8 +263,8 @@ def test_all_findings_of_a_network_are_told_in_sentences() -> None:
         "Sparse patterns serve, of 1 heads, by error of their site's output: 0% within 1%, 100% within 2% (with 50% of "
         "their blocks), 100% within 5% (with 50% of their blocks).",
         "Features differ from one step to the next by: self 16.0% (40.0% in the first third, 10.0% later).",
-        "Errors in the last third of the depth move the sample 3 times as much as in the first; in the last third of "
-        "steps 0.5 times; the extremes are 6 times apart.",
+        "Errors of one size in the last third of the depth move the sample 3 times as much as in the first; in step 1 "
+        "0.5 times as much as in step 0; the extremes are 6 times apart.",
     ]
 
 

@@ -58,3 +58,22 @@ def test_prompts_are_put_behind_each_other_and_the_rest_is_weighed_by_their_numb
 def test_tables_that_differ_say_where(other: Table, told: str) -> None:
     with pytest.raises(InputError, match=told):
         joined([Table({"error": measure([[1.0, 2.0]])}), other])
+
+
+def test_a_quantile_of_nothing_is_nan_without_a_warning() -> None:
+    found = Measure(("prompt", "head"), np.array([[1.0, np.nan]]), True).upper(0.9, "prompt")
+    assert found.values[0] == 1.0 and np.isnan(found.values[1])
+
+
+def test_geometric_means_are_of_what_was_measured() -> None:
+    found = Measure(("prompt", "head"), np.array([[1.0, np.nan], [100.0, 7.0]]), True).geometric_mean("prompt")
+    assert found.values == pytest.approx([10.0, 7.0])
+
+
+def test_what_one_run_did_not_measure_is_what_the_other_did() -> None:
+    tables = [
+        Table({"a": Measure(("head",), np.array(values), True)})
+        for values in ([2.0, 4.0, np.nan], [np.nan, 8.0, np.nan])
+    ]
+    found = joined(tables, [1, 3])["a"].values
+    assert found[:2] == pytest.approx([2.0, 7.0]) and np.isnan(found[2])

@@ -180,10 +180,10 @@ def test_another_safetensors_file(file: Path) -> None:
 
 
 def test_another_version(file: Path) -> None:
-    rewrite(file, lambda data, _: data.update({KEY: 2}))
-    assert "field ditopt_profile: format version 2 is not supported; upgrade ditopt" in refused(file)
+    rewrite(file, lambda data, _: data.update({KEY: 3}))
+    assert "field ditopt_profile: format version 3 is not supported; upgrade ditopt" in refused(file)
     rewrite(file, lambda data, _: data.update({KEY: "old"}))
-    assert "format version 'old' is not supported; expected 1" in refused(file)
+    assert "format version 'old' is not supported; expected 2" in refused(file)
 
 
 def test_every_changed_byte_is_noticed(file: Path) -> None:

@@ -188,6 +188,13 @@ def test_what_cannot_be_merged_is_named(other: Profile, message: str) -> None:
     assert message in refused(ONE, other)
 
 
+def test_profiles_of_other_weights_are_not_merged() -> None:
+    one, two = (replace(made_profile(), weights={"transformer": f"sha256:{which}"}) for which in ("aa", "bb"))
+    with pytest.raises(ProfileError, match="weights of transformer: sha256:aa in one, sha256:bb in the other"):
+        merge(one, two)
+    assert merge(one, made_profile()).weights == one.weights
+
+
 def test_grams_and_tables_that_differ_are_named() -> None:
     network = THREE.networks["transformer"]
     step = network.grams["step"]

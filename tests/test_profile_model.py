@@ -18,7 +18,7 @@ import ditopt
 from ditopt.errors import InputError, RolloutError
 from ditopt.geometry import Geometry
 from ditopt.offline import OfflineSearch
-from ditopt.profile import Profile
+from ditopt.profile import Profile, merge
 from ditopt.profile_file import fingerprint
 from ditopt.search.heads import correction
 from ditopt.target import Target
@@ -86,6 +86,39 @@ def test_everything_is_measured_and_a_profile_is_enough_to_search(tmp_path: Path
     assert fingerprint(loaded) == fingerprint(profile)
     found = OfflineSearch(loaded, Target.from_arguments("balanced", 0.05, None, None))()
     assert found is not None
+
+
+def test_deep_models_and_silent_modules_are_profiled_to_the_end() -> None:
+    model = tiny_wan(num_layers=10)
+    with torch.no_grad():
+        for parameter in model.blocks[4].ffn.net[2].parameters():
+            parameter.zero_()
+    profile = ditopt.profile_model(
+        model, PROMPTS[:1], rollout=wan_loop, quiet=True, collect=["patterns", "sensitivity"], techniques=["reuse"]
+    )
+    (network,) = profile.networks.values()
+    sensitivity = network.tables["sensitivity"]
+    attention = [site for site in network.tables["patterns"] if site.endswith("attn1")]
+    assert len(attention) == 10 > sum(site in sensitivity for site in attention), "not all were planted"
+    planted = sensitivity["heads"]
+    assert np.isfinite(planted["measured"].values).all() and (planted["predicted"].values > 0).all()
+
+
+def test_attention_in_the_block_itself_is_profiled_to_the_end() -> None:
+    profile = ditopt.profile_model(make_model(), PROMPTS, rollout=loop, quiet=True, geometry=Geometry(2, 4, 4))
+    (network,) = profile.networks.values()
+    assert "heads" in network.tables["sensitivity"], profile.reasons
+
+
+def test_profiles_of_other_numbers_of_prompts_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ditopt.profiler.linear_inputs.CHANNEL_BYTES", 2000)
+    monkeypatch.setattr("ditopt.profiler.detail.MAP_BYTES", 20_000)
+    collect = ["attention", "linear"]
+    one = ditopt.profile_model(tiny_wan(), PROMPTS[:1], rollout=wan_loop, quiet=True, collect=collect)
+    more = ditopt.profile_model(tiny_wan(), ["x", "y", "z"], rollout=wan_loop, quiet=True, collect=collect)
+    both = merge(one, more)
+    (network,) = both.networks.values()
+    assert len(both.prompts) == 4 and network.tables["linear"]["blocks.0.attn1.to_q"]["channel_max"].size("prompt") == 4
 
 
 def test_the_same_seeds_give_the_same_profile_bit_for_bit() -> None:

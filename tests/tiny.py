@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ditopt.console import Stage
+
 if TYPE_CHECKING:
     from ditopt.runtime.program import Program
 
@@ -106,6 +108,13 @@ def euler(model: nn.Module, prompt: str, seed: int, steps: int = 12, tokens: int
     for now, then in pairwise(sigmas):
         x = x + (then - now) * model(x, now[None] * 1000, text)
     return x
+
+
+class Silent(Stage):
+    """A stage that nobody sees."""
+
+    def advance(self, note: str = "", units: float = 1.0) -> None:
+        """Nothing."""
 
 
 @contextmanager

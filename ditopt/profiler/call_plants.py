@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from ditopt.calls import NetworkCalls
 from ditopt.console import Stage
 from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.candidates import block_for
-from ditopt.measures import Label, Measure, Table
+from ditopt.measures import PROMPT, Label, Measure, Table
+from ditopt.passes._infra import tensor_value
 from ditopt.profiler.head_edits import BlockMask, middling, under_blocks, without_head
 from ditopt.profiler.interpret import Collector, CountedCalls, Edit, Moment, Seen, State, Watched, of_branches
 from ditopt.profiler.memory import trim
@@ -36,6 +38,8 @@ STEPS = (0.1, 0.4, 0.8)
 NOISE_ERROR = "noise"
 ERRORS = (NOISE_ERROR, LEFT_OUT, PATTERN)
 """Kinds of errors: noise at the first and last of these steps, heads left out between, patterns at all of them."""
+FLOOR = 4
+"""What moves the output by no more than so many units of its last place is rounding, and tells nothing."""
 LEAST = 1e-6
 """An error smaller than this, relative to the module's output, is no error: an idle head has no growth."""
 
@@ -64,9 +68,25 @@ def anchor_steps_of(steps: int) -> tuple[int, ...]:
     return tuple(sorted({min(round(share * steps), steps - 1) for share in STEPS}))
 
 
-def chosen_modules(trace: Trace) -> tuple[Module, ...]:
-    """The modules in which errors are planted: all, or of many some of each kind, spread evenly in depth."""
+def plantable(trace: Trace, calls: NetworkCalls) -> tuple[Module, ...]:
+    """What errors can be planted in: modules, and the projections behind self-attention that is in none.
+
+    Left out is what has a batch that guidance branches cannot share.
+    """
     found = modules(trace)
+    inside = {entry.site.name for entry in attention_of(trace, found).values()}
+    alone = [
+        Module(entry.site.name, SELF, entry.projection or entry.node)
+        for entry in attentions(trace)
+        if not entry.cross and entry.site.name not in inside
+    ]
+    branches = calls.branches if calls.batched else 1
+    return tuple(each for each in (*found, *alone) if tensor_value(each.node).shape[0] % branches == 0)
+
+
+def chosen_modules(trace: Trace, calls: NetworkCalls) -> tuple[Module, ...]:
+    """Where errors are planted: everywhere, or of many some of each kind, spread evenly in depth."""
+    found = plantable(trace, calls)
     kinds: dict[str, list[Module]] = {}
     for module in found:
         kinds.setdefault(module.kind, []).append(module)
@@ -96,15 +116,16 @@ class CallPlants(CountedCalls):
     """An interceptor: answers a generation's calls by interpreting, and plants errors in those of some steps.
 
     ``found`` holds, per site, head (0 where none), error and step, ``||change of the output|| / ||error||`` of each
-    planted branch.
+    planted branch. Tables have ``prompts`` rows, of which all but the first, in which errors are planted, are unknown.
     """
 
     stage: Stage
     geometry: Geometry | None = None
+    prompts: int = 1
     found: dict[tuple[str, int, str, int], list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.modules = chosen_modules(self.trace)
+        self.modules = chosen_modules(self.trace, self.calls)
         self._attention = attention_of(self.trace, self.modules)
         total = sum(entry.site.heads for entry in self._attention.values())
         self._every = max(1, -(-total // MOST_HEADS))
@@ -133,9 +154,9 @@ class CallPlants(CountedCalls):
             given, value = run.value(state)
             base, _ = _through(run, state, value, module)
             for head, error, edit in edits:
-                output, behind = _through(run, state, edit(given, value), module)
-                moved = run.finish(behind)[0] - outputs[0]
-                self._note(moment, (module.site, head, error, moment.step), base, output, moved)
+                there, behind = _through(run, state, edit(given, value), module)
+                key = (module.site, head, error, moment.step)
+                self._note(moment, key, base, there, outputs[0], run.finish(behind)[0])
             trim()
             self.stage.advance(units=len(self.modules) / len(planted))
         return outputs
@@ -157,33 +178,41 @@ class CallPlants(CountedCalls):
         return found
 
     def _note(
-        self, moment: Moment, key: tuple[str, int, str, int], base: Tensor, planted: Tensor, moved: Tensor
+        self,
+        moment: Moment,
+        key: tuple[str, int, str, int],
+        base: Tensor,
+        planted: Tensor,
+        output: Tensor,
+        changed: Tensor,
     ) -> None:
-        parts = [of_branches(moment, value) for value in (base, planted - base, moved)]
-        for (_, whole), (_, error), (_, change) in zip(*parts, strict=True):
-            size = float(error.double().norm())
-            if size > LEAST * float(whole.double().norm()):
-                self.found.setdefault(key, []).append(float(change.double().norm()) / size)
+        """Keep how much an error (``planted`` less ``base``, at the module) changes the network's ``output``."""
+        parts = [of_branches(moment, value) for value in (base, planted - base, output, changed)]
+        rounding = FLOOR * torch.finfo(output.dtype).eps
+        for (_, whole), (_, error), (_, dense), (_, result) in zip(*parts, strict=True):
+            size, moved = float(error.double().norm()), float((result.double() - dense.double()).norm())
+            told = moved == 0 or moved > rounding * float(dense.double().norm())
+            if size > LEAST * float(whole.double().norm()) and told:
+                self.found.setdefault(key, []).append(moved / size)
 
     def tables(self) -> dict[str, Table]:
-        """By site ``to_output`` ``[anchor, error]``; of attention ``head_to_output`` ``[anchor, head, error]`` as well.
+        """By site ``to_output`` ``[prompt, anchor, error]``; of attention also ``head_to_output``, by ``head`` as well.
 
-        Means over branches and heads are of the logarithm; NaN: not planted.
+        Means over branches and heads are geometric; NaN: not planted, or what moved was no more than rounding.
         """
         found = {}
         for module in self.modules:
             attention = self._attention.get(module.site)
             heads = attention.site.heads if attention is not None else 1
-            levels = np.full((len(self.steps), heads, len(ERRORS)), np.nan)
+            levels = np.full((self.prompts, len(self.steps), heads, len(ERRORS)), np.nan)
             for (row, step), head, (column, error) in product(enumerate(self.steps), range(heads), enumerate(ERRORS)):
                 ratios = self.found.get((module.site, head, error, step))
                 if ratios:
-                    levels[row, head, column] = np.mean(np.log(np.maximum(ratios, 1e-30)))
-            each = Measure(("anchor", "head", "error"), levels, partial=True)
-            mean = Measure(("anchor", "error"), np.exp(each.mean("head").values), partial=True)
-            measures = {"to_output": mean}
+                    levels[0, row, head, column] = np.exp(np.mean(np.log(np.maximum(ratios, 1e-30))))
+            each = Measure((PROMPT, "anchor", "head", "error"), levels, partial=True)
+            measures = {"to_output": each.geometric_mean("head")}
             if attention is not None:
-                measures["head_to_output"] = Measure(each.axes, np.exp(levels), partial=True)
+                measures["head_to_output"] = each
             labels: dict[str, tuple[Label, ...]] = {"anchor": self.steps, "error": ERRORS}
             found[module.site] = Table(measures, labels, {"kind": module.kind})
         return found

@@ -32,11 +32,18 @@ def run_key(networks: Mapping[str, nn.Module], facts: Mapping[str, Any]) -> str:
     """A hash of the networks' weights (every tensor's shape and a sample of its values) and of ``facts``."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=_as_text).encode())
     for name, network in networks.items():
-        for key, value in network.state_dict().items():
-            flat = value.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
-            digest.update(f"{name}.{key}{tuple(value.shape)}{value.dtype}".encode() + sample.numpy().tobytes())
+        digest.update(f"{name}.{weights_print(network)}".encode())
     return digest.hexdigest()[:KEY_DIGITS]
+
+
+def weights_print(network: nn.Module) -> str:
+    """``sha256:...`` of every tensor's name, shape and dtype and of a sample of its values."""
+    digest = hashlib.sha256()
+    for key, value in network.state_dict().items():
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode() + sample.numpy().tobytes())
+    return f"sha256:{digest.hexdigest()[:KEY_DIGITS]}"
 
 
 def _as_text(value: Any) -> str:

@@ -31,8 +31,8 @@ from ditopt.profiler.tokens import TokenChange
 from ditopt.quality import relative_l2
 from ditopt.runtime.program import Program
 
-MAP_BYTES = 256 * 2**20
-"""Of all pooled attention maps of a profile; with many heads or prompts the maps are coarser."""
+MAP_BYTES = 32 << 20
+"""Of all pooled attention maps of a prompt; with many heads they are coarser."""
 INTERPRETED_APART = 1e-2
 """Relative L2 of the sample between an interpreted and a compiled generation beyond which it is said."""
 ANCHORS = 6
@@ -66,7 +66,7 @@ class DetailRun:
         found: dict[str, list[Tables]] = {name: [] for name in self.programs}
         with self.reporter.stage(f"profile: {', '.join(self.collect)}", len(pairs)) as stage:
             for index, pair in enumerate(pairs):
-                for name, tables in self._prompt(index, pair, len(pairs)).items():
+                for name, tables in self._prompt(index, pair).items():
                     found[name].append(tables)
                 collect()  # collectors that share rows refer to each other
                 stage.advance()
@@ -109,7 +109,7 @@ class DetailRun:
         config = getattr(self.evaluator.adapter.networks[name], "config", None)
         return find_geometry(trace, program.variants.latents, config, None, tables[0], arguments=arguments)
 
-    def _prompt(self, index: int, pair: Pair, prompts: int) -> dict[str, Tables]:
+    def _prompt(self, index: int, pair: Pair) -> dict[str, Tables]:
         """The tables of one prompt per network, from its checkpoint if there is one."""
         names = list(self.programs)
         key = f"tables{index}.{'-'.join(self.collect)}"
@@ -119,7 +119,7 @@ class DetailRun:
         if all(each is not None for each in kept.values()):
             self.reasons += [reason for each in kept.values() for reason in reasons_in(each or {})]
             return {name: from_tensors(each or {}) for name, each in kept.items()}
-        collectors = {name: self._collectors(name, program, prompts) for name, program in self.programs.items()}
+        collectors = {name: self._collectors(name, program) for name, program in self.programs.items()}
         sample = self._generate(pair, collectors)
         apart = relative_l2(sample, self.evaluator.references[pair])
         differs = f"prompt {pair[0]!r}: its interpreted and compiled samples differ by {apart:.1%}"
@@ -137,13 +137,13 @@ class DetailRun:
             self.checkpoints.save(f"{key}.{name}", bundle)
         return found
 
-    def _collectors(self, name: str, program: Program, prompts: int) -> list[Collector]:
+    def _collectors(self, name: str, program: Program) -> list[Collector]:
         trace, calls, geometry = program.variants.trace, self.calls[name], self._geometry[name]
         wanted = [each for each in ("attention", "patterns") if each in self.collect]
         found: list[Collector] = []
         if wanted:
             heads = sum(entry.site.heads for entry in attentions(trace))
-            maps = max(1, heads * ANCHORS * calls.branches * prompts)
+            maps = max(1, heads * ANCHORS * calls.branches)
             side = int(min(128, max(16, np.sqrt(MAP_BYTES / 2 / maps))))
             found += attention_collectors(trace, calls, geometry, map_side=side, names=tuple(wanted))
         if "features" in self.collect:
@@ -151,7 +151,7 @@ class DetailRun:
         if "tokens" in self.collect:
             found.append(TokenChange(trace, calls, geometry))
         if "linear" in self.collect:
-            found.append(LinearInputs(trace, calls, prompts=prompts))
+            found.append(LinearInputs(trace, calls))
         return found
 
     def _generate(self, pair: Pair, collectors: Mapping[str, Sequence[Collector]]) -> Tensor:

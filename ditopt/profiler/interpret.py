@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ditopt.calls import NetworkCalls
-from ditopt.errors import RolloutError
+from ditopt.errors import InputError, RolloutError
 from ditopt.measures import Table
 from ditopt.profiler.memory import trim
 from ditopt.runtime.program import Compute
@@ -221,7 +221,13 @@ def moment_of(calls: NetworkCalls, number: int) -> Moment:
 
 
 def of_branches(moment: Moment, value: Tensor) -> list[tuple[int, Tensor]]:
-    """The part of a batched value ``[B, ...]`` that each guidance branch of a call has."""
+    """The part of a batched value ``[B, ...]`` that each guidance branch of a call has.
+
+    Raises:
+        InputError: the batch does not divide into the branches.
+    """
+    if value.shape[0] % len(moment.branches):
+        raise InputError(f"a batch of {value.shape[0]} does not divide into {len(moment.branches)} guidance branches")
     parts = value.chunk(len(moment.branches)) if len(moment.branches) > 1 else (value,)
     return list(zip(moment.branches, parts, strict=True))
 

@@ -21,8 +21,8 @@ from ditopt.sites import LinearSite
 from ditopt.trace import PRODUCTS, Trace
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
-CHANNEL_BYTES = 128 << 20
-"""Of the ranges of single channels, over all layers and prompts: with more, they are kept of fewer steps."""
+CHANNEL_BYTES = 16 << 20
+"""Of the ranges of single channels of a prompt, over all layers: with more, they are kept of fewer steps."""
 OUTPUTS = 1024
 """The noise of a wider layer is measured in so many of its outputs, drawn evenly: what is rounded stays affordable."""
 LARGEST = float(np.finfo(np.float16).max)
@@ -57,29 +57,27 @@ class LinearInputs(Collector):
     """Ranges of the inputs of linear layers in every step, and the noise that each precision would add, at anchors.
 
     Those of single channels are of evenly spread steps (the label ``channel_step``), of as many as ``CHANNEL_BYTES``
-    allow with so many ``prompts``: of all in most models.
+    allow: of all in most models.
 
     The signal to noise ratio is that of the product without bias, against the product in float32, of at most ``rows``
     evenly drawn tokens.
 
     Raises:
-        InputError: ``rows`` or ``prompts`` is below 1.
+        InputError: ``rows`` is below 1.
     """
 
     name = "linear"
 
-    def __init__(self, trace: Trace, calls: NetworkCalls, *, rows: int = 128, prompts: int = 1) -> None:
+    def __init__(self, trace: Trace, calls: NetworkCalls, *, rows: int = 128) -> None:
         super().__init__()
         if rows < 1:
             raise InputError(f"rows={rows}: a product needs at least 1 row to be measured on")
-        if prompts < 1:
-            raise InputError(f"prompts={prompts}: a profile has at least 1")
         self._rows = rows
         steps, branches = len(calls.timesteps), calls.branches
         self.anchors = anchor_steps(steps)
         self._layers: dict[str, _Layer] = {}
         found = linears(trace)
-        per_step = 2 * branches * prompts * sum(site.in_features for site, _ in found)
+        per_step = 2 * branches * sum(site.in_features for site, _ in found)
         self.channel_steps = anchor_steps(steps, max(2, CHANNEL_BYTES // max(per_step, 1)))
         for site, node in found:
             left, right = PRODUCTS[node.target]  # type: ignore[index]  # the sites' nodes are calls of products

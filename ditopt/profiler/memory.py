@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 from collections.abc import Callable
 from functools import cache
 
@@ -21,5 +22,7 @@ def collect() -> None:
 
 @cache
 def _malloc_trim() -> Callable[[int], object]:
+    if sys.platform != "linux":
+        return lambda _: None
     found: Callable[[int], object] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
     return found if found is not None else lambda _: None

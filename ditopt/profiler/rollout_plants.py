@@ -20,10 +20,9 @@ from ditopt.profiler.memory import trim
 from ditopt.profiler.pattern_errors import candidates_of
 from ditopt.profiler.places import Module, attentions
 from ditopt.runtime.program import Compute, copied
-from ditopt.search.heads import HeadPattern
+from ditopt.search.heads import HeadPattern, is_measured
 from ditopt.trace import Trace
 
-ROLLOUT_ERRORS = ("noise", "reuse")
 THIRDS = (1 / 6, 1 / 2, 5 / 6)
 STARTS = (1 / 6, 1 / 3, 1 / 2)
 """From where in the schedule on a third of all heads is under a pattern, in a rollout each."""
@@ -45,11 +44,12 @@ def plants(found: Sequence[Module], steps: int) -> tuple[Plant, ...]:
     """Nine plants: each third of the depth in each third of the schedule, kinds and errors in turn (a Latin square)."""
     kinds = list(dict.fromkeys(module.kind for module in found))
     chosen = []
-    for number, (depth, phase) in enumerate(product(range(3), range(3))):
+    for depth, phase in product(range(3), range(3)):
         of_kind = [module for module in found if module.kind == kinds[(depth + phase) % len(kinds)]]
         module = of_kind[min(int(THIRDS[depth] * len(of_kind)), len(of_kind) - 1)]
         step = min(max(round(THIRDS[phase] * steps), 1), steps - 1)
-        chosen.append(Plant(module, step, ROLLOUT_ERRORS[number % 2]))
+        error = "reuse" if (depth + 2 * phase) % 3 == 1 else "noise"  # each kind of module has both
+        chosen.append(Plant(module, step, error))
     return tuple(dict.fromkeys(chosen))
 
 
@@ -117,17 +117,22 @@ class HeadsPlant(CountedCalls):
 
 
 def third_of_heads(trace: Trace, network: NetworkProfile, which: int, start: int) -> tuple[HeadPattern, ...]:
-    """Every third head of self-attention, from ``which`` on, under the candidate of middling density from a step on."""
+    """Every third head of self-attention, from ``which`` on, under the candidate of middling density from a step on.
+
+    Those of which the profile does not tell what that costs are left out.
+    """
     steps = tuple(range(start, len(network.timesteps)))
     heads = []
     for entry in attentions(trace):
         table = network.tables["patterns"].get(entry.site.name)
         if table is None or network.geometry is None or entry.cross:
             continue
-        name = middling(candidates_of(network.geometry, int(table.facts["block_queries"])))
-        known = name is not None and name[0] in table.labels["candidate"]
-        heads += [(entry.site.name, head, name[0]) for head in range(entry.site.heads) if known and name is not None]
-    return tuple(HeadPattern(site, head, name, steps) for site, head, name in heads[which::3])
+        found = middling(candidates_of(network.geometry, int(table.facts["block_queries"])))
+        if found is None or found[0] not in table.labels["candidate"]:
+            continue
+        choices = (HeadPattern(entry.site.name, head, found[0], steps) for head in range(entry.site.heads))
+        heads += [choice for choice in choices if is_measured(network, choice)]
+    return tuple(heads[which::3])
 
 
 def masks_of(

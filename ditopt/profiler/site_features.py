@@ -186,11 +186,12 @@ class FeatureTables(Collector):
         return _Measured(channels, sizes, errors, known)
 
     def _fitted(self, nodes: Sequence[fx.Node]) -> tuple[int, ...]:
-        """The steps of which corrections are kept."""
+        """The steps of which corrections are kept; before the first there is nothing to correct."""
         channels = {node.name: tensor_value(node).shape[1 if node.name in self._images else -1] for node in nodes}
         total = sum(channels[end] for each in self._features for end, _ in each.parts)
         per_step = 4 * 2 * len(self.lags) * self._branches * total
-        return anchor_steps(self._steps, max(2, COEFFICIENT_BYTES // max(per_step, 1)))
+        later = anchor_steps(max(self._steps - 1, 1), max(2, COEFFICIENT_BYTES // max(per_step, 1)))
+        return tuple(step + 1 for step in later)
 
     def _gram(self, each: Feature) -> Numbers:
         """Inner products in float64 over rows ``branch * steps + step``; of what did not run they are zero."""

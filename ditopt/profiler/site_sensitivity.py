@@ -6,6 +6,7 @@ What is predicted follows from errors planted in single calls (``call_plants``) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,14 +18,15 @@ from torch import Tensor
 
 from ditopt.calls import NetworkCalls
 from ditopt.console import Reporter, Stage
+from ditopt.errors import InputError
 from ditopt.measure import Evaluator
 from ditopt.measures import PROMPT, Measure, Table
 from ditopt.profile import NetworkProfile, Profile, branch_shares
-from ditopt.profiler.call_plants import CallPlants, anchor_steps_of, chosen_modules
+from ditopt.profiler.call_plants import CallPlants, anchor_steps_of, chosen_modules, plantable
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.kept_tables import HEADER, from_tensors, to_tensors
 from ditopt.profiler.observe import Pair, answered, observed
-from ditopt.profiler.places import attentions
+from ditopt.profiler.places import attentions, modules
 from ditopt.profiler.rollout_plants import STARTS, HeadsPlant, Plant, RolloutPlant, masks_of, plants, third_of_heads
 from ditopt.profiler.run import whole_program
 from ditopt.profiler.sensitivity import Tape
@@ -63,10 +65,16 @@ class SiteSensitivity:
     def __call__(self, profile: Profile, pair: Pair) -> dict[str, dict[str, Table]]:
         """Per network the tables by site, where its modules have one output each."""
         programs = {name: whole_program(session) for name, session in self.evaluator.sessions.items()}
-        usable = {name: chosen_modules(program.variants.trace) for name, program in programs.items()}
+        usable = {name: chosen_modules(program.variants.trace, self.calls[name]) for name, program in programs.items()}
         found: dict[str, dict[str, Table]] = {}
         for name in [name for name in programs if not usable[name]]:
             self.reasons.append(f"{name}: no module with one output was found in its blocks, so no error was planted")
+        for name, program in programs.items():
+            all_modules = modules(program.variants.trace)
+            left = len(set(all_modules) - set(plantable(program.variants.trace, self.calls[name])))
+            if left:
+                told = "have a batch that guidance branches cannot share: no error was planted there"
+                self.reasons.append(f"{name}: {left} of {len(all_modules)} modules {told}")
         of_calls = {
             name: len(usable[name]) * len(anchor_steps_of(len(self.calls[name].timesteps))) for name in programs
         }
@@ -80,7 +88,7 @@ class SiteSensitivity:
                 for number, plant in enumerate(of_network):
                     rows.append((plant, *self._rollout(name, programs, number, plant, pair)))
                     stage.advance()
-                sites[ROLLOUTS] = rollouts_table(network, sites, rows)
+                sites[ROLLOUTS] = self._compare(name, network, sites, rows)
                 network.tables["sensitivity"] = sites
                 heads = self._heads(name, profile, programs, pair, stage)
                 if heads is not None:
@@ -95,11 +103,26 @@ class SiteSensitivity:
             tables = from_tensors(kept)["sensitivity"]
             stage.advance(units=sum(len(table.labels["anchor"]) for table in tables.values()))
             return tables
-        planting = CallPlants(programs[name].variants.trace, self.calls[name], stage, network.geometry)
+        trace, prompts = programs[name].variants.trace, len(next(iter(network.grams.values())).values)
+        planting = CallPlants(trace, self.calls[name], stage, network.geometry, prompts)
         answered(self.evaluator, pair, programs, {name: planting})
         tables = planting.tables()
         self.checkpoints.save(f"{name}.sites", to_tensors({"sensitivity": tables}))
         return tables
+
+    def _compare(
+        self,
+        name: str,
+        network: NetworkProfile,
+        sites: Mapping[str, Table],
+        rows: Sequence[tuple[Plant, float, Sequence[float]]],
+    ) -> Table:
+        table = rollouts_table(network, sites, rows)
+        unknown = int(np.isnan(table["predicted"].values[0]).sum())
+        if unknown:
+            told = "not predicted: single errors planted at these modules moved nothing"
+            self.reasons.append(f"{name}: what {unknown} of {len(rows)} errors planted in rollouts do is {told}")
+        return table
 
     def _rollout(
         self, name: str, programs: Mapping[str, Program], number: int, plant: Plant, pair: Pair
@@ -131,6 +154,11 @@ class SiteSensitivity:
             stage.advance()
             if not heads:
                 continue
+            try:
+                predicted = heads_error(network, problem, dense(problem), heads) * problem.sample_norm
+            except InputError as error:
+                self.reasons.append(f"{name}: no pattern was planted in rollouts: {error}")
+                return None
             kept = self.checkpoints.load(f"{name}.heads{which}", ["moved"])
             if kept is None:
                 masks = masks_of(heads, network, nodes)
@@ -138,7 +166,6 @@ class SiteSensitivity:
                 planting = HeadsPlant(trace, self.calls[name], outputs, heads[0].steps[0], masks)
                 kept = {"moved": self._moved(answered(self.evaluator, pair, programs, {name: planting}), pair)}
                 self.checkpoints.save(f"{name}.heads{which}", kept)
-            predicted = heads_error(network, problem, dense(problem), heads) * problem.sample_norm
             told = f"{len(heads)} heads from step {heads[0].steps[0]} on"
             planted.append(Planted(told, PATTERN, float(kept["moved"]), predicted))
         return compared(planted, len(profile.prompts)) if planted else None
@@ -166,7 +193,7 @@ def rollouts_table(
     weights = branch_shares(next(iter(network.grams.values())).present, network.branch_weights)
     predicted = [
         guided_norm(weights[:, plant.step] * np.asarray(errors), alike=plant.error == "reuse")
-        * output_growth(sites[plant.module.site], plant.step, "noise")
+        * _growth(sites[plant.module.site], plant.step)
         * network.step_widths[plant.step]
         * network.sensitivity[plant.step]
         for plant, _, errors in rows
@@ -174,6 +201,14 @@ def rollouts_table(
     each = zip(rows, predicted, strict=True)
     prompts = len(next(iter(network.grams.values())).values)
     return compared([Planted(str(plant), plant.error, moved, float(of)) for (plant, moved, _), of in each], prompts)
+
+
+def _growth(table: Table, step: int) -> float:
+    """How much noise at a module changes the output; NaN where nothing that was planted there moved anything."""
+    try:
+        return output_growth(table, step, "noise")
+    except InputError:
+        return math.nan
 
 
 def guided_norm(errors: npt.NDArray[np.float64], *, alike: bool) -> float:

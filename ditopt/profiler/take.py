@@ -16,14 +16,14 @@ from ditopt.errors import InputError
 from ditopt.geometry import Geometry
 from ditopt.prepare import Preparation, Prepared, as_it_was, seeded
 from ditopt.profile import Profile
-from ditopt.profiler.checkpoint import Checkpoints
+from ditopt.profiler.checkpoint import Checkpoints, weights_print
 from ditopt.profiler.observe import Pair
 from ditopt.profiler.run import ProfileRun
 from ditopt.profiler.split import SplitProfileRun
 from ditopt.quality import value_range
 from ditopt.techniques import Techniques
 
-TABLES = 2
+TABLES = 3
 """Counts up when collectors measure otherwise: checkpoints of before are not taken up."""
 
 
@@ -63,7 +63,8 @@ def take_profile(
     samples = [evaluator.references[pair] for pair in pairs]
     facts = {"peak": float(np.mean([value_range(each) for each in samples])), "numel": float(samples[0].numel())}
     plan = evaluator.template.model_dump(mode="json", exclude={"target"})
-    return replace(profile, sample=facts, plan=plan)
+    weights = {name: weights_print(prepared.adapter.networks[name]) for name in calls}
+    return replace(profile, sample=facts, plan=plan, weights=weights)
 
 
 def add_tables(

@@ -32,12 +32,18 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """Values over 0, 1, 2, ...; what is not finite is a gap. Faint lines have no marks."""
+    """Values over 0, 1, 2, ..., or over ``at``; what is not finite is a gap. Faint lines have no marks."""
 
     values: Sequence[float]
     label: str
     style: str = "curve"
     faint: bool = False
+    at: Sequence[int] | None = None
+
+    @property
+    def places(self) -> Sequence[int]:
+        """Where the values stand."""
+        return range(len(self.values)) if self.at is None else self.at
 
 
 @dataclass(frozen=True)
@@ -127,13 +133,13 @@ def lines(
 ) -> Markup:
     """Lines over 0, 1, 2, ...; ``also`` are values that the upright axis has to hold, ``log`` makes it logarithmic."""
     known = [value for line in series for value in line.values if math.isfinite(value)] + list(also)
-    length = max((len(line.values) for line in series), default=1)
-    across = Axis.over([0.0, float(max(length - 1, 1))], x_name, LEFT, size[0] - RIGHT)
+    last = max((place for line in series for place in line.places), default=0)
+    across = Axis.over([0.0, float(max(last, 1))], x_name, LEFT, size[0] - RIGHT)
     up = Axis.over(known, y_name, size[1] - BOTTOM, TOP, log)
     canvas = Canvas()
     draw_axes(canvas, across, up, size)
     for line in series:
-        for run in _runs(line.values, up):
+        for run in _runs(line, up):
             path = " ".join(f"{plain(across.at(i))},{plain(up.at(v))}" for i, v in run)
             canvas.add("polyline", title=line.label, points=path, class_=line.style)
             for i, v in () if line.faint else run:
@@ -142,9 +148,9 @@ def lines(
     return canvas.done(*size, f"{y_name} over {x_name}")
 
 
-def _runs(values: Sequence[float], up: Axis) -> list[list[tuple[int, float]]]:
+def _runs(line: Line, up: Axis) -> list[list[tuple[int, float]]]:
     runs: list[list[tuple[int, float]]] = [[]]
-    for i, value in enumerate(values):
+    for i, value in zip(line.places, line.values, strict=True):
         if up.holds(value):
             runs[-1].append((i, value))
         elif runs[-1]:

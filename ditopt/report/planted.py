@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import zip_longest
+from collections.abc import Sequence
 
 import numpy as np
 from markupsafe import Markup
@@ -12,7 +12,7 @@ from ditopt.profile import NetworkProfile
 from ditopt.report import charts
 from ditopt.report.profiled import SENSITIVITY, SITE_KINDS, average, sites_of
 from ditopt.report.tried import Agreement, agreement
-from ditopt.search.heads import correction
+from ditopt.search.heads import correction, growth_over_prompts
 
 NOISE, COLOURS = "noise", 5
 ERRORS = {
@@ -24,17 +24,25 @@ ERRORS = {
 
 def growth(part: NetworkProfile) -> tuple[Markup | None, list[tuple[str, str]]]:
     """What part of a planted error arrives at the output, over depth, a line per kind of site; the kinds' styles."""
-    found: dict[str, list[float]] = {}
-    for table in sites_of(part, SENSITIVITY).values():
+    found: dict[str, dict[str, float]] = {}
+    for site, table in sites_of(part, SENSITIVITY).items():
         if "to_output" in table.measures and NOISE in table.labels.get("error", ()):
-            values = average(table["to_output"], "error")
+            values = average(growth_over_prompts(table["to_output"]), "error")
             kind = str(table.facts.get("kind", "site"))
-            found.setdefault(kind, []).append(float(values[table.position("error", NOISE)]))
+            found.setdefault(kind, {})[site] = float(values[table.position("error", NOISE)])
     if not found:
         return None, []
     kinds = [(SITE_KINDS.get(kind, kind), f"curve curve-{i % COLOURS}") for i, kind in enumerate(found)]
-    series = [charts.Line(values, *kind) for values, kind in zip_longest(found.values(), kinds)]
+    drawn = zip(kinds, found.values(), strict=True)
+    series = [charts.Line(list(of_kind.values()), *kind, at=_layers(list(of_kind))) for kind, of_kind in drawn]
     return charts.lines(series, "layer", "error at the output / planted", size=(520, 300), also=(0.0,)), kinds
+
+
+def _layers(sites: Sequence[str]) -> Sequence[int] | None:
+    """The numbers of the blocks that sites are in; None, their order, where they have none of their own each."""
+    numbers = [[int(word) for word in site.split(".") if word.isdecimal()][:1] for site in sites]
+    found = [number for of_site in numbers for number in of_site]
+    return found if len(found) == len(sites) and found == sorted(set(found)) else None
 
 
 def corrections(table: Table) -> list[str]:

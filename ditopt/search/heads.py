@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ditopt.errors import InputError
-from ditopt.measures import PROMPT, Label, Table
+from ditopt.measures import PROMPT, Label, Measure, Table
 from ditopt.profile import Array, NetworkProfile, branch_shares
 from ditopt.search.joint import carried
 from ditopt.search.problem import SearchProblem
@@ -47,9 +47,10 @@ def output_growth(table: Table, step: int, error: str, head: int | None = None) 
         InputError: nothing that was planted at the site was an error.
     """
     column = table.position("error", error)
-    growths = [table["to_output"].at(error=column), table["to_output"].mean("error")]
+    of_site = growth_over_prompts(table["to_output"])
+    growths = [of_site.at(error=column), of_site.mean("error")]
     if head is not None and "head_to_output" in table.measures:
-        of_head = table["head_to_output"].at(head=head)
+        of_head = growth_over_prompts(table["head_to_output"]).at(head=head)
         growths = [of_head.at(error=column), of_head.mean("error"), *growths]
     found = next((growth.values for growth in growths if not np.isnan(growth.values).all()), None)
     if found is None:
@@ -57,6 +58,54 @@ def output_growth(table: Table, step: int, error: str, head: int | None = None) 
     known = ~np.isnan(found)
     anchors = np.asarray(table.labels["anchor"], dtype=float)[known]
     return float(np.exp(np.interp(step, anchors, np.log(np.maximum(found[known], 1e-30)))))
+
+
+def growth_over_prompts(growth: Measure) -> Measure:
+    """Growth factors without their axis of prompts: the geometric mean of those in which errors were planted."""
+    return growth.geometric_mean(PROMPT) if PROMPT in growth.axes else growth
+
+
+def growth_at(
+    network: NetworkProfile, sensitivity: Mapping[str, Table], site: str, step: int, error: str, head: int
+) -> float:
+    """As ``output_growth``, at an attention site; where nothing was planted, between the sites before and behind it.
+
+    Raises:
+        InputError: no error that was planted at any attention site moved anything.
+    """
+    order = list(network.tables["patterns"])
+    at = order.index(site)
+    planted = [place for place, name in enumerate(order) if _planted(sensitivity.get(name))]
+    if not planted:
+        raise InputError("no error planted at an attention site moved anything; heads have no measured sensitivity")
+    before = max((place for place in planted if place <= at), default=planted[0])
+    behind = min((place for place in planted if place >= at), default=planted[-1])
+    own = head if before == behind == at else None
+    first, last = (output_growth(sensitivity[order[place]], step, error, own) for place in (before, behind))
+    share = (at - before) / (behind - before) if behind > before else 0.0
+    return float(first ** (1 - share) * last**share)
+
+
+def _planted(table: Table | None) -> bool:
+    """Whether a table holds what errors in self-attention grow by."""
+    if table is None or table.facts.get("kind") == "cross" or "to_output" not in table.measures:
+        return False
+    return not bool(np.isnan(table["to_output"].values).all())
+
+
+def is_measured(network: NetworkProfile, choice: HeadPattern) -> bool:
+    """Whether the profile tells what a choice costs its head in every one of its steps."""
+    return not bool(np.isnan(_errors(network, choice)[:, list(choice.steps)]).any())
+
+
+def _errors(network: NetworkProfile, choice: HeadPattern) -> Array:
+    """``[prompt, step, branch]``: norms of a choice's error behind the projection; 0 where a branch does not run."""
+    table = network.tables["patterns"][choice.site]
+    at = table.position("candidate", choice.candidate)
+    relative = table["error"].at(head=choice.head, candidate=at).ordered("prompt", "step", "branch")
+    norm = table["output"].ordered("prompt", "step", "branch") * np.sqrt(table.facts["elements"])
+    present = next(iter(network.grams.values())).present
+    return np.asarray(np.where(present.T[None], relative * norm, 0.0))
 
 
 def output_errors(network: NetworkProfile, sensitivity: Mapping[str, Table], choice: HeadPattern) -> Array:
@@ -67,20 +116,15 @@ def output_errors(network: NetworkProfile, sensitivity: Mapping[str, Table], cho
     Raises:
         InputError: the site was not measured in one of the steps.
     """
-    table = network.tables["patterns"][choice.site]
-    at = table.position("candidate", choice.candidate)
-    relative = table["error"].at(head=choice.head, candidate=at).ordered("prompt", "step", "branch")
-    norm = table["output"].ordered("prompt", "step", "branch") * np.sqrt(table.facts["elements"])
     present = next(iter(network.grams.values())).present
-    each = relative * norm * branch_shares(present, network.branch_weights).T[None]
+    each = _errors(network, choice) * branch_shares(present, network.branch_weights).T[None]
     steps = list(choice.steps)
-    if np.isnan(each[:, steps][:, present.T[steps]]).any():
+    if not is_measured(network, choice):
         raise InputError(f"{choice.site}: what {choice.candidate} costs head {choice.head} was not measured")
-    each = np.where(present.T[None], each, 0.0)
     squares = mixed(each.sum(axis=2) ** 2, (each**2).sum(axis=2))
     kind = LEFT_OUT if choice.candidate == SKIP else PATTERN
     found = np.zeros(squares.shape[1])
-    growth = [output_growth(sensitivity[choice.site], step, kind, choice.head) for step in steps]
+    growth = [growth_at(network, sensitivity, choice.site, step, kind, choice.head) for step in steps]
     found[steps] = np.sqrt(squares.mean(axis=0)[steps]) * growth
     return found
 
@@ -100,17 +144,21 @@ def heads_error(network: NetworkProfile, problem: SearchProblem, draft: Draft, c
         moved = moved[list(draft.kept)]
         total += mixed(float(moved.sum()) ** 2, float((moved**2).sum()))
     planted = sensitivity.get(HEADS)
-    return float(np.sqrt(total)) * (correction(planted)[0] if planted is not None else 1.0)
+    scale = correction(planted)[0] if planted is not None else 1.0
+    return float(np.sqrt(total)) * (scale if np.isfinite(scale) else 1.0)
 
 
 def correction(table: Table, error: str | None = None) -> tuple[float, float]:
     """By how much what is predicted has to be multiplied, and how far off it is then, of rollouts with planted errors.
 
     Mean and standard deviation are of the logarithm, over plants (of the kind ``error``; None: all) and prompts: with a
-    spread ``s`` two of three predictions are right to a factor of ``exp(s)``. NaN of fewer than two plants.
+    spread ``s`` two of three predictions are right to a factor of ``exp(s)``. NaN of fewer than two plants. One that
+    moved nothing, or whose movement could not be predicted, does not count.
     """
     chosen = [at for at, kind in enumerate(table.facts["errors"]) if error in (None, kind)]
     found = [table[name].ordered(PROMPT, "plant")[:, chosen] for name in ("measured", "predicted")]
-    measured, predicted = (np.log(np.maximum(values, 1e-30)) for values in found)
-    logs = (measured - predicted)[~np.isnan(measured - predicted)]
+    known = np.all([values > 0 for values in found], axis=0)
+    logs = np.log(found[0][known]) - np.log(found[1][known])
+    if not logs.size:
+        return float("nan"), float("nan")
     return float(np.exp(logs.mean())), float(logs.std(ddof=1)) if logs.size > 1 else float("nan")

@@ -11,8 +11,9 @@ import pytest
 from ditopt.errors import InputError
 from ditopt.measures import Measure, Table
 from ditopt.profile import NetworkProfile
+from ditopt.profiler.site_sensitivity import Planted, compared
 from ditopt.search import SearchProblem, solve_kept
-from ditopt.search.heads import HeadPattern, heads_error, output_errors, output_growth
+from ditopt.search.heads import HeadPattern, correction, growth_at, heads_error, output_errors, output_growth
 from ditopt.search.joint import carried, dense, draft_for
 from ditopt.search.planned import Planned, planned_error
 from ditopt.search.quadratic import COHERENCE
@@ -119,3 +120,32 @@ def test_a_site_that_was_not_measured_is_no_free_one(network: NetworkProfile) ->
     assert output_errors(unmeasured, sensitivity, HeadPattern("attn", 0, LOCAL, (2, 4))).any()
     with pytest.raises(InputError, match=r"attn: what .* costs head 0 was not measured"):
         output_errors(unmeasured, sensitivity, HeadPattern("attn", 0, LOCAL, (2, 3)))
+
+
+def test_between_sites_that_were_planted_growth_is_interpolated_over_depth(network: NetworkProfile) -> None:
+    patterns = network.tables["patterns"]["attn"]
+    own = network.tables["sensitivity"]["attn"]
+    last = Table({"to_output": Measure(("anchor", "error"), np.full((2, 3), 32.0))}, own.labels)
+    silent = Table({"to_output": Measure(("anchor", "error"), np.full((2, 3), np.nan), True)}, own.labels)
+    order = ("attn", "second", "third", "fourth")
+    deeper = replace(network, tables={**network.tables, "patterns": dict.fromkeys(order, patterns)})
+    planted = {"attn": own, "second": silent, "third": last, "ffn": last}
+    found = [growth_at(deeper, planted, site, 0, "pattern", 0) for site in order]
+    assert found == pytest.approx([2.0, 8.0, 32.0, 32.0]), "beyond the last it is the last one's"
+    with pytest.raises(InputError, match="no error planted at an attention site moved anything"):
+        growth_at(deeper, {"second": silent}, "attn", 0, "pattern", 0)
+
+
+def test_growth_of_several_prompts_is_their_geometric_mean() -> None:
+    values = np.array([[[2.0, 2.0]], [[8.0, 8.0]], [[np.nan, np.nan]]])
+    table = Table(
+        {"to_output": Measure(("prompt", "anchor", "error"), values, True)},
+        {"anchor": (0,), "error": ("noise", "head")},
+    )
+    assert output_growth(table, 3, "noise") == pytest.approx(4.0)
+
+
+def test_plants_that_moved_nothing_do_not_count() -> None:
+    rows = [Planted("a", "noise", 0.0, 1.0), Planted("b", "noise", 2.0, 1.0), Planted("c", "noise", 2.0, np.nan)]
+    assert correction(compared(rows))[0] == pytest.approx(2.0)
+    assert np.isnan(correction(compared(rows[:1]))[0])
