@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from ditopt.calls import NetworkCalls
 from ditopt.geometry import Geometry
 from ditopt.profiler.call_plants import CallPlants, chosen_modules
+from ditopt.profiler.head_edits import BlockMask
 from ditopt.profiler.interpret import Moment, Watched, of_branches
 from ditopt.profiler.places import attentions
+from ditopt.profiler.rollout_plants import HeadsPlant
 from tests.profiler.watched_models import ONE, Keeper, captured, trace_of
 from tests.tiny import Silent
 
@@ -55,3 +61,28 @@ def test_errors_are_planted_where_attention_is_in_no_module_of_its_own() -> None
 
 def test_what_guidance_branches_cannot_share_is_left_out() -> None:
     assert chosen_modules(trace_of("Wan"), GUIDED) == () != chosen_modules(trace_of("Wan"), ONE)
+
+
+def test_heads_are_masked_from_a_step_on_and_before_it_is_as_it_was() -> None:
+    trace, arguments = trace_of("Wan"), captured("Wan").arguments
+    entry = next(each for each in attentions(trace) if not each.cross)
+    blocks = torch.ones(8, 8, dtype=torch.bool).tril()
+    mask = BlockMask(blocks.numpy(), 4, 4)
+    dense = [(torch.full((1, 2), float(step)),) for step, _ in ONE.calls]
+    plant = HeadsPlant(trace, ONE, dense, 2, {entry.node.name: {1: mask}})
+
+    def masked(given: tuple[Any, ...], value: Tensor) -> Tensor:
+        tokens = blocks.repeat_interleave(4, 0).repeat_interleave(4, 1)
+        found = value.clone()
+        query, key, values = (part[:, 1] for part in given[:3])
+        found[:, 1] = F.scaled_dot_product_attention(query, key, values, attn_mask=tokens)
+        return found
+
+    with torch.no_grad():
+        expected = Watched(trace, (), {entry.node.name: masked}).run(*arguments)[0]
+        usual = Watched(trace).run(*arguments)[0]
+        given = [plant(list(arguments), lambda _: dense[0])[0] for _ in ONE.calls]
+    assert not torch.allclose(expected, usual, rtol=1e-3), "the mask does something"
+    for step, found in enumerate(given):
+        wanted = dense[step][0] if step < 2 else expected
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
