@@ -23,6 +23,7 @@ from ditopt.cli_inputs import (
     Settings,
     Steps,
     Trust,
+    level,
     load_pipeline,
     pipe_settings,
     read_prompts,
@@ -50,7 +51,12 @@ def profile(
     prompts: Prompts,
     output: ProfileOutput,
     limit: Annotated[int | None, typer.Option(min=1, help="use the first N prompts only")] = None,
-    collect: Annotated[list[Collect] | None, typer.Option(help="what to measure, repeatable; default: all")] = None,
+    collect: Annotated[
+        list[Collect] | None,
+        typer.Option(
+            help="what to measure beside similarity of steps, growth of errors and seconds, repeatable; default: all"
+        ),
+    ] = None,
     technique: Annotated[
         list[str] | None,
         typer.Option(help="measure only what a search for these needs, as `optimize` names them; default: all"),
@@ -124,7 +130,9 @@ def merge(
 def search(
     profile: ProfileFile,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="PLAN", help="where to write the plan")],
-    quality: Annotated[Quality, typer.Option(help="42, 36 or 32 dB to the dense run, predicted")] = Quality.balanced,
+    quality: Annotated[
+        Quality | None, typer.Option(help="42, 36 or 32 dB to the dense run, predicted; default: balanced")
+    ] = None,
     min_psnr: Annotated[float | None, typer.Option(help="instead: PSNR in dB; or beside a speed-up")] = None,
     max_rel_error: Annotated[float | None, typer.Option(help="instead: relative L2 error")] = None,
     target_speedup: Annotated[float | None, typer.Option(help="instead: at least this many times faster")] = None,
@@ -141,7 +149,8 @@ def search(
     from ditopt.profile_file import fingerprint
     from ditopt.target import Target
 
-    target = Target.from_arguments(quality.value, max_rel_error, min_psnr, target_speedup)
+    wanted = level(quality, min_psnr=min_psnr, max_rel_error=max_rel_error, target_speedup=target_speedup)
+    target = Target.from_arguments(wanted, max_rel_error, min_psnr, target_speedup)
     check_output(output, "plan.yaml")
     loaded = Profile.load(profile)
     try:

@@ -34,7 +34,7 @@ def simplified(problem: SearchProblem, seconds: Mapping[str, float]) -> SearchPr
     other = problem.dtype or "as the model has it"
     told = f"a step takes {seconds[simple]:.3g} s {simple}, {seconds[plain]:.3g} s {other}"
     if seconds[simple] >= SIMPLIFIED_SPEED * seconds[plain]:
-        return replace(problem, simplify_reason=f"hardly faster: {told}")
+        return replace(problem, simplify_reason=f"{_no_faster(seconds[simple], seconds[plain])}: {told}")
     return _in_form(replace(problem, simplify=True, simplify_reason=f"slower: {told}"), seconds)
 
 
@@ -60,7 +60,7 @@ def in_dtype(
     form = form_name(dtype, cast.simplify)
     told = f"a step takes {cast.seconds_full:.3g} s in {form}, {problem.seconds_full:.3g} s in the model's own"
     if cast.seconds_full > DTYPE_SPEED * problem.seconds_full:
-        return replace(as_it_is, dtype_reason=f"hardly faster: {told}")
+        return replace(as_it_is, dtype_reason=f"{_no_faster(cast.seconds_full, problem.seconds_full)}: {told}")
     alone = measure(form_rules(cast))
     told += f"; alone it has {alone.psnr:.1f} dB"
     speed_alone = target.speedup is not None and target.min_psnr is None
@@ -68,6 +68,10 @@ def in_dtype(
     if wanted.missing_db(alone) > -DTYPE_SPARE_DB:
         return replace(as_it_is, dtype_reason=f"{told}, too little to spare for {wanted.to_data()}")
     return replace(cast, dtype_reason=f"slower: {told}")
+
+
+def _no_faster(seconds: float, others: float) -> str:
+    return "hardly faster" if seconds <= others else "not faster"
 
 
 def _in_form(problem: SearchProblem, seconds: Mapping[str, float]) -> SearchProblem:

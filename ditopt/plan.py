@@ -347,7 +347,11 @@ class Plan(_Part):
             raise PlanError(
                 f"{path}: no such plan file; make one with `ditopt optimize DIR --prompts FILE -o {path}`"
             ) from None
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError:
+            raise PlanError(
+                f"{path}: is no text, so no plan; in a profile, `ditopt search {path} -o PLAN` finds one"
+            ) from None
+        except OSError as error:
             raise PlanError(f"{path}: cannot be read as a plan: {error}") from error
         return cls.parse(text, str(path))
 
@@ -384,6 +388,8 @@ def write_text_atomically(path: Path, text: str) -> None:
         partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # made by open, so that the umask counts
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
+    except IsADirectoryError:
+        raise PlanError(f"{path}: is a folder; give the name of a file in it") from None
     except OSError as error:
         raise PlanError(
             f"{path}: cannot be written: {error.strerror or error}; choose a folder that exists and is writable"

@@ -57,6 +57,7 @@ def save_profile(profile: Profile, path: str | Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(arrays, partial, metadata={KEY: whole})
+        partial.chmod(0o666 & ~_umask())
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
@@ -64,6 +65,13 @@ def save_profile(profile: Profile, path: str | Path) -> None:
     finally:
         with suppress(OSError):  # an interrupted writing leaves nothing behind
             partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """What the permissions of new files leave out."""
+    found = os.umask(0)
+    os.umask(found)
+    return found
 
 
 def load_profile(path: str | Path) -> Profile:
@@ -124,6 +132,8 @@ def _what_is_wrong(path: Path) -> str:
             start = file.read(9)
             if not start:
                 return "is empty"
+            if start.startswith((b"# A ditop", b"ditopt: ")):
+                return "is a plan; a profile is what `ditopt profile` writes"
             size = path.stat().st_size
             header = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else 0
             if not 0 < header <= MAX_HEADER or start[8:] != b"{":

@@ -39,6 +39,8 @@ class Target:
             least = 1.0 if name == "target_speedup" else 0.0
             if not math.isfinite(value) or value <= least:
                 raise InputError(f"{name}={value} makes no sense; give a number above {least:g}")
+        if max_rel_error is not None and max_rel_error >= 1:
+            raise InputError(f"max_rel_error={max_rel_error} makes no sense; give a number below 1, which is all of it")
         if named:
             return cls(min_psnr, max_rel_error, target_speedup)
         if quality not in LEVELS:

@@ -189,9 +189,24 @@ def test_search_says_what_is_wrong(toy: Path, tmp_path: Path) -> None:
     assert "does not exist" in refused("search", toy, "-o", tmp_path / "none" / "plan.yaml")
     plan = tmp_path / "other.yaml"
     plan.write_text("ditopt: 1\n")
-    assert f"{plan}: is not a profile" in refused("search", plan, "-o", out)
+    assert f"{plan}: is a plan" in refused("search", plan, "-o", out)
     made = made_profile()
     bare = Profile(made.networks, made.prompts, made.sample_norm)
     bare.save(toy)
     assert f"{toy}: the profile does not say what was profiled" in refused("search", toy, "-o", out)
     assert not out.exists()
+
+
+def test_messages_say_what_the_file_is_and_what_does_not_go_together(toy: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    ok("search", toy, "--min-psnr", 20, "-o", plan)
+    assert "is a plan; a profile is what `ditopt profile` writes" in refused("search", plan, "-o", tmp_path / "x.yaml")
+    assert f"in a profile, `ditopt search {toy} -o PLAN` finds one" in refused("diff", toy, plan)
+    assert "is no JSON" in refused("report", plan, "--bench", plan, "-o", tmp_path / "r.html")
+    assert "is a folder; give the name of a file" in refused("report", plan, "-o", tmp_path)
+    together = refused("search", toy, "--quality", "fast", "--target-speedup", 3, "-o", plan)
+    assert "--quality fast and --target-speedup 3 are given together" in together
+    assert "give a number below 1" in refused("search", toy, "--max-rel-error", 7, "-o", plan)
+    once = refused("search", toy, "--technique", "foo", "-o", plan)
+    assert once.count(" reuse,") == 1
+    assert toy.stat().st_mode & 0o777 == plan.stat().st_mode & 0o777

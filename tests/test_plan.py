@@ -224,7 +224,7 @@ def test_files_that_are_no_plans(tmp_path: Path) -> None:
         Plan.load(large)
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(bytes(range(128, 256)))
-    with pytest.raises(PlanError, match="cannot be read as a plan"):
+    with pytest.raises(PlanError, match="is no text, so no plan"):
         Plan.load(binary)
     with pytest.raises(PlanError, match="cannot be written"):
         make().save(tmp_path / "no" / "plan.yaml")

@@ -136,7 +136,10 @@ class Explained(_Part):
         Raises:
             InputError: it is missing, too large, not JSON or malformed; the message names the field.
         """
-        data = read_json(Path(path), "the side file of a plan; `ditopt optimize ... -o PLAN` writes it beside the plan")
+        data = read_json(
+            Path(path),
+            "the side file of a plan; `ditopt optimize` and `search` write it beside the plan; copy both",
+        )
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -166,5 +169,7 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: not found; it is {what}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as {what}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as {what}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: is no JSON ({error}), so it is not {what}") from None

@@ -47,11 +47,14 @@ def show_profile(profile: Profile) -> RenderableType:
         sampler = f"{about.sampler.class_name}, {about.sampler.steps} steps, guidance {about.sampler.guidance:g}"
         model = f"{about.model.class_name}, {about.model.blocks} blocks, {about.model.structure}"
         parts += [Text(f"{model}\n{sampler}\n{about.device.device}, {about.device.dtype}")]
-    parts.append(Text(f"{len(profile.prompts)} prompts, sample norm {figure(profile.sample_norm)}"))
+    parts.append(Text(f"prompts: {len(profile.prompts)}, sample norm {figure(profile.sample_norm)}"))
     for name, part in profile.networks.items():
         parts += [Text(""), Text(_headline(name, part), style="bold"), *_network(part)]
     if profile.reasons:
-        parts += [Text("\nleft out", style="bold"), *(Text(f"- {reason}") for reason in profile.reasons)]
+        parts += [
+            Text("\nnotes: what was left out, or counts twice", style="bold"),
+            *(Text(f"- {reason}") for reason in profile.reasons),
+        ]
     return Group(*parts)
 
 

@@ -50,7 +50,7 @@ def of_profile(profile: Profile | None, found: Explained) -> dict[str, Any]:
         "precision": [each for name, part in networks.items() if (each := _precision(name, part))],
         "times": times,
         "machine": f"{told}{machine.bytes_per_second / 1e9:.4g} GB/s" if machine else "",
-        "time_missing": _time_missing(found) if times else [],
+        "time_missing": _time_missing(found) if times and found.explanations else [],
         "overview": _overview(profile) if profile is not None else [],
         "left_out": profile.reasons if profile is not None else (),
     }
@@ -198,5 +198,5 @@ def missing(
             (LINEAR, "Number formats of linear layers"),
         ):
             if not any(collector in each for each in tables):
-                found.append((f"{told}: this profile has no table “{collector}”", make))
+                found.append((f"{told}: this profile has no table “{collector}”", f"{make} --collect {collector}"))
     return found

@@ -135,13 +135,14 @@ def _outside(ledger: _Ledger, candidate: Candidate) -> str:
 
 def _impossible(candidate: Candidate, history: tuple[int, ...]) -> str:
     if len(history) < candidate.history:
-        return f"needs {candidate.history} computed steps before it, there are {len(history)}"
+        steps = "step" if candidate.history == 1 else "steps"
+        return f"needs {candidate.history} computed {steps} before it, there are {len(history)}"
     return "the computed steps before it ran other branches"
 
 
 def _against_computing(ledger: _Ledger, step: int, change: float, limit: int) -> str:
     if ledger.lam is None:
-        return "rollouts or the speed asked for had set how many steps are computed, and others are better ones"
+        return "how many steps are computed was set before (by rollouts or the target), and others are better ones"
     if change >= 0:
         return f"takes {ledger.saved[step]:.3g} s more; the error it removes is worth less (objective +{change:.3g} s)"
     return f"would lower the predicted objective by {-change:.3g} s, but {_OTHERWISE.format(limit)}"
@@ -154,7 +155,7 @@ def _against(
     unit = "" if ledger.lam is None else " s"
     if choice.candidate is None:
         if change >= 0 and ledger.lam is None:
-            given = "rollouts or the speed asked for let all steps be computed"
+            given = "rollouts or the target let all steps be computed"
             spent = given if everything else "the steps given are better spent here"
             return f"raises the plan's error (objective +{change:.3g}); {spent}"
         if change >= 0 and change - shift < 0:

@@ -84,7 +84,7 @@ def candidates(techniques: Iterable[str], depth: int = 3, latents: bool = True) 
     names = set(techniques)
     unknown = names - set(TECHNIQUES) - {candidate.name for candidate in CANDIDATES}
     if unknown:
-        known = ", ".join([*TECHNIQUES, *(candidate.name for candidate in CANDIDATES)])
+        known = ", ".join(dict.fromkeys([*TECHNIQUES, *(candidate.name for candidate in CANDIDATES)]))
         raise InputError(f"techniques {sorted(unknown)} are unknown; choose from {known}")
     found = tuple(
         candidate

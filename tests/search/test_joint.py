@@ -64,7 +64,7 @@ def test_rules_cover_what_is_predicted_and_reasons_cover_the_rest() -> None:
             assert names == {"compute", *(candidate.name for candidate in CANDIDATES)}
     by_step = {e.step: e for e in solution.explanations if e.site == "step"}
     assert set(by_step) == set(range(9))
-    assert any("needs 1 computed steps before it" in rival.reason for rival in by_step[0].rivals)
+    assert any("needs 1 computed step before it" in rival.reason for rival in by_step[0].rivals)
 
 
 @QUICK
