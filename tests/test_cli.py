@@ -132,7 +132,7 @@ def test_explain_without_the_side_file_says_where_it_comes_from(plan_file: Path)
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("{", "cannot be read"),
+        ("{", "is no JSON"),
         ('{"trials": [{"psnr": 3}]}', "field trials.0.evaluations"),
         ('{"explanations": 3}', "field explanations"),
     ],
