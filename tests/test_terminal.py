@@ -38,7 +38,8 @@ def test_show_tells_what_a_profile_holds(profile: Path) -> None:
     assert done.exit_code == 0, done.output
     for expected in (
         "WanTransformer3DModel, 8 blocks, sha256:00ff", "prompts: 2",
-        "10 steps, 1 branch, geometry of 3 x 8 x 8 tokens", "attention of 16 sites", "S spatial 7 (29%)", "· idle 1 (4%)", "self-attention output", "int8, smoothed",
+        "10 steps, 1 branch, geometry of 3 x 8 x 8 tokens", "attention of 16 sites", "S spatial 7 (29%)",
+        "· idle 1 (4%)", "self-attention output", "int8, smoothed",
         "tokens: 3 sites left out",
     ):  # fmt: skip
         assert expected in done.stdout, expected
