@@ -99,6 +99,11 @@ def nanmean(values: Numbers, axis: tuple[int, ...]) -> Numbers:
     return np.asarray(np.where(count > 0, total / np.maximum(count, 1), np.nan))
 
 
+def growth_over_prompts(growth: Measure) -> Measure:
+    """Growth factors without their axis of prompts: the geometric mean of those in which errors were planted."""
+    return growth.geometric_mean(PROMPT) if PROMPT in growth.axes else growth
+
+
 @dataclass(frozen=True)
 class Table:
     """What one collector measured at one site.

@@ -27,10 +27,9 @@ from ditopt.findings import (
     Similarity,
     SparseHeads,
 )
-from ditopt.measures import PROMPT, Measure, Numbers, Table
+from ditopt.measures import PROMPT, Measure, Numbers, Table, growth_over_prompts
 from ditopt.profile import NetworkProfile
 from ditopt.roles import ROLES, HeadRole, head_roles
-from ditopt.search.heads import growth_over_prompts
 
 Tables = Mapping[str, Table]
 LIMITS = (0.01, 0.02, 0.05)

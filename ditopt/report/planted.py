@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 
-from ditopt.measures import Table
+from ditopt.measures import Table, growth_over_prompts
 from ditopt.profile import NetworkProfile
 from ditopt.report import charts
 from ditopt.report.profiled import SENSITIVITY, SITE_KINDS, average, sites_of
 from ditopt.report.tried import Agreement, agreement
-from ditopt.search.heads import correction, growth_over_prompts
+from ditopt.search.heads import correction
 
 NOISE, COLOURS = "noise", 5
 ERRORS = {

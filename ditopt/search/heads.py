@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ditopt.errors import InputError
-from ditopt.measures import PROMPT, Label, Measure, Table
+from ditopt.measures import PROMPT, Label, Table, growth_over_prompts
 from ditopt.profile import Array, NetworkProfile, branch_shares
 from ditopt.search.joint import carried
 from ditopt.search.problem import SearchProblem
@@ -58,11 +58,6 @@ def output_growth(table: Table, step: int, error: str, head: int | None = None) 
     known = ~np.isnan(found)
     anchors = np.asarray(table.labels["anchor"], dtype=float)[known]
     return float(np.exp(np.interp(step, anchors, np.log(np.maximum(found[known], 1e-30)))))
-
-
-def growth_over_prompts(growth: Measure) -> Measure:
-    """Growth factors without their axis of prompts: the geometric mean of those in which errors were planted."""
-    return growth.geometric_mean(PROMPT) if PROMPT in growth.axes else growth
 
 
 def growth_at(
