@@ -100,6 +100,16 @@ class NetworkProfile:
     tables: dict[str, dict[str, Table]] = field(default_factory=dict)
     geometry: Geometry | None = None
 
+    @property
+    def present(self) -> npt.NDArray[np.bool_]:
+        """``[branches, steps]``: whether a branch runs in a step."""
+        return next(iter(self.grams.values())).present
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts were profiled."""
+        return len(next(iter(self.grams.values())).values)
+
     def figures(self) -> dict[str, Any]:
         """What a plan's side file keeps of it."""
         return {

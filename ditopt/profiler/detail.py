@@ -168,13 +168,14 @@ class DetailRun:
             for collector, sites in prompts[0].items()
         }
         grams = dict(profile.grams)
-        present = next(iter(profile.grams.values())).present
         for site, table in tables.get("features", {}).items():
             rest = dict(table.measures)
             gram = rest.pop("gram", None)
             if gram is not None and site not in grams:
                 values = np.asarray(gram.values, dtype=np.float64)
-                grams[site] = FeatureGram(site, len(profile.timesteps), self.calls[name].branch_names, values, present)
+                grams[site] = FeatureGram(
+                    site, len(profile.timesteps), self.calls[name].branch_names, values, profile.present
+                )
             tables["features"][site] = replace(table, measures=rest)
         return replace(profile, grams=grams, tables=tables, geometry=self._geometry[name])
 

@@ -32,6 +32,11 @@ class Moment:
     step: int
     branches: tuple[int, ...]
 
+    def refusal(self, value: Tensor) -> str | None:
+        """Why the branches cannot share a batched value ``[B, ...]``; None if they can."""
+        count = len(self.branches)
+        return f"a batch of {len(value)} does not divide into {count} guidance branches" if len(value) % count else None
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -68,7 +73,7 @@ class Collector(ABC):
     def parts(self, seen: Seen) -> list[tuple[int, Tensor]]:
         """A result's part of each guidance branch; none, and that is counted, where it does not divide."""
         value, name = seen.result, seen.node.name
-        if value.ndim < 2 or value.shape[0] % len(seen.moment.branches):
+        if value.ndim < 2 or seen.moment.refusal(value):
             self.skip(f"{name}: shape {list(value.shape)} does not divide into branches, tokens and channels")
             return []
         return of_branches(seen.moment, value)
@@ -226,8 +231,9 @@ def of_branches(moment: Moment, value: Tensor) -> list[tuple[int, Tensor]]:
     Raises:
         InputError: the batch does not divide into the branches.
     """
-    if value.shape[0] % len(moment.branches):
-        raise InputError(f"a batch of {value.shape[0]} does not divide into {len(moment.branches)} guidance branches")
+    refused = moment.refusal(value)
+    if refused is not None:
+        raise InputError(refused)
     parts = value.chunk(len(moment.branches)) if len(moment.branches) > 1 else (value,)
     return list(zip(moment.branches, parts, strict=True))
 

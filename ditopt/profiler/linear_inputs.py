@@ -100,7 +100,7 @@ class LinearInputs(Collector):
         """Take the ranges of a product's input, and at an anchor try every precision."""
         layer, moment = self._layers[seen.node.name], seen.moment
         inputs, weight = seen.arguments[layer.left], seen.arguments[layer.right]
-        if inputs.shape[0] % len(moment.branches):
+        if moment.refusal(inputs):
             self.skip(f"{layer.site.name}: inputs of shape {list(inputs.shape)} do not divide into guidance branches")
             return
         weight = (weight[0] if weight.ndim == 3 else weight).T

@@ -286,9 +286,11 @@ class SharedRows:
             return self._last[2]
         place = self.places[seen.node.name]
         operands = Operands.of(seen.arguments, seen.settings)
-        samples = first_samples(seen.moment, seen.result)
-        rows = place.sample.rows.to(operands.query.device).view(-1)
-        reason = refusal(operands, seen.result, list(samples.values()), rows) if samples else _undivided(seen)
+        reason = seen.moment.refusal(seen.result)
+        samples = first_samples(seen.moment, seen.result) if reason is None else {}
+        if reason is None:
+            rows = place.sample.rows.to(operands.query.device).view(-1)
+            reason = refusal(operands, seen.result, list(samples.values()), rows)
         self._last = (seen.moment, seen.node, reason is None)
         if reason is not None:
             for reader in self.readers:
@@ -306,18 +308,8 @@ class SharedRows:
 
 
 def first_samples(moment: Moment, value: Tensor) -> dict[int, int]:
-    """Where in a batch the first sample of each guidance branch stands; others are not looked at.
-
-    None at all where the batch does not divide into branches.
-    """
-    if value.shape[0] % len(moment.branches):
-        return {}
+    """Where in a batch the first sample of each guidance branch stands; others are not looked at."""
     return {branch: int(part[0]) for branch, part in of_branches(moment, torch.arange(value.shape[0]))}
-
-
-def _undivided(seen: Seen) -> str:
-    branches = len(seen.moment.branches)
-    return f"a batch of {seen.result.shape[0]} does not divide into {branches} guidance branches"
 
 
 def parts(place: Place, operands: Operands, step: int, branch: int, index: int, values: bool) -> Iterator[Part]:

@@ -103,8 +103,8 @@ class SiteSensitivity:
             tables = from_tensors(kept)["sensitivity"]
             stage.advance(units=sum(len(table.labels["anchor"]) for table in tables.values()))
             return tables
-        trace, prompts = programs[name].variants.trace, len(next(iter(network.grams.values())).values)
-        planting = CallPlants(trace, self.calls[name], stage, network.geometry, prompts)
+        trace = programs[name].variants.trace
+        planting = CallPlants(trace, self.calls[name], stage, network.geometry, network.prompts)
         answered(self.evaluator, pair, programs, {name: planting})
         tables = planting.tables()
         self.checkpoints.save(f"{name}.sites", to_tensors({"sensitivity": tables}))
@@ -168,7 +168,7 @@ class SiteSensitivity:
                 self.checkpoints.save(f"{name}.heads{which}", kept)
             told = f"{len(heads)} heads from step {heads[0].steps[0]} on"
             planted.append(Planted(told, PATTERN, float(kept["moved"]), predicted))
-        return compared(planted, len(profile.prompts)) if planted else None
+        return compared(planted, network.prompts) if planted else None
 
     def _moved(self, sample: Tensor, pair: Pair) -> Tensor:
         moved: Tensor = torch.linalg.vector_norm(sample.double() - self.evaluator.references[pair].double())
@@ -190,7 +190,7 @@ def rollouts_table(
 
     Predicted is the error times ``to_output``, the step's width and its sensitivity.
     """
-    weights = branch_shares(next(iter(network.grams.values())).present, network.branch_weights)
+    weights = branch_shares(network.present, network.branch_weights)
     predicted = [
         guided_norm(weights[:, plant.step] * np.asarray(errors), alike=plant.error == "reuse")
         * _growth(sites[plant.module.site], plant.step)
@@ -199,8 +199,8 @@ def rollouts_table(
         for plant, _, errors in rows
     ]
     each = zip(rows, predicted, strict=True)
-    prompts = len(next(iter(network.grams.values())).values)
-    return compared([Planted(str(plant), plant.error, moved, float(of)) for (plant, moved, _), of in each], prompts)
+    made = [Planted(str(plant), plant.error, moved, float(of)) for (plant, moved, _), of in each]
+    return compared(made, network.prompts)
 
 
 def _growth(table: Table, step: int) -> float:

@@ -67,6 +67,11 @@ def decibels(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.1f}"
 
 
+EXCEEDED = " (in brackets: what a prompt in ten exceeds)"
+FALLEN_SHORT_OF = " (in brackets: what a prompt in ten falls short of)"
+"""What titles say of the brackets of ``with_upper``."""
+
+
 def with_upper(mean: float | None, upper: float | None, write: Callable[[float | None], str] = error) -> str:
     """A mean over prompts, and in brackets an upper quantile where it reads otherwise.
 

@@ -152,11 +152,11 @@ def _strip(table: Table, head: int, edge: int, shown: Sequence[int], branches: i
 def _tips(table: Table, patterns: Table | None) -> list[str]:
     """What is shown of each head on hover: entropy, masses, the sparsest pattern that is good enough."""
     good = good_patterns(patterns) if patterns is not None and "error" in patterns.measures else None
-    tips = []
+    tips, of_heads = [], masses(table)
     entropies = zip(average(table["entropy"], "head"), upper(table["entropy"], "head"), strict=True)
     for head, (value, high) in enumerate(entropies):
         told = [f"entropy {with_upper(value, high, '{:.2f}'.format)} of 1"]
-        for name, mass in masses(table).items():
+        for name, mass in of_heads.items():
             if np.isfinite(mass.mean[head]) and (mass.uniform or mass.mean[head] > 0):
                 uniform = "" if mass.uniform is None else f", uniform {share(mass.uniform)}"
                 told.append(f"{name}: {with_upper(mass.mean[head], mass.upper[head], share)}{uniform}")

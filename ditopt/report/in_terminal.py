@@ -12,7 +12,7 @@ from rich.text import Text
 from ditopt.findings import describe
 from ditopt.observations import findings_of
 from ditopt.profile import NetworkProfile, Profile
-from ditopt.report.figures import decibels, duration, figure, with_upper
+from ditopt.report.figures import EXCEEDED, FALLEN_SHORT_OF, decibels, duration, figure, with_upper
 from ditopt.report.profiled import (
     ATTENTION,
     ATTENTION_KINDS,
@@ -85,7 +85,7 @@ def _network(part: NetworkProfile) -> Iterable[RenderableType]:
                 one = snr[name]
                 values = with_upper(one.mean, one.lower, decibels), with_upper(one.worst, one.worst_lower, decibels)
                 grid.add_row(Text(FORMATS.get(name, name)), *values, Text(one.site))
-        yield Text("\noutput SNR of linear layers (in brackets: what a prompt in ten falls short of)", style="bold")
+        yield Text(f"\noutput SNR of linear layers{FALLEN_SHORT_OF}", style="bold")
         yield grid
     found = describe(findings_of(part))
     if found:
@@ -131,5 +131,5 @@ def _similarity(part: NetworkProfile) -> Iterable[RenderableType]:
         nearest = with_upper(*lags[min(lags)]) if lags else "–"
         grid.add_row(Text(SITE_KINDS.get(kind, kind)), str(len(of_sites)), *thirds, nearest)
     title = "similarity to the step before (cosine), and error of taking it unchanged"
-    yield Text(f"\n{title} (in brackets: what a prompt in ten exceeds)", style="bold")
+    yield Text(f"\n{title}{EXCEEDED}", style="bold")
     yield grid

@@ -13,7 +13,7 @@ from rich.text import Text
 from ditopt.errors import InputError
 from ditopt.measures import Table
 from ditopt.profile import NetworkProfile, Profile
-from ditopt.report.figures import decibels, figure, share, with_upper
+from ditopt.report.figures import EXCEEDED, FALLEN_SHORT_OF, decibels, figure, share, with_upper
 from ditopt.report.planted import corrections
 from ditopt.report.profiled import (
     ATTENTION,
@@ -33,7 +33,6 @@ from ditopt.report.profiled import (
 from ditopt.sites import STEP
 
 SHOWN_CANDIDATES = 8
-EXCEEDED = " (in brackets: what a prompt in ten exceeds)"
 
 
 def find_site(site: str, known: Iterable[str], where: str) -> str:
@@ -177,7 +176,7 @@ def _linear(table: Table) -> RenderableType:
     for name, mean, lower in zip(table.labels["format"], means, lowers, strict=True):
         shown = [with_upper(one, other, decibels) for one, other in zip(mean, lower, strict=True)]
         _row(grid, FORMATS.get(str(name), str(name)), *shown)
-    return _titled(f"{title} (in brackets: what a prompt in ten falls short of)", grid)
+    return _titled(f"{title}{FALLEN_SHORT_OF}", grid)
 
 
 def _weights(values: Sequence[float]) -> RenderableType:

@@ -61,9 +61,9 @@ def output_growth(table: Table, step: int, error: str, head: int | None = None) 
 
 
 def growth_at(
-    network: NetworkProfile, sensitivity: Mapping[str, Table], site: str, step: int, error: str, head: int
-) -> float:
-    """As ``output_growth``, at an attention site; where nothing was planted, between the sites before and behind it.
+    network: NetworkProfile, sensitivity: Mapping[str, Table], site: str, steps: Sequence[int], error: str, head: int
+) -> Array:
+    """As ``output_growth``, at an attention site in ``steps``; between sites before and behind if nothing was planted.
 
     Raises:
         InputError: no error that was planted at any attention site moved anything.
@@ -76,9 +76,10 @@ def growth_at(
     before = max((place for place in planted if place <= at), default=planted[0])
     behind = min((place for place in planted if place >= at), default=planted[-1])
     own = head if before == behind == at else None
-    first, last = (output_growth(sensitivity[order[place]], step, error, own) for place in (before, behind))
+    near = (sensitivity[order[place]] for place in (before, behind))
+    first, last = (np.array([output_growth(table, step, error, own) for step in steps]) for table in near)
     share = (at - before) / (behind - before) if behind > before else 0.0
-    return float(first ** (1 - share) * last**share)
+    return np.asarray(first ** (1 - share) * last**share)
 
 
 def _planted(table: Table | None) -> bool:
@@ -99,8 +100,7 @@ def _errors(network: NetworkProfile, choice: HeadPattern) -> Array:
     at = table.position("candidate", choice.candidate)
     relative = table["error"].at(head=choice.head, candidate=at).ordered("prompt", "step", "branch")
     norm = table["output"].ordered("prompt", "step", "branch") * np.sqrt(table.facts["elements"])
-    present = next(iter(network.grams.values())).present
-    return np.asarray(np.where(present.T[None], relative * norm, 0.0))
+    return np.asarray(np.where(network.present.T[None], relative * norm, 0.0))
 
 
 def output_errors(network: NetworkProfile, sensitivity: Mapping[str, Table], choice: HeadPattern) -> Array:
@@ -111,15 +111,14 @@ def output_errors(network: NetworkProfile, sensitivity: Mapping[str, Table], cho
     Raises:
         InputError: the site was not measured in one of the steps.
     """
-    present = next(iter(network.grams.values())).present
-    each = _errors(network, choice) * branch_shares(present, network.branch_weights).T[None]
+    each = _errors(network, choice) * branch_shares(network.present, network.branch_weights).T[None]
     steps = list(choice.steps)
-    if not is_measured(network, choice):
+    if np.isnan(each[:, steps]).any():
         raise InputError(f"{choice.site}: what {choice.candidate} costs head {choice.head} was not measured")
     squares = mixed(each.sum(axis=2) ** 2, (each**2).sum(axis=2))
     kind = LEFT_OUT if choice.candidate == SKIP else PATTERN
     found = np.zeros(squares.shape[1])
-    growth = [growth_at(network, sensitivity, choice.site, step, kind, choice.head) for step in steps]
+    growth = growth_at(network, sensitivity, choice.site, steps, kind, choice.head)
     found[steps] = np.sqrt(squares.mean(axis=0)[steps]) * growth
     return found
 

@@ -130,10 +130,10 @@ def test_between_sites_that_were_planted_growth_is_interpolated_over_depth(netwo
     order = ("attn", "second", "third", "fourth")
     deeper = replace(network, tables={**network.tables, "patterns": dict.fromkeys(order, patterns)})
     planted = {"attn": own, "second": silent, "third": last, "ffn": last}
-    found = [growth_at(deeper, planted, site, 0, "pattern", 0) for site in order]
+    found = [growth_at(deeper, planted, site, [0], "pattern", 0)[0] for site in order]
     assert found == pytest.approx([2.0, 8.0, 32.0, 32.0]), "beyond the last it is the last one's"
     with pytest.raises(InputError, match="no error planted at an attention site moved anything"):
-        growth_at(deeper, {"second": silent}, "attn", 0, "pattern", 0)
+        growth_at(deeper, {"second": silent}, "attn", [0], "pattern", 0)
 
 
 def test_growth_of_several_prompts_is_their_geometric_mean() -> None:
