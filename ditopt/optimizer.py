@@ -29,7 +29,7 @@ from ditopt.plan import Plan, Rule
 from ditopt.prepare import CannotDecideError, Preparation, as_it_was, seeded
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.observe import Pair, captured_once
-from ditopt.profiler.take import take_profile
+from ditopt.profiler.take import add_sparse_tables, take_profile
 from ditopt.runtime.graphs import Graphs
 from ditopt.target import Target
 from ditopt.techniques import Techniques
@@ -102,6 +102,8 @@ class Optimizer:
             )
         with self._timed("profile"):
             profile = take_profile(prepared, self.chosen, checkpoints, profiled, self.reporter)
+            if self.chosen.sparse:
+                profile = add_sparse_tables(prepared, profile, checkpoints, profiled, self.reporter, self.reasons)
         with (
             self._timed("held-out references"),
             self.reporter.stage("dense runs of held-out prompts", len(held_out)) as stage,
@@ -125,6 +127,7 @@ class Optimizer:
             self.chosen.predictors,
             self.chosen.dtypes,
             self.chosen.second_order,
+            self.chosen.sparse,
             self.reasons,
             statistics.median(dense_seconds or [0.0]),
         )

@@ -27,6 +27,10 @@ from ditopt.sites import STEP
 Array = npt.NDArray[np.float64]
 
 
+LATENCY = "latency"
+"""The name of the tables with seconds of attention, which are of one device."""
+
+
 @dataclass(frozen=True)
 class FeatureGram:
     """Inner products of one site's feature over branches and steps, per calibration prompt.
@@ -238,7 +242,7 @@ def _merged_network(
             site: _log_mean(f"{where}.range_weights.{site}", one.range_weights[site], two.range_weights[site], counts)
             for site in weighed
         },
-        _joined_tables(where, one, two, counts, left_out),
+        _joined_tables(where, one, two, counts, timed, left_out),
         one.geometry or two.geometry,
     )
 
@@ -253,10 +257,15 @@ def _joined_gram(where: str, one: FeatureGram, two: FeatureGram) -> FeatureGram:
 
 
 def _joined_tables(
-    where: str, one: NetworkProfile, two: NetworkProfile, counts: tuple[int, int], left_out: list[str]
+    where: str, one: NetworkProfile, two: NetworkProfile, counts: tuple[int, int], timed: bool, left_out: list[str]
 ) -> dict[str, dict[str, Table]]:
     found: dict[str, dict[str, Table]] = {}
-    for collector in _in_both("tables of ", one.tables, two.tables, left_out):
+    if not timed and LATENCY in one.tables:  # seconds of another device say nothing
+        found[LATENCY] = dict(one.tables[LATENCY])
+    mine_left, theirs_left = (
+        {name: each for name, each in part.tables.items() if name not in found} for part in (one, two)
+    )
+    for collector in _in_both("tables of ", mine_left, theirs_left, left_out):
         mine, theirs = one.tables[collector], two.tables[collector]
         found[collector] = {}
         for site in _in_both(f"{collector} tables of ", mine, theirs, left_out):

@@ -73,11 +73,11 @@ class Steering:
     def __call__(self, solution: Solution, fixed: Sequence[Rule] = ()) -> tuple[Solution, list[Tensor]]:
         """The plan with refitted factors, and the samples of the tuning prompts under it.
 
-        ``fixed`` are the rules of the other networks. Costs one generation under the plan a prompt, and the
-        caller's loop without the network as often as there are predicted steps.
+        ``fixed`` are the rules of the other networks; sparse heads are as the plan has them. Costs one generation under
+        the plan a prompt, and the caller's loop without the network as often as there are predicted steps.
         """
         runs = [_Run(self, pair) for pair in self.pairs]
-        self.evaluator.bind([*fixed, *form_rules(self.problem)])
+        self.evaluator.bind([*fixed, *form_rules(self.problem), *solution.sparse.rules])
         factors: dict[int, Array] = {}
         families, sources = self._families(solution)
         combined = combined_steps(self.problem, solution.kept)

@@ -10,11 +10,11 @@ from ditopt.errors import InputError
 from ditopt.search import TECHNIQUES
 from ditopt.search.space import candidates
 
-OTHERS = RANGES, SIMPLIFY, PRECISION, SECOND_ORDER = "ranges", "simplify", "precision", "second_order"
+OTHERS = RANGES, SIMPLIFY, PRECISION, SECOND_ORDER, SPARSE = "ranges", "simplify", "precision", "second_order", "sparse"
 """Kinds of decision that are no predictors of a step."""
 ALL_TECHNIQUES = (*TECHNIQUES, *OTHERS)
 
-COLLECTORS = ("attention", "patterns", "features", "tokens", "linear", "sensitivity")
+COLLECTORS = ("attention", "patterns", "features", "tokens", "linear", "sensitivity", "latency")
 """What can be measured beside the features of steps and ranges, by the name of its tables."""
 
 
@@ -27,6 +27,7 @@ class Techniques:
     simplify: bool
     dtypes: tuple[str, ...]
     second_order: bool
+    sparse: bool
 
     @classmethod
     def choose(cls, names: Sequence[str] | None) -> Techniques:
@@ -47,6 +48,7 @@ class Techniques:
             SIMPLIFY in chosen,
             DTYPES if PRECISION in chosen else (),
             SECOND_ORDER in chosen,
+            SPARSE in chosen,
         )
 
 
@@ -55,8 +57,9 @@ ASKED_BY = {
     PRECISION: ("linear",),
     SIMPLIFY: (),
     SECOND_ORDER: (),
+    SPARSE: ("attention", "patterns", "sensitivity", "latency"),
 }
-"""The tables that speak of a technique. Attention, patterns and planted errors speak of none that is there yet."""
+"""The tables that speak of a technique."""
 
 
 def choose_collectors(names: Sequence[str] | None, techniques: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from ditopt.console import Reporter, Stage
-from ditopt.cost_models.measured import MeasuredCost
+from ditopt.cost_models.measured import MeasuredCost, form_name
+from ditopt.cost_models.sparse import SparseCost
 from ditopt.errors import NonFiniteError
 from ditopt.forms import in_dtype, simplified
 from ditopt.measure import Evaluator
 from ditopt.plan import Plan, Rule
 from ditopt.profile import NetworkProfile, Profile, branch_shares
 from ditopt.profiler.moves import pulled
+from ditopt.profiler.run import whole_program
 from ditopt.quality import Quality, compare
 from ditopt.runtime.schedule import bind
 from ditopt.search import (
@@ -37,7 +39,8 @@ from ditopt.search.bisect import Meets
 from ditopt.search.joint import from_kept
 from ditopt.search.refine import with_further_step
 from ditopt.search.rollouts import rules_key
-from ditopt.search.solution import form_rules
+from ditopt.search.solution import SparsePart, form_rules
+from ditopt.search.sparse import planned_saving, site_costs
 from ditopt.sites import STEP
 from ditopt.steer import Steering
 from ditopt.target import Target
@@ -189,6 +192,31 @@ class Tuner:
         """How near, in dB, the tuning prompts' samples under a tried plan are to the second-order ones."""
         known = self._tried(solution)
         return None if known is None else known.finer
+
+    def with_steps(self, count: int) -> Solution:
+        """The best known start for a plan with so many computed steps, refitted and tried."""
+        self.stage_name = "sparse"
+        made = self._improve(self._start(count))
+        self._measure(made.rules)
+        return made
+
+    def with_sparse(self, solution: Solution, part: SparsePart) -> Solution:
+        """The plan with sparse heads, refitted with these where plans are, and tried."""
+        self.stage_name = "sparse"
+        made = self._improve(solution.with_sparse(part))
+        self._measure(made.rules)
+        return made
+
+    def quality_of(self, solution: Solution) -> Quality | None:
+        """What a plan measured on the tuning prompts; None where it was not tried."""
+        known = self._tried(solution)
+        return None if known is None else known.quality
+
+    def variants(self, solution: Solution) -> int:
+        """How many graphs a plan needs, with its sparse heads."""
+        self.evaluator.bind([*self.fixed, *solution.rules])
+        bound = whole_program(self.evaluator.sessions[self.network]).bound
+        return 1 if bound is None else len(bound.variants)
 
     def find(self, margin_db: float) -> Solution | None:
         """The fastest plan found that meets the target with a margin, on the tuning prompts; None if none does."""
@@ -413,10 +441,21 @@ class Tuner:
         """Seconds of this network in one generation under a plan, by the measured times of its variants."""
         cost = MeasuredCost(self.profile.networks[self.network].seconds)
         steps = bind(plan, self.network, self.evaluator.sessions[self.network].ranges()).steps
-        return sum(
+        seconds = sum(
             cost.step_seconds([p.site for p in step.predictions], step.variant.dtype, step.variant.simplify)
             for step in steps
         )
+        if not any(rule.for_heads for rule in plan.rules):
+            return seconds
+        network = self.profile.networks[self.network]
+        kept = plan.kept_steps(self.network)
+        return seconds - planned_saving(plan, self.network, network, self.attention_costs, kept)
+
+    @cached_property
+    def attention_costs(self) -> dict[str, SparseCost]:
+        """What attention takes at the sites where it was timed, in the problem's form when this is first asked."""
+        form = form_name(self.problem.dtype, self.problem.simplify)
+        return site_costs(self.profile.networks[self.network], form)[0]
 
 
 def _faster(one: Trial | None, two: Trial | None) -> Trial | None:

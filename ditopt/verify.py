@@ -21,6 +21,7 @@ from ditopt.profile import NetworkProfile, Profile
 from ditopt.profiler.run import TUNING_PROMPTS
 from ditopt.quality import LEVELS, compare
 from ditopt.search import Solution
+from ditopt.sparsify import Sparsify
 from ditopt.target import Target
 from ditopt.tune import Tuner
 
@@ -53,7 +54,8 @@ def affordable_trials(profile: Profile) -> int:
 class VerifiedSearch:
     """Searches network after network for one target; ``reasons`` says what was missed, ``state_bytes`` of slots.
 
-    ``second_order``: whether computed steps may have a share of that formula. ``dense_seconds``: of a dense generation,
+    ``second_order``: whether computed steps may have a share of that formula, ``sparse``: whether heads may attend to
+    less than all. ``dense_seconds``: of a dense generation,
     where one was timed in this run; 0 where none was. ``rival_sample`` is what the first held-out prompt gives with
     fewer steps.
     """
@@ -69,6 +71,7 @@ class VerifiedSearch:
     techniques: tuple[str, ...]
     dtypes: tuple[str, ...] = ()
     second_order: bool = True
+    sparse: bool = True
     reasons: list[str] = field(default_factory=list)
     dense_seconds: float = 0.0
     state_bytes: int = 0
@@ -98,7 +101,7 @@ class VerifiedSearch:
         both = self.target.speedup is not None and self.target.min_psnr is not None
         if both and (found is None or self.target.missing_db(found.quality) > 0):
             found = self._for_quality_instead()
-        return None if found is None else self._aim(found)
+        return None if found is None else self._aim(self._sparsify(found))
 
     def _for_quality_instead(self) -> Found | None:
         """Where no plan has the speed that was asked for at the PSNR beside it: the fastest that has the PSNR."""
@@ -110,6 +113,13 @@ class VerifiedSearch:
         if found is not None:
             self._say(f"the fastest plan of {self.target.min_psnr:g} dB was taken")
         return found
+
+    def _sparsify(self, found: Found) -> Found:
+        """Let heads attend to less where that is faster at the target, or better at the speed."""
+        if not self.sparse or len(found.solutions) != 1 or len(self._tuners) != 1:
+            return found
+        sparsify = Sparsify(self.evaluator, self.target, self.held_out, self.reporter, self.max_variants, self.reasons)
+        return sparsify(found, *self._tuners.values())
 
     def _aim(self, found: Found) -> Found:
         """Spend what quality there is to spare on samples as near to a finer sampler's as the dense ones are."""

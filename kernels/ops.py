@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditopt._torch import has_amx, has_bfloat16_dot_products
+from ditopt.kernels.block_sparse_attention.lists import QUERY_TASK, check
 from ditopt.kernels.block_sparse_attention.lists import BlockLists as BlockLists
-from ditopt.kernels.block_sparse_attention.lists import check
 
 LIBRARY = torch.library.Library("ditopt", "DEF")
 LIBRARY.define(
@@ -121,9 +121,6 @@ def _fake_block_sparse_attention(
 
 
 torch.library.register_fake("ditopt::block_sparse_attention", _fake_block_sparse_attention, lib=LIBRARY)
-
-QUERY_TASK = 64
-"""Blocks of queries have a multiple of so many tokens."""
 
 
 def block_sparse_refusal(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, scale: float) -> str | None:

@@ -84,9 +84,12 @@ def plantable(trace: Trace, calls: NetworkCalls) -> tuple[Module, ...]:
     return tuple(each for each in (*found, *alone) if tensor_value(each.node).shape[0] % branches == 0)
 
 
-def chosen_modules(trace: Trace, calls: NetworkCalls) -> tuple[Module, ...]:
-    """Where errors are planted: everywhere, or of many some of each kind, spread evenly in depth."""
-    found = plantable(trace, calls)
+def chosen_modules(trace: Trace, calls: NetworkCalls, attention_only: bool = False) -> tuple[Module, ...]:
+    """Where errors are planted: everywhere, or of many some of each kind, spread evenly in depth.
+
+    ``attention_only``: in self-attention alone.
+    """
+    found = tuple(each for each in plantable(trace, calls) if each.kind == SELF or not attention_only)
     kinds: dict[str, list[Module]] = {}
     for module in found:
         kinds.setdefault(module.kind, []).append(module)
@@ -122,10 +125,11 @@ class CallPlants(CountedCalls):
     stage: Stage
     geometry: Geometry | None = None
     prompts: int = 1
+    attention_only: bool = False
     found: dict[tuple[str, int, str, int], list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.modules = chosen_modules(self.trace, self.calls)
+        self.modules = chosen_modules(self.trace, self.calls, self.attention_only)
         self._attention = attention_of(self.trace, self.modules)
         total = sum(entry.site.heads for entry in self._attention.values())
         self._every = max(1, -(-total // MOST_HEADS))

@@ -13,9 +13,10 @@ from ditopt.calls import NetworkCalls
 from ditopt.console import Reporter
 from ditopt.geometry import Geometry
 from ditopt.measure import Evaluator
-from ditopt.measures import joined
-from ditopt.profile import FeatureGram, NetworkProfile, Profile
+from ditopt.measures import Table, joined
+from ditopt.profile import LATENCY, FeatureGram, NetworkProfile, Profile
 from ditopt.profiler.attention import attention_collectors
+from ditopt.profiler.attention_timing import attention_latency
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.find_geometry import find_geometry
 from ditopt.profiler.interpret import Collector, WatchedCalls, reasons_of
@@ -40,7 +41,10 @@ ANCHORS = 6
 
 @dataclass
 class DetailRun:
-    """What a run needs; ``calls`` are per network, ``given`` is the user's geometry (None: to be found)."""
+    """What a run needs; ``calls`` are per network, ``given`` is the user's geometry (None: to be found).
+
+    ``geometry`` is what was found, by network. ``attention_only``: errors are planted in self-attention alone.
+    """
 
     evaluator: Evaluator
     calls: Mapping[str, NetworkCalls]
@@ -48,11 +52,12 @@ class DetailRun:
     reporter: Reporter
     collect: tuple[str, ...]
     given: Geometry | None = None
+    attention_only: bool = False
     reasons: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._shared: dict[str, dict[str, Tensor]] = {}
-        self._geometry: dict[str, Geometry | None] = {}
+        self.geometry: dict[str, Geometry | None] = {}
 
     def __call__(self, profile: Profile, pairs: Sequence[Pair]) -> tuple[dict[str, NetworkProfile], tuple[str, ...]]:
         """The networks' profiles with their tables, and what was left out.
@@ -62,7 +67,7 @@ class DetailRun:
             RolloutError: the loop calls the model differently from prompt to prompt.
         """
         collect()
-        self._find_geometries(pairs[0])
+        self.find_geometries(pairs[0])
         found: dict[str, list[Tables]] = {name: [] for name in self.programs}
         with self.reporter.stage(f"profile: {', '.join(self.collect)}", len(pairs)) as stage:
             for index, pair in enumerate(pairs):
@@ -72,10 +77,15 @@ class DetailRun:
                 stage.advance()
         networks = {name: self._network(profile.networks[name], name, found[name]) for name in self.programs}
         if "sensitivity" in self.collect:
-            sensitivity = SiteSensitivity(self.evaluator, self.calls, self.checkpoints, self.reporter)
+            sensitivity = SiteSensitivity(
+                self.evaluator, self.calls, self.checkpoints, self.reporter, self.attention_only
+            )
             for name, sites in sensitivity(replace(profile, networks=networks), pairs[0]).items():
                 networks[name].tables["sensitivity"] = sites
             self.reasons += sensitivity.reasons
+        if LATENCY in self.collect:
+            for name, timed in self.latency(profile).items():
+                networks[name].tables[LATENCY] = timed
         return networks, tuple(dict.fromkeys(self.reasons))
 
     @property
@@ -83,15 +93,31 @@ class DetailRun:
         """The networks' programs."""
         return {name: whole_program(session) for name, session in self.evaluator.sessions.items()}
 
-    def _find_geometries(self, pair: Pair) -> None:
+    def latency(self, profile: Profile) -> dict[str, dict[str, Table]]:
+        """Per network the seconds of its self-attention in the forms of a step that ``profile`` has seconds of."""
+        found = {}
         for name, program in self.programs.items():
+            calls = self.calls[name]
+            per_step = len(calls.calls) / len(calls.timesteps)
+            forms = tuple(profile.networks[name].seconds)
+            found[name], told = attention_latency(program.variants.trace, forms, per_step)
+            self.reasons += [f"{name}: {reason}" for reason in told]
+        return found
+
+    def find_geometries(self, pair: Pair) -> None:
+        """Find how the networks' tokens lie, once.
+
+        Raises:
+            InputError: the given geometry does not fit the model's tokens.
+        """
+        for name, program in self.programs.items() if not self.geometry else ():
             (arguments,) = inputs_of(self.evaluator, pair, [program])
             variants = program.variants
             config = getattr(self.evaluator.adapter.networks[name], "config", None)
             found, how = find_geometry(variants.trace, variants.latents, config, self.given, None, arguments=arguments)
             if found is None:
                 found, how = self._inferred(name, program, pair, arguments)
-            self._geometry[name] = found
+            self.geometry[name] = found
             self.reporter.say(f"  {name}: {found if found is not None else 'tokens in one line'} ({how})")
             if found is None:
                 self.reasons.append(f"{name}: the geometry of its tokens is not known ({how}); give geometry=")
@@ -138,7 +164,7 @@ class DetailRun:
         return found
 
     def _collectors(self, name: str, program: Program) -> list[Collector]:
-        trace, calls, geometry = program.variants.trace, self.calls[name], self._geometry[name]
+        trace, calls, geometry = program.variants.trace, self.calls[name], self.geometry[name]
         wanted = [each for each in ("attention", "patterns") if each in self.collect]
         found: list[Collector] = []
         if wanted:
@@ -177,7 +203,7 @@ class DetailRun:
                     site, len(profile.timesteps), self.calls[name].branch_names, values, profile.present
                 )
             tables["features"][site] = replace(table, measures=rest)
-        return replace(profile, grams=grams, tables=tables, geometry=self._geometry[name])
+        return replace(profile, grams=grams, tables=tables, geometry=self.geometry[name])
 
 
 SHARED = "shared."

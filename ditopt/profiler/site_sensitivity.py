@@ -51,12 +51,16 @@ class Planted:
 
 @dataclass
 class SiteSensitivity:
-    """Measures one generation's sensitivities for every network."""
+    """Measures one generation's sensitivities for every network.
+
+    ``attention_only``: what the choice of sparse heads needs; no errors are planted in other modules.
+    """
 
     evaluator: Evaluator
     calls: Mapping[str, NetworkCalls]
     checkpoints: Checkpoints
     reporter: Reporter
+    attention_only: bool = False
     reasons: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -65,7 +69,10 @@ class SiteSensitivity:
     def __call__(self, profile: Profile, pair: Pair) -> dict[str, dict[str, Table]]:
         """Per network the tables by site, where its modules have one output each."""
         programs = {name: whole_program(session) for name, session in self.evaluator.sessions.items()}
-        usable = {name: chosen_modules(program.variants.trace, self.calls[name]) for name, program in programs.items()}
+        usable = {
+            name: chosen_modules(program.variants.trace, self.calls[name], self.attention_only)
+            for name, program in programs.items()
+        }
         found: dict[str, dict[str, Table]] = {}
         for name in [name for name in programs if not usable[name]]:
             self.reasons.append(f"{name}: no module with one output was found in its blocks, so no error was planted")
@@ -78,7 +85,11 @@ class SiteSensitivity:
         of_calls = {
             name: len(usable[name]) * len(anchor_steps_of(len(self.calls[name].timesteps))) for name in programs
         }
-        every = {name: plants(usable[name], len(self.calls[name].timesteps)) for name in programs if usable[name]}
+        every = {
+            name: () if self.attention_only else plants(usable[name], len(self.calls[name].timesteps))
+            for name in programs
+            if usable[name]
+        }
         total = sum(of_calls[name] + len(every[name]) + len(STARTS) for name in every)
         with self.reporter.stage("profile: errors planted at sites", total) as stage:
             for name, of_network in every.items():
@@ -88,7 +99,8 @@ class SiteSensitivity:
                 for number, plant in enumerate(of_network):
                     rows.append((plant, *self._rollout(name, programs, number, plant, pair)))
                     stage.advance()
-                sites[ROLLOUTS] = self._compare(name, network, sites, rows)
+                if rows:
+                    sites[ROLLOUTS] = self._compare(name, network, sites, rows)
                 network.tables["sensitivity"] = sites
                 heads = self._heads(name, profile, programs, pair, stage)
                 if heads is not None:
@@ -98,16 +110,17 @@ class SiteSensitivity:
     def _single_calls(
         self, name: str, network: NetworkProfile, programs: Mapping[str, Program], pair: Pair, stage: Stage
     ) -> dict[str, Table]:
-        kept = self.checkpoints.load(f"{name}.sites", [HEADER])
+        key = f"{name}.attention_sites" if self.attention_only else f"{name}.sites"
+        kept = self.checkpoints.load(key, [HEADER])
         if kept is not None:
             tables = from_tensors(kept)["sensitivity"]
             stage.advance(units=sum(len(table.labels["anchor"]) for table in tables.values()))
             return tables
         trace = programs[name].variants.trace
-        planting = CallPlants(trace, self.calls[name], stage, network.geometry, network.prompts)
+        planting = CallPlants(trace, self.calls[name], stage, network.geometry, network.prompts, self.attention_only)
         answered(self.evaluator, pair, programs, {name: planting})
         tables = planting.tables()
-        self.checkpoints.save(f"{name}.sites", to_tensors({"sensitivity": tables}))
+        self.checkpoints.save(key, to_tensors({"sensitivity": tables}))
         return tables
 
     def _compare(

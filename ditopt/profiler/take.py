@@ -12,19 +12,28 @@ import numpy as np
 
 from ditopt.adapters import Adapter
 from ditopt.console import Reporter
+from ditopt.cost_models.measured import FORMS
 from ditopt.errors import InputError
 from ditopt.geometry import Geometry
 from ditopt.prepare import Preparation, Prepared, as_it_was, seeded
-from ditopt.profile import Profile
+from ditopt.profile import LATENCY, NetworkProfile, Profile
 from ditopt.profiler.checkpoint import Checkpoints, weights_print
 from ditopt.profiler.observe import Pair
 from ditopt.profiler.run import ProfileRun
 from ditopt.profiler.split import SplitProfileRun
 from ditopt.quality import value_range
+from ditopt.search.sparse import site_costs
 from ditopt.techniques import Techniques
 
 TABLES = 3
 """Counts up when collectors measure otherwise: checkpoints of before are not taken up."""
+
+
+SPARSE_PROMPTS = 2
+"""Of so many prompts ``optimize`` measures what patterns cost."""
+LEAST_DENSITY = 0.25
+WORTH_LOOKING = 0.1
+"""Where sparse heads at that density save less than this share of a step, nothing is measured of them."""
 
 
 def take_profile(
@@ -88,6 +97,60 @@ def add_tables(
     run = DetailRun(prepared.evaluator, prepared.calls, checkpoints, reporter, tuple(collect), geometry)
     networks, reasons = run(profile, pairs)
     return replace(profile, networks=networks, reasons=(*profile.reasons, *reasons))
+
+
+def add_sparse_tables(
+    prepared: Prepared,
+    profile: Profile,
+    checkpoints: Checkpoints,
+    pairs: Sequence[Pair],
+    reporter: Reporter,
+    reasons: list[str],
+) -> Profile:
+    """The profile with what the choice of sparse heads needs, where that may pay; else ``reasons`` say why not.
+
+    How the tokens of networks lie is told by the evaluator's plans from then on.
+    """
+    if not prepared.whole or len(prepared.calls) != 1:
+        reasons.append("sparse: heads are looked at where one network runs in a loop, and as one graph")
+        return profile
+    from ditopt.profiler.detail import DetailRun
+
+    run = DetailRun(
+        prepared.evaluator, prepared.calls, checkpoints, reporter, ("patterns", "sensitivity"), attention_only=True
+    )
+    ((name, timed),) = run.latency(profile).items()
+    network = replace(profile.networks[name], tables={**profile.networks[name].tables, LATENCY: timed})
+    share, told = attention_share(network)
+    if share < WORTH_LOOKING:
+        reasons += [f"sparse: {reason}" for reason in (*run.reasons, told)]
+        reporter.say(f"  sparse: {told}")
+        return profile
+    run.find_geometries(pairs[0])
+    geometry = run.geometry[name]
+    if geometry is None:
+        reasons += [f"sparse: {reason}" for reason in run.reasons]
+        return profile
+    networks, left_out = run(replace(profile, networks={name: network}), pairs[:SPARSE_PROMPTS])
+    reasons += [f"sparse: {reason}" for reason in left_out]
+    tables = {**networks[name].tables, LATENCY: timed}
+    evaluator = prepared.evaluator
+    evaluator.template = evaluator.template.model_copy(update={"tokens": {name: geometry}})
+    return replace(profile, networks={name: replace(networks[name], tables=tables)})
+
+
+def attention_share(network: NetworkProfile) -> tuple[float, str]:
+    """The largest share of a step, in any form, that heads with ``LEAST_DENSITY`` would save; and that in words."""
+    shares = {}
+    for form in FORMS & network.seconds.keys():
+        costs, _ = site_costs(network, form)
+        saved = sum(max(cost.dense - cost.seconds(LEAST_DENSITY), 0.0) for cost in costs.values())
+        shares[form] = saved / network.seconds[form]
+    best = max(shares, key=lambda form: shares[form], default=None)
+    if best is None or not shares[best]:
+        return 0.0, "no self-attention takes less time block-sparse here"
+    told = f"a quarter of all blocks would save {shares[best]:.0%} of a {best} step, less than {WORTH_LOOKING:.0%}"
+    return shares[best], f"heads were not looked at: {told}"
 
 
 def profile_alone(

@@ -8,15 +8,14 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ditopt.decisions import HeadDecision, Sparse
 from ditopt.errors import InputError, PlanMismatchError
 from ditopt.geometry import Geometry
-from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks
-from ditopt.kernels.ops import ATTENTION, QUERY_TASK
+from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kernel_blocks
+from ditopt.kernels.ops import ATTENTION
 from ditopt.kernels.patterns._infra import Pattern
-from ditopt.kernels.patterns.candidates import block_for
 from ditopt.kernels.patterns.registry import pattern_from_data
 from ditopt.passes._infra import SITE, SparseAttention
 from ditopt.passes.sparse import list_names
@@ -50,10 +49,15 @@ class Place:
     own: bool
 
 
+def attention_nodes(trace: Trace) -> dict[str, fx.Node]:
+    """The attention calls of a graph, by the name of their site."""
+    return {node.meta[SITE]: node for node in trace.gm.graph.nodes if node.target is ATTENTION}
+
+
 def places_of(trace: Trace) -> dict[str, Place]:
     """The attention sites of a graph, by name."""
     changing = trace.changing() if trace.roots else set(trace.gm.graph.nodes)
-    nodes = {node.meta[SITE]: node for node in trace.gm.graph.nodes if node.target is ATTENTION}
+    nodes = attention_nodes(trace)
     return {
         site.name: Place(
             site, block_of(nodes[site.name]), site.queries == site.keys and nodes[site.name].args[1] in changing
@@ -188,8 +192,7 @@ def _lists(
     notes: dict[str, None],
 ) -> dict[int, BlockLists]:
     """The lists of a site by step; steps in which its heads attend to all blocks have none, and run dense."""
-    key_block = block_for(site.keys)
-    query_block = -(-block_for(site.queries) // QUERY_TASK) * QUERY_TASK
+    query_block, key_block = kernel_blocks(site.queries, site.keys)
     maps = {
         heads: torch.stack([_map(do, geometry, site, query_block, key_block) for do in heads])[None]
         for heads in dict.fromkeys(decided.values())

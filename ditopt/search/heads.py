@@ -91,55 +91,93 @@ def _planted(table: Table | None) -> bool:
 
 def is_measured(network: NetworkProfile, choice: HeadPattern) -> bool:
     """Whether the profile tells what a choice costs its head in every one of its steps."""
-    return not bool(np.isnan(_errors(network, choice)[:, list(choice.steps)]).any())
+    at = network.tables["patterns"][choice.site].position("candidate", choice.candidate)
+    return not bool(np.isnan(_errors(network, choice.site, [choice.head], [at])[:, list(choice.steps)]).any())
 
 
-def _errors(network: NetworkProfile, choice: HeadPattern) -> Array:
-    """``[prompt, step, branch]``: norms of a choice's error behind the projection; 0 where a branch does not run."""
-    table = network.tables["patterns"][choice.site]
-    at = table.position("candidate", choice.candidate)
-    relative = table["error"].at(head=choice.head, candidate=at).ordered("prompt", "step", "branch")
-    norm = table["output"].ordered("prompt", "step", "branch") * np.sqrt(table.facts["elements"])
-    return np.asarray(np.where(network.present.T[None], relative * norm, 0.0))
+def _errors(network: NetworkProfile, site: str, heads: Sequence[int], candidates: Sequence[int]) -> Array:
+    """``[prompt, step, branch, H, C]``: norms of errors behind the projection; 0 where a branch does not run."""
+    table = network.tables["patterns"][site]
+    along = ("prompt", "step", "branch")
+    relative = table["error"].ordered(*along, "head", "candidate")[..., list(heads), :][..., list(candidates)]
+    norm = table["output"].ordered(*along) * np.sqrt(table.facts["elements"])
+    runs = network.present.T[None, ..., None, None]
+    return np.asarray(np.where(runs, relative * norm[..., None, None], 0.0))
 
 
-def output_errors(network: NetworkProfile, sensitivity: Mapping[str, Table], choice: HeadPattern) -> Array:
-    """``[T]``: the norm of the guided output's error that a choice makes in its steps, mean square over prompts.
+def output_errors(
+    network: NetworkProfile,
+    sensitivity: Mapping[str, Table],
+    site: str,
+    steps: Sequence[int],
+    heads: Sequence[int],
+    candidates: Sequence[int],
+) -> Array:
+    """``[len(steps), H, C]``: norms of the guided output's error, mean square over prompts; NaN if not measured.
 
-    A pattern errs nearly alike in both guidance branches, so their errors are mixed as those of steps are.
+    They are what each of ``heads`` of a site does under each of ``candidates`` (positions in the table ``patterns``). A
+    pattern errs nearly alike in both guidance branches, so their errors are mixed as those of steps are.
 
     Raises:
-        InputError: the site was not measured in one of the steps.
+        InputError: no error that was planted at any attention site moved anything.
     """
-    each = _errors(network, choice) * branch_shares(network.present, network.branch_weights).T[None]
-    steps = list(choice.steps)
-    if np.isnan(each[:, steps]).any():
-        raise InputError(f"{choice.site}: what {choice.candidate} costs head {choice.head} was not measured")
-    squares = mixed(each.sum(axis=2) ** 2, (each**2).sum(axis=2))
-    kind = LEFT_OUT if choice.candidate == SKIP else PATTERN
-    found = np.zeros(squares.shape[1])
-    growth = growth_at(network, sensitivity, choice.site, steps, kind, choice.head)
-    found[steps] = np.sqrt(squares.mean(axis=0)[steps]) * growth
-    return found
+    at = list(steps)
+    shares = branch_shares(network.present, network.branch_weights).T[None, ..., None, None]
+    each = (_errors(network, site, heads, candidates) * shares)[:, at]
+    squares = mixed(each.sum(axis=2) ** 2, (each**2).sum(axis=2)).mean(axis=0)
+    labels = network.tables["patterns"][site].labels["candidate"]
+    kinds = [LEFT_OUT if labels[candidate] == SKIP else PATTERN for candidate in candidates]
+    growth = np.empty(squares.shape)
+    for row, head in enumerate(heads):
+        of_kind = {kind: growth_at(network, sensitivity, site, steps, kind, head) for kind in dict.fromkeys(kinds)}
+        growth[:, row] = np.stack([of_kind[kind] for kind in kinds], axis=1)
+    return np.asarray(np.sqrt(squares) * growth)
+
+
+def squared_errors(
+    network: NetworkProfile,
+    problem: SearchProblem,
+    draft: Draft,
+    site: str,
+    steps: Sequence[int],
+    heads: Sequence[int],
+    candidates: Sequence[int],
+) -> Array:
+    """``[H, C]``: squares of the final sample's relative error that each head makes alone; NaN if not measured.
+
+    What is added up is scaled as rollouts with planted patterns say, where there were some. In steps that the schedule
+    does not compute, a head makes no error.
+
+    Raises:
+        KeyError: the profile has no tables of the site (``patterns``, ``sensitivity``).
+        InputError: no error that was planted at any attention site moved anything.
+    """
+    computed = [step for step in steps if step in draft.kept]
+    if not computed:
+        return np.zeros((len(heads), len(candidates)))
+    sensitivity = network.tables["sensitivity"]
+    weights = carried(problem, draft)[computed, None, None]
+    moved = weights * output_errors(network, sensitivity, site, computed, heads, candidates)
+    planted = sensitivity.get(HEADS)
+    scale = correction(planted)[0] if planted is not None else 1.0
+    return np.asarray(mixed(moved.sum(axis=0) ** 2, (moved**2).sum(axis=0)) * (scale if np.isfinite(scale) else 1) ** 2)
 
 
 def heads_error(network: NetworkProfile, problem: SearchProblem, draft: Draft, choices: Sequence[HeadPattern]) -> float:
     """The final sample's relative error, root mean square, that ``choices`` make under a schedule.
 
-    What is added up is scaled as rollouts with planted patterns say, where there were some.
-
     Raises:
         KeyError: the profile has no tables of a site (``patterns``, ``sensitivity``), or not the candidate.
+        InputError: a site was not measured in one of the steps that the schedule computes.
     """
-    sensitivity = network.tables["sensitivity"]
-    weights, total = carried(problem, draft), 0.0
+    total = 0.0
     for choice in choices:
-        moved = weights * output_errors(network, sensitivity, choice)
-        moved = moved[list(draft.kept)]
-        total += mixed(float(moved.sum()) ** 2, float((moved**2).sum()))
-    planted = sensitivity.get(HEADS)
-    scale = correction(planted)[0] if planted is not None else 1.0
-    return float(np.sqrt(total)) * (scale if np.isfinite(scale) else 1.0)
+        at = network.tables["patterns"][choice.site].position("candidate", choice.candidate)
+        found = float(squared_errors(network, problem, draft, choice.site, choice.steps, [choice.head], [at])[0, 0])
+        if np.isnan(found):
+            raise InputError(f"{choice.site}: what {choice.candidate} costs head {choice.head} was not measured")
+        total += found
+    return float(np.sqrt(total))
 
 
 def correction(table: Table, error: str | None = None) -> tuple[float, float]:

@@ -124,14 +124,17 @@ def refitted(
     families: Mapping[int, Candidate],
     factors: Mapping[int, Sequence[float]],
 ) -> Solution:
-    """``solution`` with other candidates for its predicted steps, and ``factors`` in place of the profile's."""
+    """``solution`` with other candidates for its predicted steps, and ``factors`` in place of the profile's.
+
+    Its sparse heads stay.
+    """
     found = finish(problem, replace(solution.draft, families=families), solution.lam, solution.max_variants)
     made = tuple(
         choice if choice.candidate is None else replace(choice, coefficients=tuple(factors[choice.step]))
         for choice in found.choices[STEP]
     )
     choices = {**found.choices, STEP: made}
-    return replace(found, choices=choices, rules=to_rules(problem, choices))
+    return replace(found, choices=choices, rules=to_rules(problem, choices)).with_sparse(solution.sparse)
 
 
 def dense(problem: SearchProblem) -> Draft:

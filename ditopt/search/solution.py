@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from ditopt.decisions import Dense
@@ -63,6 +63,19 @@ class Explanation:
 
 
 @dataclass(frozen=True)
+class SparsePart:
+    """What sparse heads add to a plan: rules, predicted seconds of a generation saved, the square of their error, why.
+
+    ``error`` is of the final sample's relative error, as ``Solution.predicted_error`` is.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    saved: float = 0.0
+    error: float = 0.0
+    explanations: tuple[Explanation, ...] = ()
+
+
+@dataclass(frozen=True)
 class Solution:
     """A plan's decisions with what was predicted for them.
 
@@ -79,6 +92,7 @@ class Solution:
         max_variants: the limit it was solved under.
         choices: per site the choice of every step that has one.
         draft: the plan as numbers.
+        sparse: its sparse heads, which all of these but the draft, the choices and the number of graphs tell of, too.
     """
 
     rules: tuple[Rule, ...]
@@ -93,6 +107,20 @@ class Solution:
     max_variants: int
     choices: Mapping[str, tuple[StepChoice, ...]]
     draft: Draft
+    sparse: SparsePart = SparsePart()
+
+    def with_sparse(self, part: SparsePart) -> Solution:
+        """The plan with these sparse heads in place of those that it has; head rules come last."""
+        own, before = len(self.rules) - len(self.sparse.rules), self.sparse
+        told = len(self.explanations) - len(before.explanations)
+        return replace(
+            self,
+            rules=(*self.rules[:own], *part.rules),
+            predicted_error=max(self.predicted_error**2 - before.error + part.error, 0.0) ** 0.5,
+            predicted_seconds=self.predicted_seconds + before.saved - part.saved,
+            explanations=(*self.explanations[:told], *part.explanations),
+            sparse=part,
+        )
 
 
 COMBINED: Shape = (0, False)

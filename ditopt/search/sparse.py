@@ -6,16 +6,22 @@ the block-sparse kernel costs beyond its lists is paid once by a site, in each s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ditopt.cost_models.sparse import SparseCost
 from ditopt.decisions import Sparse
-from ditopt.plan import Rule
-from ditopt.profile import NetworkProfile
-from ditopt.search.heads import HeadPattern, heads_error
+from ditopt.errors import InputError
+from ditopt.plan import Plan, Rule, format_steps
+from ditopt.profile import LATENCY, NetworkProfile
+from ditopt.search.heads import HeadPattern, squared_errors
 from ditopt.search.problem import SearchProblem
-from ditopt.search.solution import Draft
+from ditopt.search.solution import Draft, Explanation, Rival, SparsePart
+
+LOWEST_PRICE, HIGHEST_PRICE = 1e-9, 1e15
+"""Of a squared relative error, in seconds: at the one whatever saves time is taken, at the other nothing that errs."""
+DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class HeadCandidate:
         return self.saved - price * self.error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SiteCandidates:
     """The heads of one site in some steps; ``heads`` are the candidates of each, beside dense.
 
@@ -55,6 +61,27 @@ class SiteCandidates:
         return tuple(found) if sum(each.gain(price) for each in found) > self.lost else ()
 
 
+def site_costs(network: NetworkProfile, form: str) -> tuple[dict[str, SparseCost], tuple[str, ...]]:
+    """What the sites take whose attention was timed in steps of a ``form`` (``form_name``), and why others have none.
+
+    Raises:
+        KeyError: the profile has no table ``latency``.
+    """
+    found, reasons = {}, []
+    for site, table in network.tables[LATENCY].items():
+        if form not in table.labels["form"]:
+            reasons.append(f"{site}: its attention was not timed in {form} steps")
+            continue
+        at = table.position("form", form)
+        times = dict(zip(table.labels["density"], table["sparse"].at(form=at).values.tolist(), strict=True))
+        try:
+            dense = float(table["dense"].at(form=at).values)
+            found[site] = SparseCost.measured(dense, {float(density): each for density, each in times.items()})
+        except InputError as error:
+            reasons.append(f"{site}: {error}")
+    return found, tuple(reasons)
+
+
 def head_candidates(
     network: NetworkProfile,
     problem: SearchProblem,
@@ -65,25 +92,27 @@ def head_candidates(
     """The candidates of all heads of the sites that have ``costs``, in every range of steps, worse ones left out.
 
     Of a range the steps count that ``draft`` computes. A candidate is worse than another that saves as much with as
-    small an error, and than dense if it saves nothing. Densities are those of the profile's blocks.
+    small an error, and than dense if it saves nothing; what was not measured in one of the steps is none. Densities are
+    those of the profile's blocks.
 
     Raises:
         KeyError: the profile has no tables of a site (``patterns``, ``sensitivity``).
-        InputError: a site was not measured in one of the steps.
+        InputError: no error that was planted at any attention site moved anything.
     """
     computed = [tuple(step for step in steps if step in draft.kept) for steps in ranges]
     found = []
     for site, cost in costs.items():
         table = network.tables["patterns"][site]
-        heads = len(table["error"].at(candidate=0).ordered("head", "prompt", "step", "branch"))
+        labels, density = table.labels["candidate"], table["density"].values
+        heads = range(table["error"].size("head"))
         for steps in filter(None, computed):
-            dense_head = cost.dense / cost.efficiency / heads * len(steps)
+            errors = squared_errors(network, problem, draft, site, steps, heads, range(len(labels)))
+            saved = (cost.dense / cost.efficiency / len(heads) * len(steps) * (1 - density)).tolist()
             of_heads = []
-            for head in range(heads):
-                choices = [HeadPattern(site, head, label, steps) for label in table.labels["candidate"]]
-                saved = [dense_head * (1 - float(density)) for density in table["density"].values]
-                errors = [heads_error(network, problem, draft, [choice]) ** 2 for choice in choices]
-                of_heads.append(not_worse(map(HeadCandidate, choices, saved, errors)))
+            for head, row in zip(heads, errors.tolist(), strict=True):
+                known = [at for at, error in enumerate(row) if not math.isnan(error)]
+                each = (HeadCandidate(HeadPattern(site, head, labels[at], steps), saved[at], row[at]) for at in known)
+                of_heads.append(not_worse(each))
             lost = (cost.seconds(1.0) - cost.dense) * len(steps)
             found.append(SiteCandidates(tuple(of_heads), lost))
     return tuple(found)
@@ -101,6 +130,89 @@ def not_worse(candidates: Iterable[HeadCandidate]) -> tuple[HeadCandidate, ...]:
 def choose(candidates: Iterable[SiteCandidates], price: float) -> tuple[HeadCandidate, ...]:
     """What minimises ``seconds + price * squared error``; heads that are not among the choices stay dense."""
     return tuple(each for site in candidates for each in site.chosen(price))
+
+
+def totals(candidates: Iterable[SiteCandidates], price: float) -> tuple[float, float]:
+    """Seconds of a generation that the choices at a price save, and the square of their error."""
+    saved = error = 0.0
+    for site in candidates:
+        chosen = site.chosen(price)
+        if chosen:
+            saved += sum(each.saved for each in chosen) - site.lost
+            error += sum(each.error for each in chosen)
+    return saved, error
+
+
+def price_of(candidates: Sequence[SiteCandidates], fits: Callable[[float, float], bool]) -> float:
+    """The lowest price, to a hundredth, whose ``totals`` fit: at a higher one less is saved with a smaller error.
+
+    ``fits(saved, error)`` has to hold from some price on.
+    """
+    low, high = LOWEST_PRICE, HIGHEST_PRICE
+    if fits(*totals(candidates, low)):
+        return low
+    while high > 1.01 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if fits(*totals(candidates, middle)) else (middle, high)
+    return high
+
+
+def sparse_part(
+    candidates: Sequence[SiteCandidates], price: float, network: str = "*", objective: float = math.nan
+) -> SparsePart:
+    """The choices at a price as a part of a plan; ``objective`` is the plan's, for the explanations."""
+    chosen = {site: site.chosen(price) for site in candidates}
+    saved, error = totals(candidates, price)
+    rules = sparse_rules((each.choice for made in chosen.values() for each in made), network)
+    told = tuple(each for site, made in chosen.items() for each in _explained(site, made, price, objective))
+    return SparsePart(rules, saved, error, told)
+
+
+def _explained(
+    site: SiteCandidates, made: Sequence[HeadCandidate], price: float, objective: float
+) -> Iterator[Explanation]:
+    """Why each head of a site is sparse as it is, or dense."""
+    taken = {each.choice.head: each for each in made}
+    for of_head in filter(None, site.heads):
+        first = of_head[0].choice
+        own = taken.get(first.head)
+        gain = own.gain(price) if own is not None else 0.0
+        rivals = []
+        if own is not None:
+            rivals.append(Rival(DENSE, 0.0, objective + gain, f"would take {1e3 * own.saved:.3g} ms longer"))
+        for each in of_head:
+            if each is not own:
+                told = f"saves {1e3 * each.saved:.3g} ms of a generation"
+                worth = each.gain(price)
+                if worth > gain:
+                    why = f"{told}, but what the site would gain is less than the kernel costs it"
+                elif own is not None and each.saved < own.saved:
+                    why = f"{told} only"
+                else:
+                    why = f"{told}: too little for its error"
+                rivals.append(Rival(str(each.choice.candidate), math.sqrt(each.error), objective + gain - worth, why))
+        chosen = DENSE if own is None else str(own.choice.candidate)
+        name = f"head {first.head} in steps {format_steps(first.steps)}: {chosen}"
+        yield Explanation(None, first.site, name, objective, tuple(rivals))
+
+
+def planned_saving(
+    plan: Plan, name: str, network: NetworkProfile, costs: Mapping[str, SparseCost], steps: Sequence[int]
+) -> float:
+    """Seconds that sparse heads save in ``steps``, which the plan computes; patterns not profiled save nothing."""
+    saved = 0.0
+    for site, cost in costs.items():
+        table = network.tables["patterns"][site]
+        heads = table["error"].size("head")
+        density = dict(zip(table.labels["candidate"], table["density"].values.tolist(), strict=True))
+        decided = plan.head_decisions(site, name)
+        for step in steps:
+            if decided[step].any_sparse:
+                each = [
+                    density.get(do.pattern, 1.0) if isinstance(do, Sparse) else 1.0 for do in decided[step].of(heads)
+                ]
+                saved += cost.dense - cost.seconds(sum(each) / heads)
+    return saved
 
 
 def sparse_rules(choices: Iterable[HeadPattern], network: str = "*") -> tuple[Rule, ...]:

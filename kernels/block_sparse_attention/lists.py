@@ -7,10 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ditopt.kernels.patterns.candidates import block_for
+
+QUERY_TASK = 64
+"""Blocks of queries have a multiple of so many tokens."""
+
 
 def blocks(tokens: int, block: int) -> int:
     """How many blocks of ``block`` tokens hold ``tokens``; the last one may be short."""
     return -(-tokens // block)
+
+
+def kernel_blocks(queries: int, keys: int) -> tuple[int, int]:
+    """Tokens of the blocks of queries and of keys that kernels are given for sequences of these lengths."""
+    return -(-block_for(queries) // QUERY_TASK) * QUERY_TASK, block_for(keys)
 
 
 @dataclass(frozen=True, eq=False)

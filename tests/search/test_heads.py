@@ -13,7 +13,15 @@ from ditopt.measures import Measure, Table
 from ditopt.profile import NetworkProfile
 from ditopt.profiler.site_sensitivity import Planted, compared
 from ditopt.search import SearchProblem, solve_kept
-from ditopt.search.heads import HeadPattern, correction, growth_at, heads_error, output_errors, output_growth
+from ditopt.search.heads import (
+    HeadPattern,
+    correction,
+    growth_at,
+    heads_error,
+    output_errors,
+    output_growth,
+    squared_errors,
+)
 from ditopt.search.joint import carried, dense, draft_for
 from ditopt.search.planned import Planned, planned_error
 from ditopt.search.quadratic import COHERENCE
@@ -43,11 +51,10 @@ def network() -> NetworkProfile:
 
 
 def test_a_heads_error_at_the_output_is_its_share_of_the_norm_times_the_sites_growth(network: NetworkProfile) -> None:
-    found = output_errors(network, network.tables["sensitivity"], HeadPattern("attn", 1, LOCAL, (2, 7)))
+    found = output_errors(network, network.tables["sensitivity"], "attn", (2, 7), [1], [0])
     norm = 3.0 * 16**0.5
-    assert found[2] == pytest.approx(0.2 * norm * 4.0)  # between 2 and 8 in the logarithm
-    assert found[7] == pytest.approx(0.2 * norm * 8.0)
-    assert found[[0, 1, 3, 4, 5, 6]].tolist() == [0.0] * 6
+    assert found.shape == (2, 1, 1)
+    assert found[:, 0, 0] == pytest.approx([0.2 * norm * 4.0, 0.2 * norm * 8.0])  # between 2 and 8 in the logarithm
 
 
 def test_errors_of_heads_add_as_squares_and_those_of_steps_nearly_straight(network: NetworkProfile) -> None:
@@ -74,8 +81,9 @@ def test_steps_that_read_a_step_with_an_error_carry_it_on(network: NetworkProfil
 
 
 def test_a_candidate_that_was_not_measured_is_named(network: NetworkProfile) -> None:
+    problem = SearchProblem.from_profile(network)
     with pytest.raises(KeyError, match=r"other.* is none of candidate"):
-        output_errors(network, network.tables["sensitivity"], HeadPattern("attn", 0, "other", (1,)))
+        heads_error(network, problem, dense(problem), [HeadPattern("attn", 0, "other", (1,))])
 
 
 def test_given_predictions_have_the_error_that_the_search_gave_them(network: NetworkProfile) -> None:
@@ -116,10 +124,11 @@ def test_a_site_that_was_not_measured_is_no_free_one(network: NetworkProfile) ->
     values[:, 3] = np.nan
     table = Table({**table.measures, "error": Measure(table["error"].axes, values, True)}, table.labels, table.facts)
     unmeasured = replace(network, tables={**network.tables, "patterns": {"attn": table}})
-    sensitivity = network.tables["sensitivity"]
-    assert output_errors(unmeasured, sensitivity, HeadPattern("attn", 0, LOCAL, (2, 4))).any()
+    problem = SearchProblem.from_profile(network)
+    assert heads_error(unmeasured, problem, dense(problem), [HeadPattern("attn", 0, LOCAL, (2, 4))]) > 0
     with pytest.raises(InputError, match=r"attn: what .* costs head 0 was not measured"):
-        output_errors(unmeasured, sensitivity, HeadPattern("attn", 0, LOCAL, (2, 3)))
+        heads_error(unmeasured, problem, dense(problem), [HeadPattern("attn", 0, LOCAL, (2, 3))])
+    assert np.isnan(squared_errors(unmeasured, problem, dense(problem), "attn", (2, 3), [0, 1], [0])).all()
 
 
 def test_between_sites_that_were_planted_growth_is_interpolated_over_depth(network: NetworkProfile) -> None:

@@ -1,0 +1,125 @@
+"""Times self-attention by itself, dense and block-sparse at several densities: the table ``latency``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+import ditopt.kernels.block_sparse_attention.cpu
+import ditopt.kernels.flash_attention.cpu  # noqa: F401  # both register what is timed
+from ditopt.cost_models.measured import FORMS, form_name
+from ditopt.decisions import DTYPES
+from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kernel_blocks
+from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION, FLASH_ATTENTION, block_sparse_refusal
+from ditopt.measures import Measure, Table
+from ditopt.passes._infra import tensor_value
+from ditopt.passes.attention import scale_of, special
+from ditopt.passes.flash import flash_refusal
+from ditopt.profiler.timing import time_in_turn, timed, warmed
+from ditopt.runtime.sparse import attention_nodes, places_of
+from ditopt.trace import Trace
+
+DENSITIES = (0.125, 0.25, 0.5, 1.0)
+
+
+def attention_latency(trace: Trace, forms: Sequence[str], per_step: float) -> tuple[dict[str, Table], list[str]]:
+    """By self-attention site its seconds in a step, and why sites or forms have none.
+
+    ``dense`` ``[form]`` is what attention takes in a step of each of ``forms`` (``form_name``; those that are none are
+    passed over); ``sparse`` ``[form, density]`` what block-sparse attention takes whose heads attend to the same share
+    of blocks. Operands are drawn: what attention takes does not depend on their values. ``per_step``: calls of the
+    network in a step. Sites of equal shapes are timed once.
+    """
+    known: dict[object, dict[str, dict[str, float]]] = {}
+    found: dict[str, Table] = {}
+    reasons: dict[str, None] = {}  # a set in order
+    nodes = attention_nodes(trace)
+    wanted = {
+        form_name(dtype, simplify): (dtype, simplify)
+        for dtype in (None, *DTYPES)
+        for simplify in (False, True)
+        if form_name(dtype, simplify) in FORMS.intersection(forms)
+    }
+    for name, place in places_of(trace).items():
+        if not place.own:
+            continue
+        refused = special(nodes[name])
+        if refused is not None:
+            reasons[f"{name}: {refused}, which block-sparse attention does not take"] = None
+            continue
+        seconds: dict[str, dict[str, float]] = {}
+        for form, (dtype, simplify) in wanted.items():
+            key = (form, *((tensor_value(each).shape, tensor_value(each).stride()) for each in _operands(nodes[name])))
+            if key not in known:
+                try:
+                    known[key] = {form: _seconds(nodes[name], dtype, simplify)}
+                except (RuntimeError, ValueError) as error:  # no kernel for the dtype, the device, the number of heads
+                    reasons[f"{name}: block-sparse attention in {form} steps was not timed: {error}"] = None
+                    known[key] = {}
+            seconds |= known[key]
+        if seconds:
+            found[name] = _table(seconds, per_step, place.site.queries)
+    return found, list(reasons)
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+    query, key, value = node.args[:3]
+    return query, key, value  # type: ignore[return-value]  # nodes
+
+
+def _seconds(node: fx.Node, dtype: str | None, simplify: bool) -> dict[str, float]:
+    """Seconds of one call: ``dense``, and by the density of block-sparse attention."""
+    query, key, value = (_drawn(tensor_value(each), dtype) for each in _operands(node))
+    scale = scale_of(node)
+    dense: Callable[[], Tensor]
+    if simplify and flash_refusal(node, dtype) is None:
+        dense = partial(FLASH_ATTENTION, query, key, value, scale)
+    else:
+        grouped = query.shape[1] != key.shape[1]
+        dense = partial(F.scaled_dot_product_attention, query, key, value, scale=scale, enable_gqa=grouped)
+    contenders = {"dense": dense}
+    for share in DENSITIES:
+        lists = even_lists(query.shape[1], query.shape[2], key.shape[2], share)
+        refused = block_sparse_refusal(query, key, value, lists, scale)
+        if refused is not None:
+            raise ValueError(refused)
+        contenders[f"{share:g}"] = partial(_sparse, query, key, value, lists, scale)
+    with torch.no_grad():
+        return time_in_turn({name: warmed(timed(run)) for name, run in contenders.items()})
+
+
+def _drawn(like: Tensor, dtype: str | None) -> Tensor:
+    """A tensor of normal numbers that lies as ``like`` does."""
+    kind = getattr(torch, dtype) if dtype else like.dtype
+    shape, strides = tuple(map(int, like.shape)), tuple(map(int, like.stride()))
+    found = torch.empty_strided(shape, strides, dtype=kind, device=like.device)
+    return found.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+
+
+def _sparse(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, scale: float) -> Tensor:
+    sizes = (lists.query_block, lists.key_block, scale)
+    result: Tensor = BLOCK_SPARSE_ATTENTION(query, key, value, lists.indices, lists.counts, *sizes)[0]
+    return result
+
+
+def even_lists(heads: int, queries: int, keys: int, share: float) -> BlockLists:
+    """Lists for all heads alike, of the ``share`` of blocks that lie next to each block of queries."""
+    query_block, key_block = kernel_blocks(queries, keys)
+    rows, columns = blocks(queries, query_block), blocks(keys, key_block)
+    count = max(1, round(share * columns))
+    firsts = torch.linspace(0, columns - count, rows).round().long()
+    attended = torch.zeros(rows, columns, dtype=torch.bool)
+    attended.scatter_(1, firsts[:, None] + torch.arange(count), True)
+    return BlockLists.from_map(attended.expand(1, heads, -1, -1), query_block, key_block)
+
+
+def _table(seconds: dict[str, dict[str, float]], per_step: float, queries: int) -> Table:
+    dense = np.array([of_form["dense"] for of_form in seconds.values()]) * per_step
+    sparse = np.array([[of_form[f"{share:g}"] for share in DENSITIES] for of_form in seconds.values()]) * per_step
+    measures = {"dense": Measure(("form",), dense), "sparse": Measure(("form", "density"), sparse)}
+    return Table(measures, {"form": tuple(seconds), "density": DENSITIES}, {"queries": queries})

@@ -1,0 +1,252 @@
+"""Sparse heads: beside the schedule that was found, attention that leaves blocks out, under the same target.
+
+What the schedule's search leaves of the target's error, or computed steps more than it found, are spent on heads that
+attend to less: the profile tells what each would cost and save, rollouts decide. Predictions are refitted to what
+generations with such heads have in their slots.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ditopt.console import Reporter, Stage
+from ditopt.cost_models.measured import form_name
+from ditopt.errors import InputError
+from ditopt.measure import Evaluator
+from ditopt.outcome import Found
+from ditopt.plan import Rule
+from ditopt.profile import NetworkProfile
+from ditopt.search import Solution
+from ditopt.search.solution import SparsePart
+from ditopt.search.sparse import SiteCandidates, head_candidates, price_of, site_costs, sparse_part, totals
+from ditopt.target import Target
+from ditopt.tune import Tuner
+
+PHASES = 3
+"""Computed steps are divided into so many ranges, one after the other, at most: heads are decided for each."""
+MORE_STEPS = 3
+"""Schedules of up to so many further computed steps are tried."""
+TRIALS = 3
+"""So many choices of heads are tried with each schedule."""
+WORTH = 0.98
+"""A plan with sparse heads has to take less than this share of the time of the plan without."""
+MARGIN_DB = 0.1
+TURNS = 3
+"""Whole generations that are timed with and without sparse heads, each."""
+JUDGED = 3
+"""So many plans are tried on the held-out prompts."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan with sparse heads: its seconds as predicted, and by how many dB the tuning prompts miss the target.
+
+    ``error`` is what the search lowers (``Target.error``).
+    """
+
+    solution: Solution
+    missing: float
+    error: float
+
+    @property
+    def seconds(self) -> float:
+        """Of all evaluations of a generation."""
+        return self.solution.predicted_seconds
+
+
+@dataclass
+class Sparsify:
+    """Adds sparse heads to the plan of one network, judged on ``held_out``; says why not in ``reasons``."""
+
+    evaluator: Evaluator
+    target: Target
+    held_out: Sequence[tuple[str, int]]
+    reporter: Reporter
+    max_variants: int
+    reasons: list[str]
+
+    def __call__(self, found: Found, tuner: Tuner) -> Found:
+        """The plan with sparse heads, not timed against dense yet; or ``found``.
+
+        For quality the fastest plan that meets the target is sought, for speed the one of least error that takes no
+        longer than ``found``. Either way it has to take less time than ``found``, or err less, in generations that are
+        timed in turn, with held-out prompts.
+        """
+        ((name, solution),) = found.solutions.items()
+        network, problem = tuner.profile.networks[name], tuner.problem
+        if not {"patterns", "sensitivity", "latency"} <= network.tables.keys():
+            return found
+        costs, told = site_costs(network, form_name(problem.dtype, problem.simplify))
+        self.reasons += [f"sparse: {reason}" for reason in told]
+        if not costs:
+            return found
+        search = _Search(tuner, network, self.max_variants, self.target)
+        try:
+            with self.reporter.stage("sparse heads", MORE_STEPS + 1) as stage:
+                choices = self._choices(found, solution, search, stage)
+        except InputError as error:
+            self.reasons.append(f"sparse: {error}")
+            return found
+        if not choices:
+            self.reasons.append(f"sparse: no choice of heads is {self._aim} at the target, by what the profile tells")
+            return found
+        return self._judged(found, solution, choices)
+
+    @property
+    def _aim(self) -> str:
+        return "faster" if self.target.speedup is None else "better at that speed"
+
+    def _choices(self, found: Found, solution: Solution, search: _Search, stage: Stage) -> list[Choice]:
+        """Plans with sparse heads that beat ``solution`` on the tuning prompts, the best first."""
+        tuner = search.tuner
+        in_hand = self.target.missing_db(found.quality) - tuner.missing_db(solution) + MARGIN_DB
+        best: list[Choice] = []
+        for more in range(MORE_STEPS + 1):
+            count = len(solution.kept) + more
+            if count > tuner.problem.steps:
+                break
+            base = solution if not more else tuner.with_steps(count)
+            if self.target.speedup is None:
+                limit = WORTH * solution.predicted_seconds
+                made = [] if search.least_seconds(base) > limit else search.for_quality(base, in_hand)
+                best += [each for each in made if each.seconds < limit]
+            elif more:
+                wanted = tuner.quality_of(solution)
+                made = search.for_seconds(base, solution.predicted_seconds)
+                best += [each for each in made if wanted is None or each.error < self.target.error(wanted)]
+            told = f"{min(each.seconds for each in best):.2f} s" if best else "none yet"
+            stage.advance(f"{count} computed steps: {told}")
+        key = (lambda each: each.seconds) if self.target.speedup is None else (lambda each: each.error)
+        return sorted(best, key=key)
+
+    def _judged(self, found: Found, solution: Solution, choices: Sequence[Choice]) -> Found:
+        """The first of the choices that held-out prompts and the clock confirm; else ``found``."""
+        (name,) = found.solutions
+        for choice in choices[:JUDGED]:
+            rules = choice.solution.rules
+            quality, _ = self.evaluator.quality(rules, self.held_out)
+            missing = self.target.missing_db(quality)
+            better = self.target.error(quality) < self.target.error(found.quality)
+            if missing > 0 or (self.target.speedup is not None and not better):
+                self.reasons.append(
+                    f"sparse: heads that the tuning prompts allow give the held-out ones {quality.psnr:.1f} dB, "
+                    f"{found.quality.psnr:.1f} without"
+                )
+                continue
+            sparse, plain = self._in_turn(rules, found.rules)
+            if sparse > (plain if self.target.speedup is None else plain / WORTH):
+                self.reasons.append(
+                    f"sparse: a generation takes {sparse:.3g} s with these heads, {plain:.3g} s without"
+                )
+                continue
+            self.reporter.say(
+                f"  sparse heads: {sparse:.3g} s a generation, {plain:.3g} s without; held-out prompts: "
+                f"{quality.psnr:.1f} dB, {found.quality.psnr:.1f} without"
+            )
+            return replace(found, rules=rules, quality=quality, solutions={name: choice.solution}, seconds=None)
+        return found
+
+    def _in_turn(self, one: Sequence[Rule], two: Sequence[Rule]) -> tuple[float, float]:
+        """Median seconds of generations under two sets of rules, timed in turn."""
+        spent: tuple[list[float], list[float]] = ([], [])
+        for turn in range(TURNS):
+            for rules, times in zip((one, two), spent, strict=True):
+                self.evaluator.bind(rules)
+                for session in self.evaluator.sessions.values():
+                    for program in session.programs:
+                        program.compile()
+                began = time.perf_counter()
+                self.evaluator.adapter.checked_rollout(*self.held_out[turn % len(self.held_out)])
+                times.append(time.perf_counter() - began)
+        return statistics.median(spent[0]), statistics.median(spent[1])
+
+
+@dataclass
+class _Search:
+    """Chooses and tries heads beside a schedule."""
+
+    tuner: Tuner
+    network: NetworkProfile
+    max_variants: int
+    target: Target
+
+    def least_seconds(self, base: Solution) -> float:
+        """What the schedule would take if every head did what saves most."""
+        return base.predicted_seconds - max(totals(each, 0.0)[0] for each in self._phases(base))
+
+    def for_quality(self, base: Solution, in_hand: float) -> list[Choice]:
+        """Choices beside a schedule that miss the target by no more than ``-in_hand`` dB on the tuning prompts."""
+        quality = self.tuner.quality_of(base)
+        if quality is None:
+            return []
+        spare = -(self.target.missing_db(quality) + in_hand)
+        if spare <= 0:
+            return []
+        allowed = quality.rel_l2**2 * (10 ** (spare / 10) - 1)
+        found, ratio = [], 1.0
+        for _ in range(TRIALS):
+            part = self._part(base, _errs_at_most(allowed / ratio))
+            if part is None:
+                break
+            choice = self._tried(base, part)
+            if choice is None:
+                break
+            made = self.tuner.quality_of(choice.solution)
+            assert made is not None
+            actual = max(made.rel_l2**2 - quality.rel_l2**2, 0.01 * part.error)
+            if choice.missing + in_hand <= 0:
+                found.append(choice)
+                if actual > 0.8 * allowed:
+                    break
+            ratio = float(np.clip(actual / max(part.error, 1e-30), ratio / 8, 8 * ratio))
+        return found
+
+    def for_seconds(self, base: Solution, seconds: float) -> list[Choice]:
+        """The choice of least error with which a schedule takes ``seconds`` at most, if there is one."""
+        needed = base.predicted_seconds - seconds
+        if needed > max(totals(each, 0.0)[0] for each in self._phases(base)):
+            return []
+        part = self._part(base, lambda saved, error: saved < needed, beyond=True)
+        choice = None if part is None else self._tried(base, part)
+        return [] if choice is None else [choice]
+
+    def _part(self, base: Solution, fits: Callable[[float, float], bool], beyond: bool = False) -> SparsePart | None:
+        """The choice of heads at the lowest price that fits, of the division into phases that saves most.
+
+        ``beyond``: at the highest price that does not fit yet, of the division that errs least. None: nothing is saved,
+        or more graphs would be needed than are allowed.
+        """
+        made = []
+        for candidates in self._phases(base):
+            price = price_of(candidates, fits) / (1.02 if beyond else 1.0)
+            made.append(sparse_part(candidates, price, self.tuner.problem.network, base.objective))
+        made.sort(key=(lambda part: part.error) if beyond else (lambda part: -part.saved))
+        for part in made:
+            if part.saved > 0 and self.tuner.variants(base.with_sparse(part)) <= self.max_variants:
+                return part
+        return None
+
+    def _phases(self, base: Solution) -> Iterator[Sequence[SiteCandidates]]:
+        """The candidates of heads, with the computed steps in one range, in two, and so on."""
+        for count in range(1, min(PHASES, len(base.kept)) + 1):
+            ranges = [tuple(map(int, part)) for part in np.array_split(base.kept, count)]
+            costs = self.tuner.attention_costs
+            yield head_candidates(self.network, self.tuner.problem, base.draft, costs, ranges)
+
+    def _tried(self, base: Solution, part: SparsePart) -> Choice | None:
+        """The plan with such heads, as rollouts have it; None where a generation fails under it."""
+        solution = self.tuner.with_sparse(base, part)
+        quality = self.tuner.quality_of(solution)
+        if quality is None or not math.isfinite(quality.rel_l2) or self.tuner.variants(solution) > self.max_variants:
+            return None
+        return Choice(solution, self.target.missing_db(quality), self.target.error(quality))
+
+
+def _errs_at_most(most: float) -> Callable[[float, float], bool]:
+    return lambda saved, error: error <= most
