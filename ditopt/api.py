@@ -50,7 +50,7 @@ def optimize(
         pipe_kwargs: what the pipeline is called with later: steps, guidance, size.
         seed: of the first prompt's noise; prompt i uses ``seed + i``.
         techniques: kinds of decision to consider; default all (``reuse``, ``forecast``, ``fit``, ``ranges``,
-            ``simplify``, ``precision`` and ``second_order``).
+            ``simplify``, ``precision``, ``second_order`` and ``sparse``).
         max_variants: the most distinct graphs to compile.
         budget: how many plans to try by real rollouts in the first search, a quarter more in each after it; plans that
             compute less than half of the steps count less, down to a third. Default: some minutes' worth, 4 to 16.
@@ -154,8 +154,8 @@ def profile_model(
         pipe_kwargs: what the pipeline is called with: steps, guidance, size.
         seed: of the first prompt's noise.
         techniques: kinds of decision to measure for, as for ``optimize``; default all.
-        collect: which tables to take beside that: ``attention``, ``patterns``, ``features``, ``tokens``, ``linear`` and
-            ``sensitivity``; default all, or where ``techniques`` are given those that speak of them.
+        collect: which tables to take beside that: ``attention``, ``patterns``, ``features``, ``tokens``, ``linear``,
+            ``sensitivity`` and ``latency``; default all, or where ``techniques`` are given those that speak of them.
         geometry: how the self-attention's tokens lie, (frames, rows, columns) with the number of text tokens as an
             optional fourth; default: found from the model's config, its inputs or its attention.
         resume: take up an interrupted run's checkpoints; they are kept prompt by prompt.

@@ -92,7 +92,7 @@ def optimize(
     technique: Annotated[
         list[str] | None,
         typer.Option(
-            help="reuse, forecast, fit, ranges, simplify, precision or second_order, repeatable; default: all"
+            help="reuse, forecast, fit, ranges, simplify, precision, second_order or sparse, repeatable; default: all"
         ),
     ] = None,
     budget: Annotated[

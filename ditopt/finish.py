@@ -19,7 +19,6 @@ from ditopt.plan import Rule, format_steps
 from ditopt.profiler.observe import Pair, inputs_of
 from ditopt.profiler.work import machine_rates, variant_work
 from ditopt.report.samples import DENSE, FEWER, OPTIMISED, samples_path
-from ditopt.runtime.schedule import bind
 
 
 def clip_of(sample: Tensor) -> Tensor | None:
@@ -65,16 +64,16 @@ def step_work(evaluator: Evaluator, rules: Sequence[Rule], pair: Pair) -> dict[s
     """``kernels`` and ``roofline`` of the side file: of dense and each variant of a plan, on a real call's inputs."""
     kernels: dict[str, dict[str, Any]] = {}
     plan = evaluator.bind(rules)
-    bound = {name: bind(plan, name, session.ranges()) for name, session in evaluator.sessions.items()}
     for name, session in evaluator.sessions.items():
         (program,) = session.programs
         (arguments,) = inputs_of(evaluator, pair, [program])
         of_network = kernels.setdefault(name, {})
         of_network["dense"] = variant_work(program, StepPlan(), arguments)
-        for variant in bound[name].variants:
-            steps = [number for number, step in enumerate(bound[name].steps) if step.variant == variant]
+        bound = program.resolve(plan)
+        for variant in bound.variants:
+            steps = [number for number, step in enumerate(bound.steps) if step.variant == variant]
             if steps:
-                work = variant_work(program, variant, arguments)
+                work = variant_work(program, variant, arguments, bound.steps[steps[0]].lists)
                 of_network[_words(variant, len(of_network))] = work | {"steps": format_steps(steps)}
     device = next(evaluator.adapter.networks[name] for name in kernels).parameters()
     where = next(iter(device)).device
@@ -87,6 +86,7 @@ def _words(variant: StepPlan, number: int) -> str:
     parts = [f"predicts {prediction.site} from {prediction.history}" for prediction in variant.predicted]
     parts += [word for word, is_so in (("simplified", variant.simplify), (variant.dtype or "", True)) if is_so and word]
     parts += ["second order"] if variant.second_order else []
+    parts += [f"sparse attention at {len(variant.sparse)} sites"] if variant.sparse else []
     return f"variant {number}: {', '.join(parts) or 'as it is'}"
 
 

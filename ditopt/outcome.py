@@ -90,11 +90,7 @@ def finished_plan(
     """The plan with what was predicted for it and measured on ``held_out`` prompts and of its slots (bytes)."""
     ours, dense = rows[OURS], rows[DENSE]
     whole = template.model_copy(update={"rules": found.rules})
-    bound = [
-        bind(whole, name, part.variants.trace.ranges(), partial=not of_network.whole)
-        for name, of_network in graphs.items()
-        for part in of_network.parts
-    ]
+    bound = [part.resolve(whole) for of_network in graphs.values() for part in of_network.parts]
     measured: dict[str, Any] = {
         "prompts": held_out,
         "psnr": round(found.quality.psnr, 2),
@@ -216,7 +212,12 @@ def _trial_data(tried: Tried, plan: Plan, tuner: Tuner) -> dict[str, Any]:
 
 
 def _predicted_error(plan: Plan, tuner: Tuner) -> float | None:
-    """What the profile has for a trial, where whole steps alone are predicted: rounding has no prediction."""
+    """What the profile has for a trial, where whole steps alone are predicted: rounding has no prediction.
+
+    Nor have sparse heads, as each of these was tried because of what it was predicted to cost.
+    """
+    if any(rule.for_heads for rule in plan.rules):
+        return None
     ranges = tuner.evaluator.sessions[tuner.network].ranges()
     steps = bind(plan, tuner.network, ranges, partial=bool(plan.breaks)).steps
     found: dict[int, Planned] = {}

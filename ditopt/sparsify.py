@@ -39,8 +39,8 @@ WORTH = 0.98
 MARGIN_DB = 0.1
 TURNS = 3
 """Whole generations that are timed with and without sparse heads, each."""
-JUDGED = 3
-"""So many plans are tried on the held-out prompts."""
+ROUNDS, JUDGED = 2, 2
+"""So many searches, of each of which so many plans are tried on the held-out prompts."""
 
 
 @dataclass(frozen=True)
@@ -87,25 +87,34 @@ class Sparsify:
         if not costs:
             return found
         search = _Search(tuner, network, self.max_variants, self.target)
-        try:
-            with self.reporter.stage("sparse heads", MORE_STEPS + 1) as stage:
-                choices = self._choices(found, solution, search, stage)
-        except InputError as error:
-            self.reasons.append(f"sparse: {error}")
-            return found
-        if not choices:
-            self.reasons.append(f"sparse: no choice of heads is {self._aim} at the target, by what the profile tells")
-            return found
-        return self._judged(found, solution, choices)
+        in_hand = self.target.missing_db(found.quality) - tuner.missing_db(solution) + MARGIN_DB
+        for _ in range(ROUNDS):
+            try:
+                with self.reporter.stage("sparse heads", MORE_STEPS + 1) as stage:
+                    choices = self._choices(solution, search, in_hand, stage)
+            except InputError as error:
+                self.reasons.append(f"sparse: {error}")
+                return found
+            if not choices:
+                why = f"no choice of heads is {self._aim}, by what profile and tuning prompts tell"
+                self.reasons.append(f"sparse: {why}")
+                return found
+            judged, missing = self._judged(found, choices)
+            if judged is not None:
+                return judged
+            if missing <= 0:
+                return found
+            in_hand += missing + MARGIN_DB  # what the tuning prompts promised too much
+            self.reporter.say(f"  sparse heads: short of the target by {missing:.1f} dB: searching again")
+        return found
 
     @property
     def _aim(self) -> str:
-        return "faster" if self.target.speedup is None else "better at that speed"
+        return "faster at the target" if self.target.speedup is None else "better at that speed"
 
-    def _choices(self, found: Found, solution: Solution, search: _Search, stage: Stage) -> list[Choice]:
+    def _choices(self, solution: Solution, search: _Search, in_hand: float, stage: Stage) -> list[Choice]:
         """Plans with sparse heads that beat ``solution`` on the tuning prompts, the best first."""
         tuner = search.tuner
-        in_hand = self.target.missing_db(found.quality) - tuner.missing_db(solution) + MARGIN_DB
         best: list[Choice] = []
         for more in range(MORE_STEPS + 1):
             count = len(solution.kept) + more
@@ -125,9 +134,10 @@ class Sparsify:
         key = (lambda each: each.seconds) if self.target.speedup is None else (lambda each: each.error)
         return sorted(best, key=key)
 
-    def _judged(self, found: Found, solution: Solution, choices: Sequence[Choice]) -> Found:
-        """The first of the choices that held-out prompts and the clock confirm; else ``found``."""
+    def _judged(self, found: Found, choices: Sequence[Choice]) -> tuple[Found | None, float]:
+        """The first of the choices that held-out prompts and the clock confirm, and by how many dB others missed."""
         (name,) = found.solutions
+        short = 0.0
         for choice in choices[:JUDGED]:
             rules = choice.solution.rules
             quality, _ = self.evaluator.quality(rules, self.held_out)
@@ -138,6 +148,7 @@ class Sparsify:
                     f"sparse: heads that the tuning prompts allow give the held-out ones {quality.psnr:.1f} dB, "
                     f"{found.quality.psnr:.1f} without"
                 )
+                short = max(short, missing)
                 continue
             sparse, plain = self._in_turn(rules, found.rules)
             if sparse > (plain if self.target.speedup is None else plain / WORTH):
@@ -149,8 +160,9 @@ class Sparsify:
                 f"  sparse heads: {sparse:.3g} s a generation, {plain:.3g} s without; held-out prompts: "
                 f"{quality.psnr:.1f} dB, {found.quality.psnr:.1f} without"
             )
-            return replace(found, rules=rules, quality=quality, solutions={name: choice.solution}, seconds=None)
-        return found
+            judged = replace(found, rules=rules, quality=quality, solutions={name: choice.solution}, seconds=None)
+            return judged, short
+        return None, short
 
     def _in_turn(self, one: Sequence[Rule], two: Sequence[Rule]) -> tuple[float, float]:
         """Median seconds of generations under two sets of rules, timed in turn."""

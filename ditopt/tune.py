@@ -440,7 +440,8 @@ class Tuner:
     def estimate(self, plan: Plan) -> float:
         """Seconds of this network in one generation under a plan, by the measured times of its variants."""
         cost = MeasuredCost(self.profile.networks[self.network].seconds)
-        steps = bind(plan, self.network, self.evaluator.sessions[self.network].ranges()).steps
+        whole = plan.model_copy(update={"rules": tuple(rule for rule in plan.rules if not rule.for_heads)})
+        steps = bind(whole, self.network, self.evaluator.sessions[self.network].ranges()).steps
         seconds = sum(
             cost.step_seconds([p.site for p in step.predictions], step.variant.dtype, step.variant.simplify)
             for step in steps

@@ -122,4 +122,5 @@ def _table(seconds: dict[str, dict[str, float]], per_step: float, queries: int) 
     dense = np.array([of_form["dense"] for of_form in seconds.values()]) * per_step
     sparse = np.array([[of_form[f"{share:g}"] for share in DENSITIES] for of_form in seconds.values()]) * per_step
     measures = {"dense": Measure(("form",), dense), "sparse": Measure(("form", "density"), sparse)}
-    return Table(measures, {"form": tuple(seconds), "density": DENSITIES}, {"queries": queries})
+    facts = {"queries": queries, "block_queries": kernel_blocks(queries, queries)[0]}
+    return Table(measures, {"form": tuple(seconds), "density": DENSITIES}, facts)

@@ -36,12 +36,14 @@ Timed = Callable[[], float]
 """Runs a variant once; the seconds it took."""
 
 
-def inputs_for(program: Program, plan: StepPlan, arguments: Sequence[Any]) -> list[Any]:
-    """What a variant is called with, on ``arguments`` (a call's inputs).
+def inputs_for(
+    program: Program, plan: StepPlan, arguments: Sequence[Any], lists: Mapping[str, Tensor] | None = None
+) -> list[Any]:
+    """What a variant is called with, on ``arguments`` (a call's inputs) and the ``lists`` of its sparse attention.
 
     Slots hold zeros of the recorded shapes: the time of a dense tensor program does not depend on values.
     """
-    added: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = dict(lists or {})
     for prediction in plan.predicted:
         added |= _slots(program, prediction.site, prediction.history)
         added[factors_name(prediction.site)] = torch.zeros(prediction.terms, device=next(iter(added.values())).device)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.profiler import ProfilerActivity, profile
 
-from ditopt.kernels.ops import ATTENTION, FLASH_ATTENTION
+from ditopt.kernels.block_sparse_attention.lists import blocks
+from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, FLASH_ATTENTION
 from ditopt.passes._infra import StepPlan, tensor_value
 from ditopt.profiler.timing import inputs_for, synchronise
 from ditopt.runtime.program import Program
@@ -26,15 +27,17 @@ STREAM = 1 << 26
 """Products of ``SIDE`` x ``SIDE`` and copies of ``STREAM`` floats are what the machine's rates are measured by."""
 
 
-def variant_work(program: Program, plan: StepPlan, arguments: Sequence[Any]) -> dict[str, Any]:
+def variant_work(
+    program: Program, plan: StepPlan, arguments: Sequence[Any], lists: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
     """Seconds of one compiled graph, and of its kinds of operators with their FLOPs, least bytes and calls.
 
     Attention and products are operators of their own, and a profiler tells their time; the rest is fused, so it has
-    what is left. ``arguments`` are a call's inputs.
+    what is left. ``arguments`` are a call's inputs, ``lists`` those of sparse attention.
     """
     variant = program.variants.get(plan)
-    values = inputs_for(program, plan, arguments)
-    counted = counted_work(program.variants.graph(plan))
+    values = inputs_for(program, plan, arguments, lists)
+    counted = counted_work(program.variants.graph(plan), lists)
 
     @torch.no_grad()
     def run() -> None:
@@ -56,24 +59,42 @@ def variant_work(program: Program, plan: StepPlan, arguments: Sequence[Any]) -> 
     }
 
 
-def counted_work(gm: fx.GraphModule) -> dict[str, dict[str, Any]]:
-    """By kind: FLOPs (two per multiply-add), bytes of operands and results read or written once, calls, dtype."""
+def counted_work(gm: fx.GraphModule, lists: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Any]]:
+    """By kind: FLOPs (two per multiply-add), bytes of operands and results read or written once, calls, dtype.
+
+    Of attention to ``lists`` (graph inputs by name) only what these name counts as computed.
+    """
     found: dict[str, dict[str, Any]] = {}
     for node in gm.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
+        if node.op != "call_function":
             continue
-        if node.target in PRODUCTS:
+        result = next(iter(node.users)) if node.target is BLOCK_SPARSE_ATTENTION else node  # without logarithms of sums
+        if not isinstance(result.meta.get("val"), Tensor):
+            continue
+        if node.target is BLOCK_SPARSE_ATTENTION:
+            kind, flops = ATTENTION_KIND, round(attention_flops(node) * _listed_share(node, lists or {}))
+        elif node.target in PRODUCTS:
             kind, flops = PRODUCT_KIND, product_flops(node)
         elif node.target in (ATTENTION, FLASH_ATTENTION):
             kind, flops = ATTENTION_KIND, attention_flops(node)
         else:
             continue
         entry = found.setdefault(kind, {"flops": 0, "bytes": 0, "calls": 0, "dtype": _dtype(node)})
-        parts = [node, *node.all_input_nodes]
+        parts = [result, *node.all_input_nodes]
         entry["flops"] += flops
         entry["bytes"] += sum(tensor_value(part).numel() * tensor_value(part).element_size() for part in parts)
         entry["calls"] += 1
     return {**found, REST: {}}
+
+
+def _listed_share(node: fx.Node, lists: Mapping[str, Tensor]) -> float:
+    """The share of all blocks that the lists of a block-sparse attention name; 1 where they are not at hand."""
+    counts = lists.get(str(node.args[4].target)) if isinstance(node.args[4], fx.Node) else None
+    if counts is None:
+        return 1.0
+    _, key, *_, key_block, _ = node.args
+    total = blocks(int(tensor_value(key).shape[-2]), int(key_block))  # type: ignore[arg-type]  # a node, a number
+    return float(counts.sum()) / (counts.numel() * total)
 
 
 def machine_rates(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, Any]:
@@ -129,7 +150,8 @@ def _median_seconds(run: Callable[[], None]) -> float:
 
 
 def _dtype(node: fx.Node) -> str:
-    return _name(tensor_value(node.all_input_nodes[-1]).dtype)
+    position = 0 if node.target is BLOCK_SPARSE_ATTENTION else -1  # behind its operands are lists
+    return _name(tensor_value(node.all_input_nodes[position]).dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

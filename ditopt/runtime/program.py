@@ -131,13 +131,12 @@ class Program:
         self._clock, self._leads = None, False
         if plan is None or not plan.rules:
             return
-        ranges = self.variants.trace.ranges()
         breaks = plan.breaks.get(self.network)
         if breaks is not None:
             self._clock = breaks.clock
             self._leads = self.positions.timestep is not None and breaks.clock == self.variants.trace.structure
             if not self._leads:
-                self.bound = bind(plan, self.network, ranges, partial=True)
+                self.bound = self.resolve(plan)
                 return
         if self.positions.timestep is None:
             names = ", ".join(self.variants.trace.arguments)
@@ -153,9 +152,18 @@ class Program:
                 "graph's tensor "
                 f"arguments are {names}; without it guidance branches would share their state"
             )
-        sites = AttentionSites(places_of(self.variants.trace), self.find_geometry, self.on_mismatch == "retarget")
-        self.bound = bind(plan, self.network, ranges, partial=breaks is not None, attention=sites)
+        self.bound = self.resolve(plan)
         self.variants.reasons += [note for note in self.bound.notes if note not in self.variants.reasons]
+
+    def resolve(self, plan: Plan) -> BoundPlan:
+        """What a plan's rules come to in this graph; nothing is changed.
+
+        Raises:
+            PlanMismatchError: the plan does not fit this network.
+        """
+        ranges, partial = self.variants.trace.ranges(), self.network in plan.breaks
+        sites = AttentionSites(places_of(self.variants.trace), self.find_geometry, self.on_mismatch == "retarget")
+        return bind(plan, self.network, ranges, partial=partial, attention=sites)
 
     def compile(self) -> None:
         """Compile every variant that the plan needs."""

@@ -1,0 +1,134 @@
+"""Sparse heads chosen by ``optimize``: a Wan with 1,024 tokens, from prompts to a plan that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ditopt._torch import compile_counts
+from ditopt.decisions import Sparse
+from ditopt.optimizer import Optimizer
+from ditopt.outcome import Result
+from ditopt.plan import Plan
+from ditopt.profiler import take
+from ditopt.profiler.attention_timing import attention_latency
+from ditopt.report.explained import Explained, side_path
+from ditopt.sparsify import Sparsify
+from ditopt.target import Target
+from ditopt.verify import VerifiedSearch
+from tests.tiny import tiny_wan
+
+pytest.importorskip("diffusers")
+
+PROMPTS = ("one", "two", "three", "four")
+STEPS = 5
+FASTER, SLOWER = (1.0, 2.0), (2.0, 1.0)
+
+
+def euler(model: nn.Module, prompt: str, seed: int) -> Tensor:
+    """Latents of 4 frames of 32 x 32 cells: 4 x 16 x 16 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 4, 4, 32, 32, generator=generator)
+    text = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(sum(map(ord, prompt))))
+    for now, then in pairwise(torch.linspace(1, 0, STEPS + 1)):
+        moved = model(hidden_states=x, timestep=now[None] * 1000, encoder_hidden_states=text, return_dict=False)[0]
+        x = x + (then - now) * (moved + x)
+    return x
+
+
+def measured_as(patch: pytest.MonkeyPatch, in_turn: tuple[float, float]) -> None:
+    """Let attention take its density's share of time, and whole generations what is said; clocks here are noisy."""
+
+    def latency(*given: Any) -> Any:
+        tables, reasons = attention_latency(*given)
+        for table in tables.values():
+            table["dense"].values[:] = 1.0
+            table["sparse"].values[:] = table.labels["density"]
+        return tables, reasons
+
+    patch.setattr("ditopt.profiler.detail.attention_latency", latency)
+    patch.setattr(Sparsify, "_in_turn", lambda self, one, two: in_turn)
+    patch.setattr(VerifiedSearch, "time_in_turn", lambda self, rules: FASTER)
+
+
+def optimized(path: Path, model: nn.Module, target: Target) -> tuple[Result, Optimizer]:
+    techniques = ("reuse", "sparse")
+    made = Optimizer(model, PROMPTS, target, euler, path, techniques=techniques, budget=4, resume=False, quiet=True)
+    return made.run(), made
+
+
+def heads_of(plan: Plan | None) -> Sequence[Any]:
+    return [] if plan is None else [rule for rule in plan.rules if isinstance(rule.do, Sparse)]
+
+
+def test_heads_are_sparse_where_that_is_faster_and_a_new_compile_repeats_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DITOPT_CACHE", str(tmp_path / "cache"))
+    measured_as(monkeypatch, FASTER)
+    path = tmp_path / "wan.plan.yaml"
+    model = tiny_wan()
+    result, made = optimized(path, model, Target(min_psnr=40))
+    assert heads_of(result.plan), made.reasons
+    plan = Plan.load(path)
+    assert plan.tokens["transformer"].sizes == (4, 16, 16)
+    assert plan.rules == result.plan.rules  # type: ignore[union-attr]  # there is one
+    assert plan.measured["psnr"] >= 40
+    assert plan.predicted["seconds"] < STEPS * 2.0, "attention is said to take a second in each of two blocks"
+    explained = Explained.load(side_path(path))
+    said = [one for one in explained.explanations["transformer"] if one.site.endswith("attn1")]
+    chosen = [one for one in said if not one.chosen.endswith("dense")]
+    assert len(chosen) == sum(len(rule.heads or ()) for rule in heads_of(plan))
+    assert all(one.rivals and all(rival.reason for rival in one.rivals) for one in said)
+    sample = euler(model, "five", 9)
+    torch._dynamo.reset()
+    again = tiny_wan()
+    again.compile(backend="ditopt", options={"plan": str(path)}, fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(euler(again, "five", 9), sample, atol=1e-5)
+        before = compile_counts()
+        euler(again, "six", 10)
+        assert compile_counts() == before, "nothing is compiled after the first generation"
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("in_turn", "error", "told"),
+    [
+        (SLOWER, None, "a generation takes 2 s with these heads, 1 s without"),
+        (FASTER, 1e6, "no choice of heads is faster at the target"),
+    ],
+)
+def test_heads_that_are_slower_or_err_too_much_stay_dense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_turn: tuple[float, float], error: float | None, told: str
+) -> None:
+    monkeypatch.setenv("DITOPT_CACHE", str(tmp_path / "cache"))
+    measured_as(monkeypatch, in_turn)
+    if error is not None:
+        costly = np.full((2, 100), error)
+        monkeypatch.setattr(
+            "ditopt.search.sparse.squared_errors", lambda *given: costly[: len(given[-2]), : len(given[-1])]
+        )
+    result, made = optimized(tmp_path / "plan.yaml", tiny_wan(), Target(min_psnr=40))
+    assert not heads_of(result.plan)
+    assert any(told in reason for reason in made.reasons), made.reasons
+    torch._dynamo.reset()
+
+
+def test_where_attention_takes_little_nothing_is_measured_of_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DITOPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(take, "attention_share", lambda network: (0.01, "a quarter of all blocks would save 1%"))
+    model = tiny_wan()
+    result, made = optimized(tmp_path / "plan.yaml", model, Target(min_psnr=40))
+    assert "sparse: a quarter of all blocks would save 1%" in made.reasons
+    assert not heads_of(result.plan)
+    torch._dynamo.reset()
