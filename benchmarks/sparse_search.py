@@ -94,7 +94,8 @@ def by_mass(kept: Mapping[int, int]) -> Edit:
             rest = mass.masked_fill(attended, -1.0).flatten().topk(max(count - len(mass), 0)).indices
             attended.view(-1)[rest] = True
             masks[head] = BlockMask(attended.numpy(), query_block, key_block)
-        return under_blocks(masks)(given, value)
+        found: Tensor = under_blocks(masks)(given, value)
+        return found
 
     return edit
 
@@ -109,8 +110,7 @@ def block_mass(query: Tensor, key: Tensor, query_block: int, key_block: int) -> 
         by_key = F.pad(shares, (0, columns * key_block - len(key))).view(len(part), columns, -1).sum(2)
         rows = F.pad(by_key, (0, 0, 0, -len(part) % query_block))
         found.append(rows.view(-1, query_block, columns).sum(1))
-    mass: Tensor = torch.cat(found)
-    return mass
+    return torch.cat(found)
 
 
 def oracle_quality(prepared: Prepared, name: str, plan: Plan, pairs: Sequence[Any]) -> Quality:

@@ -11,14 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from ditopt.cost_models.measured import form_name
+from ditopt.cost_models.sparse import SparseCost
 from ditopt.errors import InputError, ProfileError
 from ditopt.forms import simplified
+from ditopt.geometry import Geometry
 from ditopt.plan import Rule
 from ditopt.predicted import Predicted, can_tell_psnr, psnr_of, psnr_to_relative_error
 from ditopt.profile import NetworkProfile, Profile
 from ditopt.search import Measurement, SearchProblem, Solution, bisect_kept, lambda_range, least_kept, solve, solve_kept
 from ditopt.search.joint import from_kept
 from ditopt.search.rollouts import rules_key
+from ditopt.search.sparse import site_costs
+from ditopt.search.with_heads import NEEDED_TABLES, HeadsBeside, count_graphs, further_schedules
 from ditopt.target import Target
 from ditopt.techniques import Techniques
 
@@ -28,6 +33,11 @@ UNVERIFIED = "not verified: no rollout has been made; measure it with `ditopt be
 NOT_REFITTED = "fits have the profile's own factors: refitting them in closed loop takes rollouts"
 NO_DTYPE = "precision: another dtype is not considered, as its error is told by rollouts alone"
 NO_SECOND_ORDER = "second_order: not considered, as what it gains is told by rollouts alone"
+NO_HEADS = (
+    "sparse: not considered, as the profile has no tables of what heads cost and save (patterns, sensitivity, latency)"
+)
+MORE_STEPS = 3
+"""With sparse heads, schedules of up to so many further computed steps are tried."""
 
 
 @dataclass
@@ -136,7 +146,7 @@ class OfflineSearch:
         if self._alone is not None:
             found += self._fewest_steps(*self._alone)
         good = [each for each in found if each.error <= self._allowed]
-        return min(good, key=lambda each: (each.seconds, each.error))
+        return self._with_heads(min(good, key=lambda each: (each.seconds, each.error)))
 
     def _for_speed(self, seconds: float) -> Predicted:
         """The best of what takes ``seconds`` at most; the fastest where nothing does."""
@@ -151,8 +161,61 @@ class OfflineSearch:
                 found.append(self._of({name: solve_kept(problem, count, self.max_variants)}))
         quick = [each for each in found if each.seconds <= seconds * (1 + 1e-9)]
         if quick:
-            return min(quick, key=lambda each: (each.error, each.seconds))
+            return self._with_heads(min(quick, key=lambda each: (each.error, each.seconds)), seconds)
         return min(found, key=lambda each: (each.seconds, each.error))
+
+    def _with_heads(self, found: Predicted, seconds: float | None = None) -> Predicted:
+        """Where that is better, with sparse heads: faster within the error allowed, or better within ``seconds``."""
+        if self._alone is None or not self._attention_costs:
+            return found
+        name, problem = self._alone
+        ((_, solution),) = found.solutions.items()
+        best = found
+
+        def is_better(made: Predicted) -> bool:
+            return made.seconds < best.seconds if seconds is None else made.error < best.error
+
+        def allowed(plan: Solution) -> bool:
+            return count_graphs(problem, plan) <= self.max_variants
+
+        def start(count: int) -> Solution:
+            return solve_kept(problem, count, self.max_variants)
+
+        try:
+            for base in further_schedules(solution, problem.steps, MORE_STEPS, start):
+                heads = HeadsBeside(self.profile.networks[name], problem, base, self._attention_costs, allowed)
+                if seconds is None:
+                    part = heads.within_error(self._allowed**2 - base.predicted_error**2)
+                else:
+                    part = heads.saving(base.predicted_seconds - seconds)
+                made = None if part is None else self._of({name: base.with_sparse(part)})
+                if made is not None and made.error <= self._allowed and is_better(made):
+                    best = made
+        except InputError as error:
+            self.reasons.append(f"sparse: {error}")
+        if best is not found:
+            self.template = self.template.model_copy(update={"tokens": self._tokens})
+        return best
+
+    @cached_property
+    def _attention_costs(self) -> dict[str, SparseCost]:
+        """What attention takes at the sites whose heads may be sparse; none where the profile cannot tell."""
+        if not self.chosen.sparse or self._alone is None:
+            return {}
+        name, problem = self._alone
+        network = self.profile.networks[name]
+        if not network.tables.keys() >= NEEDED_TABLES or name not in self._tokens:
+            self.reasons.append(NO_HEADS)
+            return {}
+        found, told = site_costs(network, form_name(problem.dtype, problem.simplify))
+        self.reasons += [f"sparse: {reason}" for reason in told]
+        return found
+
+    @property
+    def _tokens(self) -> dict[str, Geometry]:
+        """How tokens lie, of the networks of which that is known."""
+        parts = self.profile.networks.items()
+        return {name: part.geometry for name, part in parts if part.geometry is not None}
 
     @cached_property
     def _alone(self) -> tuple[str, SearchProblem] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,15 +21,13 @@ from ditopt.errors import InputError
 from ditopt.measure import Evaluator
 from ditopt.outcome import Found
 from ditopt.plan import Rule
-from ditopt.profile import NetworkProfile
 from ditopt.search import Solution
 from ditopt.search.solution import SparsePart
-from ditopt.search.sparse import SiteCandidates, head_candidates, price_of, site_costs, sparse_part, totals
+from ditopt.search.sparse import site_costs
+from ditopt.search.with_heads import NEEDED_TABLES, HeadsBeside, further_schedules
 from ditopt.target import Target
 from ditopt.tune import Tuner
 
-PHASES = 3
-"""Computed steps are divided into so many ranges, one after the other, at most: heads are decided for each."""
 MORE_STEPS = 3
 """Schedules of up to so many further computed steps are tried."""
 TRIALS = 3
@@ -80,13 +78,13 @@ class Sparsify:
         """
         ((name, solution),) = found.solutions.items()
         network, problem = tuner.profile.networks[name], tuner.problem
-        if not {"patterns", "sensitivity", "latency"} <= network.tables.keys():
+        if not network.tables.keys() >= NEEDED_TABLES:
             return found
         costs, told = site_costs(network, form_name(problem.dtype, problem.simplify))
         self.reasons += [f"sparse: {reason}" for reason in told]
         if not costs:
             return found
-        search = _Search(tuner, network, self.max_variants, self.target)
+        search = _Search(tuner, self.max_variants, self.target)
         in_hand = self.target.missing_db(found.quality) - tuner.missing_db(solution) + MARGIN_DB
         for _ in range(ROUNDS):
             try:
@@ -116,21 +114,16 @@ class Sparsify:
         """Plans with sparse heads that beat ``solution`` on the tuning prompts, the best first."""
         tuner = search.tuner
         best: list[Choice] = []
-        for more in range(MORE_STEPS + 1):
-            count = len(solution.kept) + more
-            if count > tuner.problem.steps:
-                break
-            base = solution if not more else tuner.with_steps(count)
+        bases = further_schedules(solution, tuner.problem.steps, MORE_STEPS, tuner.with_steps)
+        for base in bases:
             if self.target.speedup is None:
-                limit = WORTH * solution.predicted_seconds
-                made = [] if search.least_seconds(base) > limit else search.for_quality(base, in_hand)
-                best += [each for each in made if each.seconds < limit]
-            elif more:
+                best += search.for_quality(base, in_hand, WORTH * solution.predicted_seconds)
+            elif base is not solution:
                 wanted = tuner.quality_of(solution)
                 made = search.for_seconds(base, solution.predicted_seconds)
                 best += [each for each in made if wanted is None or each.error < self.target.error(wanted)]
             told = f"{min(each.seconds for each in best):.2f} s" if best else "none yet"
-            stage.advance(f"{count} computed steps: {told}")
+            stage.advance(f"{len(base.kept)} computed steps: {told}")
         key = (lambda each: each.seconds) if self.target.speedup is None else (lambda each: each.error)
         return sorted(best, key=key)
 
@@ -184,18 +177,21 @@ class _Search:
     """Chooses and tries heads beside a schedule."""
 
     tuner: Tuner
-    network: NetworkProfile
     max_variants: int
     target: Target
 
-    def least_seconds(self, base: Solution) -> float:
-        """What the schedule would take if every head did what saves most."""
-        return base.predicted_seconds - max(totals(each, 0.0)[0] for each in self._phases(base))
+    def beside(self, base: Solution) -> HeadsBeside:
+        """The choices of heads beside a schedule."""
+        tuner = self.tuner
+        network = tuner.profile.networks[tuner.network]
+        return HeadsBeside(
+            network, tuner.problem, base, tuner.attention_costs, lambda plan: tuner.variants(plan) <= self.max_variants
+        )
 
-    def for_quality(self, base: Solution, in_hand: float) -> list[Choice]:
-        """Choices beside a schedule that miss the target by no more than ``-in_hand`` dB on the tuning prompts."""
-        quality = self.tuner.quality_of(base)
-        if quality is None:
+    def for_quality(self, base: Solution, in_hand: float, limit: float) -> list[Choice]:
+        """Choices that miss the target by no more than ``-in_hand`` dB on the tuning prompts, in under ``limit`` s."""
+        quality, heads = self.tuner.quality_of(base), self.beside(base)
+        if quality is None or base.predicted_seconds - heads.most_saved >= limit:
             return []
         spare = -(self.target.missing_db(quality) + in_hand)
         if spare <= 0:
@@ -203,11 +199,9 @@ class _Search:
         allowed = quality.rel_l2**2 * (10 ** (spare / 10) - 1)
         found, ratio = [], 1.0
         for _ in range(TRIALS):
-            part = self._part(base, _errs_at_most(allowed / ratio))
-            if part is None:
-                break
-            choice = self._tried(base, part)
-            if choice is None:
+            part = heads.within_error(allowed / ratio)
+            choice = None if part is None else self._tried(base, part)
+            if part is None or choice is None:
                 break
             made = self.tuner.quality_of(choice.solution)
             assert made is not None
@@ -217,39 +211,13 @@ class _Search:
                 if actual > 0.8 * allowed:
                     break
             ratio = float(np.clip(actual / max(part.error, 1e-30), ratio / 8, 8 * ratio))
-        return found
+        return [each for each in found if each.seconds < limit]
 
     def for_seconds(self, base: Solution, seconds: float) -> list[Choice]:
         """The choice of least error with which a schedule takes ``seconds`` at most, if there is one."""
-        needed = base.predicted_seconds - seconds
-        if needed > max(totals(each, 0.0)[0] for each in self._phases(base)):
-            return []
-        part = self._part(base, lambda saved, error: saved < needed, beyond=True)
+        part = self.beside(base).saving(base.predicted_seconds - seconds)
         choice = None if part is None else self._tried(base, part)
         return [] if choice is None else [choice]
-
-    def _part(self, base: Solution, fits: Callable[[float, float], bool], beyond: bool = False) -> SparsePart | None:
-        """The choice of heads at the lowest price that fits, of the division into phases that saves most.
-
-        ``beyond``: at the highest price that does not fit yet, of the division that errs least. None: nothing is saved,
-        or more graphs would be needed than are allowed.
-        """
-        made = []
-        for candidates in self._phases(base):
-            price = price_of(candidates, fits) / (1.02 if beyond else 1.0)
-            made.append(sparse_part(candidates, price, self.tuner.problem.network, base.objective))
-        made.sort(key=(lambda part: part.error) if beyond else (lambda part: -part.saved))
-        for part in made:
-            if part.saved > 0 and self.tuner.variants(base.with_sparse(part)) <= self.max_variants:
-                return part
-        return None
-
-    def _phases(self, base: Solution) -> Iterator[Sequence[SiteCandidates]]:
-        """The candidates of heads, with the computed steps in one range, in two, and so on."""
-        for count in range(1, min(PHASES, len(base.kept)) + 1):
-            ranges = [tuple(map(int, part)) for part in np.array_split(base.kept, count)]
-            costs = self.tuner.attention_costs
-            yield head_candidates(self.network, self.tuner.problem, base.draft, costs, ranges)
 
     def _tried(self, base: Solution, part: SparsePart) -> Choice | None:
         """The plan with such heads, as rollouts have it; None where a generation fails under it."""
@@ -258,7 +226,3 @@ class _Search:
         if quality is None or not math.isfinite(quality.rel_l2) or self.tuner.variants(solution) > self.max_variants:
             return None
         return Choice(solution, self.target.missing_db(quality), self.target.error(quality))
-
-
-def _errs_at_most(most: float) -> Callable[[float, float], bool]:
-    return lambda saved, error: error <= most

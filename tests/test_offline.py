@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ditopt.decisions import Dense, Fit
 from ditopt.errors import InputError, ProfileError
-from ditopt.offline import NO_DTYPE, NO_SECOND_ORDER, NOT_REFITTED, UNVERIFIED, OfflineSearch
+from ditopt.offline import NO_DTYPE, NO_HEADS, NO_SECOND_ORDER, NOT_REFITTED, UNVERIFIED, OfflineSearch
 from ditopt.plan import Plan
 from ditopt.predicted import (
     Predicted,
@@ -152,7 +152,7 @@ def test_simplified_steps_are_taken_and_other_dtypes_are_not() -> None:
     searching, found = search(toy_profile(), Target(max_rel_error=0.01))
     assert found.rules[0].do == Dense(simplify=True)
     assert not any(isinstance(rule.do, Dense) and (rule.do.dtype or rule.do.second_order) for rule in found.rules)
-    assert searching.reasons == [UNVERIFIED, NOT_REFITTED, NO_DTYPE, NO_SECOND_ORDER]
+    assert searching.reasons == [UNVERIFIED, NOT_REFITTED, NO_DTYPE, NO_SECOND_ORDER, NO_HEADS]
     searching, found = search(toy_profile(), Target(max_rel_error=0.01), techniques=("reuse", "forecast"))
     assert not any(isinstance(rule.do, Dense | Fit) for rule in found.rules)
     assert searching.reasons == [UNVERIFIED]

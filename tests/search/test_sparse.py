@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -12,30 +13,44 @@ from hypothesis import strategies as st
 from ditopt.cost_models.sparse import SparseCost
 from ditopt.decisions import Sparse
 from ditopt.measures import Measure, Table
+from ditopt.plan import Plan
 from ditopt.profile import NetworkProfile
 from ditopt.search import SearchProblem
 from ditopt.search.heads import SKIP, HeadPattern, heads_error
 from ditopt.search.joint import dense, draft_for
-from ditopt.search.sparse import HeadCandidate, SiteCandidates, choose, head_candidates, not_worse, sparse_rules
+from ditopt.search.sparse import (
+    HeadCandidate,
+    SiteCandidates,
+    choose,
+    head_candidates,
+    not_worse,
+    planned_saving,
+    site_costs,
+    sparse_rules,
+)
+from tests.made_profiles import made_plan
 from tests.search.toy import Toy
 
 BAND, SPATIAL = '{"pattern": "band", "width": 2.0}', '{"frames": 0, "pattern": "spatial"}'
 STEPS, HEADS = 8, 3
 COST = SparseCost(dense=2.0, overhead=0.1, efficiency=0.8)
+"""What the table of seconds has."""
 
 
-@pytest.fixture(scope="module")
-def network() -> NetworkProfile:
-    """The toy's profile with an attention site of three heads and three candidates: skip, band, spatial."""
-    found = Toy(steps=STEPS).profile()
+def with_attention(found: NetworkProfile, dense: float = 2.0, scale: float = 1.0) -> NetworkProfile:
+    """A profile of six prompts with an attention site of three heads and three candidates: skip, band, spatial.
+
+    Dense attention takes ``dense`` seconds a step; errors of heads are multiplied by ``scale``.
+    """
+    steps = len(found.timesteps)
     error = np.broadcast_to(
-        np.array([[0.3, 0.1, 0.05], [0.05, 0.2, 0.1], [0.4, 0.4, 0.4]]), (6, STEPS, 1, HEADS, 3)
+        np.array([[0.3, 0.1, 0.05], [0.05, 0.2, 0.1], [0.4, 0.4, 0.4]]), (6, steps, 1, HEADS, 3)
     ).copy()
     along = ("prompt", "step", "branch")
     patterns = Table(
         {
-            "error": Measure((*along, "head", "candidate"), error),
-            "output": Measure(along, np.full((6, STEPS, 1), 3.0)),
+            "error": Measure((*along, "head", "candidate"), scale * error),
+            "output": Measure(along, np.full((6, steps, 1), 3.0)),
             "density": Measure(("candidate",), np.array([0.0, 0.25, 0.5])),
         },
         {"candidate": (SKIP, BAND, SPATIAL)},
@@ -46,7 +61,17 @@ def network() -> NetworkProfile:
     found.tables["sensitivity"] = {
         "attn": Table({"to_output": growth}, {"anchor": (0, 4), "error": ("head", "pattern")})
     }
+    densities = (0.125, 0.25, 0.5, 1.0)
+    seconds = np.array([[dense * (0.05 + 1.25 * density) for density in densities]])
+    latency = {"dense": Measure(("form",), np.array([dense])), "sparse": Measure(("form", "density"), seconds)}
+    facts = {"queries": 1024, "block_queries": 64}
+    found.tables["latency"] = {"attn": Table(latency, {"form": ("full",), "density": densities}, facts)}
     return found
+
+
+@pytest.fixture(scope="module")
+def network() -> NetworkProfile:
+    return with_attention(Toy(steps=STEPS).profile())
 
 
 def candidates(network: NetworkProfile, *ranges: range) -> tuple[SiteCandidates, ...]:
@@ -134,3 +159,32 @@ def test_choices_are_rules_with_the_heads_that_share_a_pattern() -> None:
     assert band.do == Sparse(pattern=BAND) and isinstance(band.do, Sparse) and band.do.pattern == BAND
     assert (skip.heads, skip.do) == ((1,), Sparse(pattern=SKIP))
     assert sparse_rules([]) == ()
+
+
+def test_costs_are_those_that_were_timed_and_others_are_told(network: NetworkProfile) -> None:
+    found, told = site_costs(network, "full")
+    assert not told
+    assert vars(found["attn"]) == pytest.approx(vars(COST))
+    found, told = site_costs(network, "bfloat16")
+    assert not found and told == ("attn: its attention was not timed in bfloat16 steps",)
+    table = network.tables["latency"]["attn"]
+    short = replace(table, facts={"queries": 512, "block_queries": 64})
+    found, (why,) = site_costs(replace(network, tables={"latency": {"attn": short}}), "full")
+    assert not found and why.startswith("attn: 512 tokens are too few: kernels take blocks of 64 queries")
+    level = Measure(("form", "density"), np.array([[1.0, 1.0, 1.0, 0.9]]))
+    flat = replace(table, measures={**table.measures, "sparse": level})
+    found, (why,) = site_costs(replace(network, tables={"latency": {"attn": flat}}), "full")
+    assert not found and "takes no longer at higher densities" in why
+
+
+def test_what_a_plan_saves_is_that_of_its_heads_in_the_steps_it_computes(network: NetworkProfile) -> None:
+    choices = [HeadPattern("attn", 0, BAND, (1, 2)), HeadPattern("attn", 1, SKIP, (2,))]
+    times = network.timesteps
+    plan = Plan.model_validate(made_plan({"net": times})).model_copy(update={"rules": sparse_rules(choices)})
+    saved = planned_saving(plan, "net", network, {"attn": COST}, range(STEPS))
+    dense_but = 2.0 - COST.seconds((0.25 + 2) / 3), 2.0 - COST.seconds((0.25 + 0 + 1) / 3)
+    assert saved == pytest.approx(sum(dense_but))
+    assert planned_saving(plan, "net", network, {"attn": COST}, (1,)) == pytest.approx(dense_but[0])
+    unknown = sparse_rules([HeadPattern("attn", 0, '{"pattern": "sink"}', (1,))])
+    plan = plan.model_copy(update={"rules": unknown})
+    assert planned_saving(plan, "net", network, {"attn": COST}, (1,)) == pytest.approx(2.0 - COST.seconds(1.0))

@@ -1,0 +1,86 @@
+"""Sparse heads beside a schedule: which at a bound of error or of seconds, decided for phases of the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from ditopt.cost_models.sparse import SparseCost
+from ditopt.profile import NetworkProfile
+from ditopt.search.problem import SearchProblem
+from ditopt.search.solution import Solution, SparsePart, signatures
+from ditopt.search.sparse import SiteCandidates, head_candidates, price_of, sparse_part, totals
+
+PHASES = 3
+"""Computed steps are divided into so many ranges, one after the other, at most: heads are decided for each."""
+NEEDED_TABLES = frozenset({"patterns", "sensitivity", "latency"})
+"""Of a profile, what tells the errors of heads and their seconds."""
+Allowed = Callable[[Solution], bool]
+"""Whether a plan may be: whether it needs no more graphs than are allowed."""
+
+
+class HeadsBeside:
+    """The choices of heads beside one schedule; ``costs`` are of the sites that may be sparse.
+
+    Raises:
+        InputError: no error that was planted at any attention site moved anything.
+    """
+
+    def __init__(
+        self,
+        network: NetworkProfile,
+        problem: SearchProblem,
+        base: Solution,
+        costs: Mapping[str, SparseCost],
+        allowed: Allowed,
+    ) -> None:
+        self.base, self.network, self.allowed = base, problem.network, allowed
+        kept = base.kept
+        divisions = (np.array_split(kept, count) for count in range(1, min(PHASES, len(kept)) + 1))
+        ranges = ([tuple(map(int, part)) for part in division] for division in divisions)
+        self.divisions = [head_candidates(network, problem, base.draft, costs, each) for each in ranges]
+
+    @property
+    def most_saved(self) -> float:
+        """Seconds of a generation that the heads can save, whatever their error."""
+        return max(totals(each, 0.0)[0] for each in self.divisions)
+
+    def within_error(self, squared: float) -> SparsePart | None:
+        """What saves most with a squared relative error of so much at most; None: nothing does."""
+        found = (self._part(each, price_of(each, lambda saved, error: error <= squared)) for each in self.divisions)
+        return self._first(sorted(found, key=lambda part: -part.saved))
+
+    def saving(self, seconds: float) -> SparsePart | None:
+        """What errs least and saves so many seconds of a generation; None: nothing saves so much."""
+        if seconds > self.most_saved:
+            return None
+        found = []
+        for each in self.divisions:
+            price = price_of(each, lambda saved, error: saved < seconds) / 1.02
+            found.append(self._part(each, price))
+        return self._first(sorted((part for part in found if part.saved >= seconds), key=lambda part: part.error))
+
+    def _part(self, candidates: Sequence[SiteCandidates], price: float) -> SparsePart:
+        return sparse_part(candidates, price, self.network, self.base.objective)
+
+    def _first(self, parts: Sequence[SparsePart]) -> SparsePart | None:
+        useful = (part for part in parts if part.saved > 0)
+        return next((part for part in useful if self.allowed(self.base.with_sparse(part))), None)
+
+
+def count_graphs(problem: SearchProblem, solution: Solution) -> int:
+    """Number of distinct graphs that a plan needs with its sparse heads: a site in some step may be sparse or not."""
+    sparse = [
+        frozenset(rule.sites for rule in solution.sparse.rules if step in rule.steps) for step in range(problem.steps)
+    ]
+    return len(set(zip(signatures(problem, solution.draft), sparse, strict=True)))
+
+
+def further_schedules(
+    solution: Solution, steps: int, more: int, start: Callable[[int], Solution]
+) -> Iterator[Solution]:
+    """``solution``, then those that compute 1, 2, up to ``more`` further steps: ``start(count)``."""
+    yield solution
+    for count in range(len(solution.kept) + 1, min(len(solution.kept) + more, steps) + 1):
+        yield start(count)
