@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ditopt.console import Reporter, Stage
-from ditopt.cost_models.measured import MeasuredCost, form_name
+from ditopt.cost_models.measured import form_name
 from ditopt.cost_models.sparse import SparseCost
 from ditopt.errors import NonFiniteError
+from ditopt.estimate import estimated_seconds
 from ditopt.forms import in_dtype, simplified
 from ditopt.measure import Evaluator
 from ditopt.plan import Plan, Rule
@@ -21,7 +22,6 @@ from ditopt.profile import NetworkProfile, Profile, branch_shares
 from ditopt.profiler.moves import pulled
 from ditopt.profiler.run import whole_program
 from ditopt.quality import Quality, compare
-from ditopt.runtime.schedule import bind
 from ditopt.search import (
     Measurement,
     SearchProblem,
@@ -40,7 +40,7 @@ from ditopt.search.joint import from_kept
 from ditopt.search.refine import with_further_step
 from ditopt.search.rollouts import rules_key
 from ditopt.search.solution import SparsePart, form_rules
-from ditopt.search.sparse import planned_saving, site_costs
+from ditopt.search.sparse import site_costs
 from ditopt.sites import STEP
 from ditopt.steer import Steering
 from ditopt.target import Target
@@ -439,18 +439,8 @@ class Tuner:
 
     def estimate(self, plan: Plan) -> float:
         """Seconds of this network in one generation under a plan, by the measured times of its variants."""
-        cost = MeasuredCost(self.profile.networks[self.network].seconds)
-        whole = plan.model_copy(update={"rules": tuple(rule for rule in plan.rules if not rule.for_heads)})
-        steps = bind(whole, self.network, self.evaluator.sessions[self.network].ranges()).steps
-        seconds = sum(
-            cost.step_seconds([p.site for p in step.predictions], step.variant.dtype, step.variant.simplify)
-            for step in steps
-        )
-        if not any(rule.for_heads for rule in plan.rules):
-            return seconds
-        network = self.profile.networks[self.network]
-        kept = plan.kept_steps(self.network)
-        return seconds - planned_saving(plan, self.network, network, self.attention_costs, kept)
+        network, ranges = self.profile.networks[self.network], self.evaluator.sessions[self.network].ranges()
+        return estimated_seconds(plan, self.network, network, ranges, lambda: self.attention_costs)
 
     @cached_property
     def attention_costs(self) -> dict[str, SparseCost]:

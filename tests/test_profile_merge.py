@@ -12,9 +12,9 @@ import pytest
 
 from ditopt.errors import ProfileError
 from ditopt.geometry import Geometry
-from ditopt.measures import Table
+from ditopt.measures import Measure, Table
 from ditopt.plan import SamplerPrint
-from ditopt.profile import Profile, merge
+from ditopt.profile import LATENCY, Profile, merge
 from ditopt.profile_check import check_profile
 from ditopt.profile_data import profile_arrays
 from tests.made_profiles import TIMES, made_plan, made_profile, with_network
@@ -122,6 +122,22 @@ def test_seconds_of_another_machine_do_not_count() -> None:
     assert "seconds measured on H100 are left out; those kept are of EPYC" in merged.reasons
     assert merge(other, ONE).networks["transformer"].seconds == other.networks["transformer"].seconds
     assert merged.networks["transformer"].sensitivity[0] == pytest.approx(5**0.75), "the rest counts"
+
+
+def test_seconds_of_attention_are_kept_of_the_first_machine_and_averaged_on_one() -> None:
+    def timed(profile: Profile, seconds: float) -> Profile:
+        ((name, part),) = profile.networks.items()
+        table = Table({"dense": Measure(("form",), np.array([seconds]))}, {"form": ("full",)})
+        return replace(profile, networks={name: replace(part, tables={**part.tables, LATENCY: {"attn": table}})})
+
+    def seconds_of(profile: Profile) -> float:
+        return float(profile.networks["transformer"].tables[LATENCY]["attn"]["dense"].values[0])
+
+    other = made_profile(2, prompts=3, weight=5.0, device="H100")
+    merged = merge(timed(ONE, 1.0), timed(other, 5.0))
+    assert seconds_of(merged) == 1.0
+    assert merged.networks["transformer"].tables.keys() > {LATENCY}, "the rest is merged"
+    assert seconds_of(merge(timed(ONE, 1.0), timed(THREE, 5.0))) == 4.0
 
 
 def test_a_prompt_in_both_counts_twice_and_is_told() -> None:

@@ -1,0 +1,92 @@
+"""Seconds of attention by itself: what is timed, in which forms, and what a step's share of it makes worth a look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+
+from ditopt.kernels.block_sparse_attention.lists import check, check_entries
+from ditopt.measures import Table
+from ditopt.profile import NetworkProfile
+from ditopt.profiler.attention_timing import DENSITIES, attention_latency, even_lists
+from ditopt.profiler.take import attention_share
+from ditopt.profiler.timing import Timed
+from ditopt.trace import Trace
+from tests.search.test_sparse import with_attention
+from tests.search.toy import Toy
+from tests.tiny import compiled_tiny, euler, make_model
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    with compiled_tiny(make_model(blocks=2), lambda model: euler(model, "one", 0, steps=1)) as (_, program):
+        return program.variants.trace
+
+
+def in_order(variants: Mapping[str, Timed]) -> dict[str, float]:
+    """One second for the first, two for the second, and so on; each is run."""
+    assert all(run() > 0 for run in variants.values())
+    return {name: float(place) for place, name in enumerate(variants, 1)}
+
+
+def test_sites_of_equal_shapes_are_timed_once_in_every_form(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = []
+
+    def counted(variants: Mapping[str, Timed]) -> dict[str, float]:
+        rounds.append(list(variants))
+        return in_order(variants)
+
+    monkeypatch.setattr("ditopt.profiler.attention_timing.time_in_turn", counted)
+    tables, reasons = attention_latency(trace, ("full", "bfloat16", "predicted", "blocks.0..1"), 2.0)
+    assert not reasons
+    assert len(tables) == 2 and len(rounds) == 2, "two blocks, two forms"
+    for table in tables.values():
+        assert table.labels == {"form": ("full", "bfloat16"), "density": DENSITIES}
+        assert table["dense"].values.tolist() == [2.0, 2.0], "two calls a step"
+        assert table["sparse"].values.tolist() == [[4.0, 6.0, 8.0, 10.0]] * 2
+        assert table.facts == {"queries": 64, "block_queries": 64}
+
+
+def test_a_form_without_a_kernel_is_told(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusal(*given: object) -> str:
+        return "there is no kernel for it"
+
+    monkeypatch.setattr("ditopt.profiler.attention_timing.block_sparse_refusal", refusal)
+    tables, reasons = attention_latency(trace, ("full",), 1.0)
+    assert not tables
+    assert len(reasons) == 1 and reasons[0].endswith("steps was not timed: there is no kernel for it")
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1024, 1024), (1000, 1000), (300, 77), (20, 20)])
+@pytest.mark.parametrize("share", DENSITIES)
+def test_lists_are_of_the_share_that_is_timed(queries: int, keys: int, share: float) -> None:
+    lists = even_lists(3, queries, keys, share)
+    assert check(lists, 1, 3, queries) is None and check_entries(lists, keys) is None
+    columns = -(-keys // lists.key_block)
+    assert torch.equal(lists.counts, torch.full_like(lists.counts, max(1, round(share * columns))))
+
+
+def test_where_attention_is_little_of_a_step_it_is_not_worth_a_look() -> None:
+    def share_of(dense: float) -> tuple[float, str]:
+        part: NetworkProfile = with_attention(Toy(steps=8).profile(), dense)
+        part.seconds.clear()
+        part.seconds.update({"full": 10.0, "predicted": 0.1})
+        return attention_share(part)
+
+    large, _ = share_of(5.0)
+    assert large == pytest.approx((5.0 - 5.0 * (0.05 + 1.25 * 0.25)) / 10)
+    small, told = share_of(0.5)
+    assert small == pytest.approx(large / 10) and "save 3% of a full step, less than 10%" in told
+    part = with_attention(Toy(steps=8).profile())
+    slow = Table(
+        {**part.tables["latency"]["attn"].measures, "dense": part.tables["latency"]["attn"]["dense"]},
+        part.tables["latency"]["attn"].labels,
+        part.tables["latency"]["attn"].facts,
+    )
+    slow["dense"].values[:] = 0.01
+    part.tables["latency"]["attn"] = slow
+    assert np.isclose(attention_share(part)[0], 0.0)
+    assert attention_share(part)[1] == "no self-attention takes less time block-sparse here"
