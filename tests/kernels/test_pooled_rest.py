@@ -23,11 +23,11 @@ def attend(
     parts: Operands, lists: BlockLists, scale: float, rest: PooledRest, lanes: int = cpu.WIDEST
 ) -> tuple[Tensor, Tensor]:
     """The kernel's result, in memory that held NaN."""
-    query, key, value = parts
-    sizes = (lists.query_block, lists.key_block, scale)
-    pooled = (rest.key, rest.value, rest.heads, rest.pool, lanes)
+    of_rest = (rest.key, rest.value, rest.heads)
     with poisoned():
-        return cpu.block_sparse_attention(query, key, value, lists.indices, lists.counts, *sizes, *pooled)
+        return cpu.block_sparse_attention(
+            *parts, lists.indices, lists.counts, lists.query_block, lists.key_block, scale, *of_rest, rest.pool, lanes
+        )
 
 
 def rest_of(parts: Operands, heads: list[int], pool: int) -> PooledRest:
