@@ -80,11 +80,12 @@ def draw_plan(rng: np.random.Generator, problem: SearchProblem, network: Network
         share, start = rng.uniform(0.05, 0.7), int(rng.integers(0, problem.steps // 2))
         steps = tuple(step for step in draft.kept if step >= start)
         for site, table in network.tables["patterns"].items():
-            if "candidate" not in table.labels or len(table.labels["candidate"]) < 2 or not steps:
+            candidates = [each for each in table.labels.get("candidate", ()) if "rest" not in json.loads(str(each))]
+            if len(candidates) < 2 or not steps:  # masks have no rest
                 continue
             for head in range(table["error"].size("head")):
                 if rng.uniform() < share:
-                    candidate = table.labels["candidate"][rng.integers(len(table.labels["candidate"]))]
+                    candidate = candidates[rng.integers(len(candidates))]
                     heads.append(HeadPattern(site, head, candidate, steps))
     return RandomPlan(draft, tuple(heads))
 

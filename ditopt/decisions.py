@@ -134,8 +134,10 @@ def _name_first(entries: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 class Sparse(_Decision):
     """Attend to the blocks of keys that a pattern keeps; for heads of attention sites.
 
-    ``pattern`` is the ``pattern_text`` of its mapping, as ``kernels.patterns.registry`` reads it when a plan is bound;
-    two that are written alike are equal.
+    ``pattern`` is the ``pattern_text`` of its mapping, as ``kernels.patterns.choice`` reads it when a plan is bound;
+    two that are written alike are equal. Its ``rest`` says what becomes of the other blocks: they are lost, or
+    (``rest: pooled``) count by the means of their keys and values, in groups of whole blocks or of so many tokens
+    (``rest: {pooled: 16}``).
     """
 
     kind: Literal["sparse"] = "sparse"

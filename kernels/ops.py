@@ -3,7 +3,8 @@
 ``ditopt::attention`` stands for one attention call of the model while a graph is analysed, so that no
 device decomposes it out of sight. The pass ``lower_attention`` turns it back before Inductor sees it, unless the pass
 ``flash`` has put ``ditopt::flash_attention`` in its place, of which ``refusal`` tells what its kernels do not take.
-``ditopt::block_sparse_attention`` attends to listed blocks of keys only (``block_sparse_attention.lists``).
+``ditopt::block_sparse_attention`` attends to listed blocks of keys only (``block_sparse_attention.lists``), and to the
+means of the others where it is given them (``block_sparse_attention.pooled``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 from ditopt._torch import has_amx, has_bfloat16_dot_products
 from ditopt.kernels.block_sparse_attention.lists import QUERY_TASK, check
 from ditopt.kernels.block_sparse_attention.lists import BlockLists as BlockLists
+from ditopt.kernels.block_sparse_attention.pooled import PooledRest as PooledRest
+from ditopt.kernels.block_sparse_attention.pooled import check_pooled
 
 LIBRARY = torch.library.Library("ditopt", "DEF")
 LIBRARY.define(
@@ -24,7 +27,8 @@ LIBRARY.define(
 LIBRARY.define("flash_attention(Tensor query, Tensor key, Tensor value, float scale) -> Tensor")
 LIBRARY.define(
     "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor indices, Tensor counts, int query_block, "
-    "int key_block, float scale) -> (Tensor, Tensor)"
+    "int key_block, float scale, Tensor? pooled_key=None, Tensor? pooled_value=None, Tensor? rest=None, int pool=0) "
+    "-> (Tensor, Tensor)"
 )
 
 SETTINGS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
@@ -115,6 +119,10 @@ def _fake_block_sparse_attention(
     query_block: int,
     key_block: int,
     scale: float,
+    pooled_key: Tensor | None = None,
+    pooled_value: Tensor | None = None,
+    rest: Tensor | None = None,
+    pool: int = 0,
 ) -> tuple[Tensor, Tensor]:
     out = _fake_flash_attention(query, key, value, scale)
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -123,10 +131,13 @@ def _fake_block_sparse_attention(
 torch.library.register_fake("ditopt::block_sparse_attention", _fake_block_sparse_attention, lib=LIBRARY)
 
 
-def block_sparse_refusal(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, scale: float) -> str | None:
+def block_sparse_refusal(
+    query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, scale: float, rest: PooledRest | None = None
+) -> str | None:
     """Why no kernel of ``ditopt::block_sparse_attention`` takes these operands; None if one does."""
     parts = (query, key, value)
-    elsewhere = _elsewhere(*parts, lists.indices, lists.counts)
+    pooled = () if rest is None else (rest.key, rest.value, rest.heads)
+    elsewhere = _elsewhere(*parts, lists.indices, lists.counts, *pooled)
     if elsewhere is not None:
         return elsewhere
     if len({part.dtype for part in parts}) > 1 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -138,7 +149,8 @@ def block_sparse_refusal(query: Tensor, key: Tensor, value: Tensor, lists: Block
     if lists.query_block % QUERY_TASK or lists.key_block % 2:
         sizes = f"blocks of {lists.query_block} queries and {lists.key_block} keys"
         return f"{sizes}: multiples of {QUERY_TASK} and of 2 are taken"
-    return check(lists, query.shape[0], query.shape[1], query.shape[2])
+    wrong = check(lists, query.shape[0], query.shape[1], query.shape[2])
+    return wrong if wrong is not None or rest is None else check_pooled(rest, key, value, lists, query.shape[1])
 
 
 def _elsewhere(*parts: Tensor) -> str | None:

@@ -44,12 +44,16 @@ class Prediction:
 
 @dataclass(frozen=True)
 class SparseAttention:
-    """The attention ``site`` attends to listed blocks of keys; lists have room for ``width`` of them."""
+    """The attention ``site`` attends to listed blocks of keys; lists have room for ``width`` of them.
+
+    Where ``pool`` is not 0, an input says which heads attend to the other blocks, too, by means of so many tokens.
+    """
 
     site: str
     query_block: int
     key_block: int
     width: int
+    pool: int = 0
 
 
 @dataclass(frozen=True)

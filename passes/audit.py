@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
 from ditopt.errors import AuditError
 from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, FLASH_ATTENTION
-from ditopt.passes._infra import SITE, GraphIndex, StepPlan, outputs, tensor_value
-from ditopt.passes.cast import castable
+from ditopt.passes._infra import SITE, GraphIndex, SparseAttention, StepPlan, outputs, tensor_value
+from ditopt.passes.cast import VIEWS, castable
 from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.features import user_outputs
 from ditopt.passes.second_order import SECOND_ORDER
 from ditopt.passes.simplify import simplifiable
-from ditopt.passes.sparse import list_names
+from ditopt.passes.sparse import MEANS, list_names, rest_name
 from ditopt.sites import STEP
 
 ATTENTIONS = (ATTENTION, FLASH_ATTENTION, BLOCK_SPARSE_ATTENTION)
@@ -85,10 +86,44 @@ def _check_sparse(gm: fx.GraphModule, plan: StepPlan, reasons: Sequence[str]) ->
         sizes = (*node.args[5:7], tensor_value(node.args[3]).shape[-1])
         if read != [*list_names(wanted.site)] or sizes != (wanted.query_block, wanted.key_block, wanted.width):
             raise AuditError(f"{wanted.site}: to be {wanted}, but its attention reads {', '.join(read)} in {sizes}")
+        _check_rest(node, wanted)
     planned = {wanted.site for wanted in plan.sparse}
     for node in calls:
         if node.target is BLOCK_SPARSE_ATTENTION and node.meta.get(SITE) not in planned:
             raise AuditError(f"{node.meta.get(SITE, node.name)}: sparse in the graph, but not by the plan")
+
+
+def _check_rest(node: fx.Node, wanted: SparseAttention) -> None:
+    """Pooled operands of block-sparse attention are the plan's: means of its own keys and values, or none at all."""
+    given = (*node.args[8:], None, None, None, 0)[: max(4, len(node.args) - 8)]
+    heads, pool = given[2:4]
+    read = str(heads.target) if isinstance(heads, fx.Node) else None
+    if (read, pool) != ((rest_name(wanted.site), wanted.pool) if wanted.pool else (None, 0)):
+        raise AuditError(f"{wanted.site}: to be {wanted}, but its attention reads {read} in pools of {pool}")
+    for name, whole, means in zip(("keys", "values"), node.args[1:3], given, strict=False):
+        found = isinstance(means, fx.Node)
+        if found != bool(wanted.pool) or (found and _source(whole) not in _sources_of_means(means)):
+            what = f"to be {wanted}, but its attention has {'other' if found else 'no'} pooled {name}"
+            raise AuditError(f"{wanted.site}: {what}")
+
+
+def _source(node: object) -> object:
+    """What a value is a conversion or a view of."""
+    while isinstance(node, fx.Node) and node.target in (torch.ops.prims.convert_element_type.default, *VIEWS):
+        node = node.args[0]
+    return node
+
+
+def _sources_of_means(node: object) -> set[object]:
+    """Nodes that a pooled operand is made from, by means, views and conversions alone."""
+    seen: set[object] = set()
+    waiting = [_source(node)]
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, fx.Node) and here not in seen:
+            seen.add(here)
+            waiting += map(_source, here.all_input_nodes) if here.target in MEANS else ()
+    return seen
 
 
 def _check_second_order(gm: fx.GraphModule) -> None:

@@ -1,7 +1,8 @@
 """Sparse: attention sites that a step's plan names attend to listed blocks of keys.
 
 Lists are inputs of the graph, of the same shape in all steps, so that one graph serves steps with other patterns. The
-numbers are those of attention under the blocks' mask.
+numbers are those of attention under the blocks' mask; where heads have a rest, the graph takes means of keys and
+values, and a further input says which heads read them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import operator
 import torch
 from torch import fx
 
-from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, BlockLists, block_sparse_refusal
+from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, BlockLists, PooledRest, block_sparse_refusal
 from ditopt.passes._infra import (
     SITE,
     GraphIndex,
@@ -27,10 +28,20 @@ from ditopt.passes._infra import (
 )
 from ditopt.passes.attention import scale_of, special
 
+aten = torch.ops.aten
+
+MEANS = (aten.mean.dim, aten.view.default, aten.slice.Tensor, aten.cat.default)
+"""What means of tokens are made of."""
+
 
 def list_names(site: str) -> tuple[str, str]:
     """The inputs that carry a site's lists: ``indices`` ``[1, H, Qb, W]`` and ``counts`` ``[1, H, Qb]``, int32."""
     return f"indices_{word(site)}", f"counts_{word(site)}"
+
+
+def rest_name(site: str) -> str:
+    """The input that says which heads of a site have a rest: ``[H]`` int32."""
+    return f"rest_{word(site)}"
 
 
 def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
@@ -46,11 +57,15 @@ def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
         if refused is not None:
             reasons.append(f"sparse {found.site}: {refused}")
             return None
-        lists = _lists(node, found)
+        lists, rest = _lists(node, found), _rest(node, found)
         names = list_names(found.site)
         inputs = [add_input(gm, *each) for each in zip(names, (lists.indices, lists.counts), strict=True)]
         settings = (found.query_block, found.key_block, scale_of(node))
-        both = call(gm, BLOCK_SPARSE_ATTENTION, *node.args[:3], *inputs, *settings)
+        pooled: tuple[object, ...] = ()
+        if rest is not None:
+            means = [pooled_tokens(gm, each, found.pool) for each in node.args[1:3]]  # type: ignore[arg-type]  # nodes
+            pooled = (*means, add_input(gm, rest_name(found.site), rest.heads), found.pool)
+        both = call(gm, BLOCK_SPARSE_ATTENTION, *node.args[:3], *inputs, *settings, *pooled)
         return in_memory_order(gm, call(gm, operator.getitem, both, 0), tensor_value(node))
 
     return PassResult(gm, bool(wanted) and replace_each(gm, write), tuple(reasons))
@@ -59,7 +74,22 @@ def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
 def sparse_refusal(node: fx.Node, wanted: SparseAttention) -> str | None:
     """Why no kernel takes an attention call as ``wanted``; None if one does."""
     query, key, value = (tensor_value(operand) for operand in node.args[:3])  # type: ignore[arg-type]  # nodes
-    return special(node) or block_sparse_refusal(query, key, value, _lists(node, wanted), scale_of(node))
+    lists, rest = _lists(node, wanted), _rest(node, wanted)
+    return special(node) or block_sparse_refusal(query, key, value, lists, scale_of(node), rest)
+
+
+def pooled_tokens(gm: fx.GraphModule, tokens: fx.Node, pool: int) -> fx.Node:
+    """``[B, H, L, D]`` -> ``[B, H, G, D]``, as ``block_sparse_attention.pooled.pool_tokens`` has it."""
+    batch, heads, length, depth = tensor_value(tokens).shape
+    whole = length // pool * pool
+    parts = []
+    if whole:
+        full = call(gm, aten.slice.Tensor, tokens, 2, 0, whole) if whole < length else tokens
+        groups = call(gm, aten.view.default, full, [batch, heads, whole // pool, pool, depth])
+        parts.append(call(gm, aten.mean.dim, groups, [3]))
+    if whole < length:
+        parts.append(call(gm, aten.mean.dim, call(gm, aten.slice.Tensor, tokens, 2, whole, length), [2], True))
+    return call(gm, aten.cat.default, parts, 2) if len(parts) > 1 else parts[0]
 
 
 def _lists(node: fx.Node, wanted: SparseAttention) -> BlockLists:
@@ -68,3 +98,14 @@ def _lists(node: fx.Node, wanted: SparseAttention) -> BlockLists:
     rows = (1, query.shape[1], -(-query.shape[2] // wanted.query_block))
     indices = query.new_empty((*rows, wanted.width), dtype=torch.int32)
     return BlockLists(indices, query.new_empty(rows, dtype=torch.int32), wanted.query_block, wanted.key_block)
+
+
+def _rest(node: fx.Node, wanted: SparseAttention) -> PooledRest | None:
+    """What describes the pooled operands of an attention call; None where it has none."""
+    if not wanted.pool:
+        return None
+    query, *others = (tensor_value(operand) for operand in node.args[:3])  # type: ignore[arg-type]  # nodes
+    keys, values = (
+        part.new_empty((*part.shape[:2], -(-part.shape[2] // wanted.pool), part.shape[3])) for part in others
+    )
+    return PooledRest(keys, values, query.new_empty(query.shape[1], dtype=torch.int32), wanted.pool)

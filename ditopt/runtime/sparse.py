@@ -16,9 +16,9 @@ from ditopt.geometry import Geometry
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kernel_blocks
 from ditopt.kernels.ops import ATTENTION
 from ditopt.kernels.patterns._infra import Pattern
-from ditopt.kernels.patterns.registry import pattern_from_data
+from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.passes._infra import SITE, SparseAttention
-from ditopt.passes.sparse import list_names
+from ditopt.passes.sparse import list_names, rest_name
 from ditopt.plan import Plan, Rule
 from ditopt.sites import AttentionSite
 from ditopt.trace import Trace, block_of
@@ -91,7 +91,7 @@ class AttentionSites:
 
         Raises:
             PlanMismatchError: a rule names a site or head that is not there, or a pattern that is unknown, is given
-                parameters that it has not, or is for self-attention only and the site is none.
+                parameters or a rest that it has not, or is for self-attention only and the site is none.
         """
         for number, rule in enumerate(plan.rules):
             if rule.for_heads and fnmatchcase(network, rule.network):
@@ -109,13 +109,18 @@ class AttentionSites:
             raise PlanMismatchError(f"{told}: {place.site.name} has heads 0-{heads - 1}, there is no {rule.heads[-1]}")
         if isinstance(rule.do, Sparse):
             try:
-                _pattern(rule.do)
+                choice = SparseChoice.from_data(rule.do.settings)
             except ValueError as error:
                 raise PlanMismatchError(f"{told}: {error}") from None
             if not place.own and rule.do.settings["pattern"] not in WITHOUT_TOKENS:
                 raise PlanMismatchError(
                     f"{told}: {place.site.name} is no self-attention of the latents' tokens, with {place.site.queries} "
                     f"queries and {place.site.keys} keys; of patterns only {' and '.join(WITHOUT_TOKENS)} are for it"
+                )
+            if not place.own and choice.rest is not None:
+                raise PlanMismatchError(
+                    f"{told}: {place.site.name} is no self-attention of the latents' tokens; a rest is for that only, "
+                    "as text is not pooled"
                 )
 
     def steps(
@@ -126,9 +131,10 @@ class AttentionSites:
         And why what is decided comes to nothing, where it does.
 
         Raises:
-            PlanMismatchError: how the tokens of a site lie is not known.
+            PlanMismatchError: how the tokens of a site lie is not known, or a rest is not in pools of one size that
+                divides its blocks.
         """
-        found: list[list[tuple[SparseAttention, BlockLists]]] = [[] for _ in plan.sampler.timesteps[network]]
+        found: list[list[tuple[SparseAttention, dict[str, Tensor]]]] = [[] for _ in plan.sampler.timesteps[network]]
         notes: dict[str, None] = {}  # a set in order
         for name, place in self.places.items():
             decided = {
@@ -139,17 +145,18 @@ class AttentionSites:
             if not decided:
                 continue
             geometry = self._geometry(plan, network, place) if place.own else None
-            for step, lists in _lists(place.site, geometry, decided, notes).items():
+            of_steps = _lists(place.site, geometry, decided, notes)
+            rests = _rests(place.site, {step: decided[step] for step in of_steps})
+            for step, lists in of_steps.items():
+                pool, heads = rests[step]
                 width = int(lists.indices.shape[-1])
-                found[step].append((SparseAttention(name, lists.query_block, lists.key_block, width), lists))
+                inputs = dict(zip(list_names(name), (lists.indices, lists.counts), strict=True))
+                inputs |= {rest_name(name): heads} if pool else {}
+                found[step].append((SparseAttention(name, lists.query_block, lists.key_block, width, pool), inputs))
         steps = (
             SparseStep(
                 tuple(each for each, _ in of_step),
-                {
-                    name: tensor
-                    for each, lists in of_step
-                    for name, tensor in zip(list_names(each.site), (lists.indices, lists.counts), strict=True)
-                },
+                {name: tensor for _, inputs in of_step for name, tensor in inputs.items()},
             )
             for of_step in found
         )
@@ -207,13 +214,43 @@ def _lists(
     return {step: lists[heads] for step, heads in decided.items() if heads in lists}
 
 
+def _rests(site: AttentionSite, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dict[int, tuple[int, Tensor]]:
+    """By step the pool of a site's rests, 0 where no step has one, and which heads have one, ``[H]``.
+
+    A step without any is pooled as another step is, so that it needs no graph of its own.
+
+    Raises:
+        PlanMismatchError: heads ask for several pools in one step, or for one that does not divide the blocks of keys.
+    """
+    _, key_block = kernel_blocks(site.queries, site.keys)
+    asked: dict[tuple[HeadDecision, ...], tuple[int, ...]] = {}
+    for heads in dict.fromkeys(decided.values()):
+        rests = [SparseChoice.from_data(do.settings).rest if isinstance(do, Sparse) else None for do in heads]
+        try:
+            asked[heads] = tuple(rest.of(key_block) if rest is not None else 0 for rest in rests)
+        except ValueError as error:
+            raise PlanMismatchError(f"{site.name}: {error}") from None
+        several = sorted({*asked[heads]} - {0})
+        if len(several) > 1:
+            told = " and ".join(map(str, several))
+            raise PlanMismatchError(
+                f"{site.name}: in one step its heads have rests in groups of one size, not of {told}"
+            )
+    coarsest = max((pool for pools in asked.values() for pool in pools), default=0)
+    found = {
+        heads: (max(pools) or coarsest, torch.tensor([int(pool > 0) for pool in pools], dtype=torch.int32))
+        for heads, pools in asked.items()
+    }
+    return {step: found[heads] for step, heads in decided.items()}
+
+
 def _fitting(geometry: Geometry, tokens: int) -> Iterator[Geometry]:
     """The geometry of a site with so many tokens: with the text of a network, or without."""
     return (each for each in (geometry, replace(geometry, text=0)) if each.tokens == tokens)
 
 
 def _pattern(decision: Sparse) -> Pattern:
-    return pattern_from_data(decision.settings)
+    return SparseChoice.from_data(decision.settings).pattern
 
 
 def _map(

@@ -8,6 +8,8 @@
 // channel by channel, as a product over keys takes them in pairs.
 //
 // Neighbouring blocks of a list make a run, and a run is taken in chunks of at most CHUNK keys between two rescalings.
+// Behind them come the means of groups of keys, where a head has a rest: all groups of a chunk are scored, and those that
+// lie in listed blocks count as none.
 #include <immintrin.h>
 #include <omp.h>
 
@@ -270,8 +272,78 @@ inline void softmax(State& state, float* sums, float* most, const Floats (&large
     }
 }
 
+// Scores of groups of keys: each counts as often as it has tokens, of which `bias` has the logarithm over the scale; -inf
+// leaves one out, whatever its score.
+inline void weigh(float (*scores)[STRIP], const float* bias, int count, Floats (&largest)[VECTORS]) {
+    const float lowest = -std::numeric_limits<float>::infinity();
+    for (int row = 0; row < count; ++row)
+        for (int v = 0; v < VECTORS; ++v) {
+            const Floats found = bias[row] == lowest ? all(lowest) : load<Floats>(scores[row] + LANES * v) + bias[row];
+            store(scores[row] + LANES * v, found);
+            largest[v] = larger(largest[v], found);
+        }
+}
+
+// A task's queries, and what it has of the result so far.
+struct Task {
+    const int32_t* queries;  // [STRIPS][words][STRIP]
+    float* result;           // [STRIPS][channels][STRIP]
+    int here, words, channels;
+    float factor;
+};
+
+// Takes `count` keys, at most CHUNK, and their values into a task's result; `bias` as in `weigh`, or null.
+template <class F>
+__attribute__((noinline)) void take(State& state, const Task& task, const typename F::Element* keys, int64_t key_stride,
+                                    const int32_t* values, int64_t value_stride, int count, const float* bias) {
+    for (int strip = 0; strip * STRIP < task.here; ++strip) {
+        float* most = state.largest + strip * STRIP;
+        Floats largest[VECTORS], unweighed[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) unweighed[v] = largest[v] = load<Floats>(most + LANES * v);
+        in_tiles(count, [&](auto rows, int k) {
+            score<F, rows()>(keys + k * key_stride, key_stride, task.queries + strip * int64_t(task.words) * STRIP,
+                             task.words, state.scores + k, bias ? unweighed : largest);
+        });
+        if (bias) weigh(state.scores, bias, count, largest);
+        softmax<F>(state, state.sum + strip * STRIP, most, largest, count, task.factor);
+        in_tiles(task.channels, [&](auto rows, int c) {
+            gather<F, rows()>(values + c, value_stride, state.shares, int((count + F::PACKED - 1) / F::PACKED), state.scaled,
+                              task.result + (strip * int64_t(task.channels) + c) * STRIP);
+        });
+    }
+}
+
 struct Sizes {
     int64_t batch, heads, key_heads, queries, keys, depth, channels, list_batch, width, query_block, key_block;
+    int64_t groups, pool;  // of pooled keys and their tokens; no groups where no head has a rest
+};
+
+// Keys and values of all heads: where rows of a head begin, as `F` reads them.
+template <class F>
+struct Rows {
+    typedef typename F::Element Element;
+    const Element *key, *value;
+    const int64_t *of_key, *of_value;  // strides of batch, head, row
+    int64_t count, channels, heads;
+    int32_t* interleaved;  // the values in pairs, where those are read
+
+    int64_t words() const { return (count + F::PACKED - 1) / F::PACKED; }
+    const Element* keys(int64_t b, int64_t head) const { return key + b * of_key[0] + head * of_key[1]; }
+    const int32_t* values(int64_t b, int64_t head) const {
+        if constexpr (F::PACKED == 2) return interleaved + (b * heads + head) * words() * channels;
+        return (const int32_t*)(value + b * of_value[0] + head * of_value[1]);
+    }
+    int64_t value_stride() const { return F::PACKED == 2 ? channels : of_value[2]; }
+
+    // Fills row `number` of all heads' `interleaved`.
+    void interleave(int64_t number) const {
+        if constexpr (F::PACKED == 2) {
+            const int64_t word = number % words(), head = number / words() % heads, b = number / words() / heads;
+            const Element* even = value + b * of_value[0] + head * of_value[1] + 2 * word * of_value[2];
+            F::interleave(even, 2 * word + 1 < count ? even + of_value[2] : nullptr, int(channels),
+                          (uint32_t*)interleaved + number * channels);
+        }
+    }
 };
 
 inline int64_t blocks(int64_t tokens, int64_t block) { return (tokens + block - 1) / block; }
@@ -299,39 +371,40 @@ void check(const Sizes& s, const int32_t* indices, const int32_t* counts, int64_
 }
 
 template <class F>
-void attend(const typename F::Element* query, const typename F::Element* key, const typename F::Element* value,
-            typename F::Element* out, float* lse, const int32_t* indices, const int32_t* counts, int32_t* interleaved,
-            const Sizes& s, const int64_t* strides, float scale, int threads) {
+void attend(const typename F::Element* query, const Rows<F>& all_keys, const Rows<F>& pooled, const int32_t* rest,
+            typename F::Element* out, float* lse, const int32_t* indices, const int32_t* counts, const Sizes& s,
+            const int64_t* of_query, const int64_t* of_out, float scale, int threads) {
     typedef typename F::Element Element;
-    const int64_t *of_query = strides, *of_key = strides + 3, *of_value = strides + 6, *of_out = strides + 9;
     const int words = int(s.depth / F::PACKED), channels = int(s.channels), out_words = channels / F::PACKED;
     const int64_t tiles = blocks(s.queries, TASK), query_blocks = blocks(s.queries, s.query_block);
-    const int64_t value_words = blocks(s.keys, F::PACKED), tasks = s.batch * s.heads * tiles;
+    const int64_t tasks = s.batch * s.heads * tiles;
     const float factor = scale * 1.44269504088896f, lowest = -std::numeric_limits<float>::infinity();
 
     const auto list_of = [&](int64_t task) {
         const int64_t tile = task % tiles, head = task / tiles % s.heads, b = task / tiles / s.heads;
         return ((s.list_batch > 1 ? b : 0) * s.heads + head) * query_blocks + tile * TASK / s.query_block;
     };
+    const auto has_rest = [&](int64_t head) { return s.groups > 0 && rest[head] != 0; };
+    const auto work_of = [&](int64_t task) {
+        return counts[list_of(task)] * s.key_block + (has_rest(task / tiles % s.heads) ? s.groups : 0);
+    };
     std::vector<int64_t> order(tasks);
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return counts[list_of(a)] > counts[list_of(b)]; });
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return work_of(a) > work_of(b); });
 
 #pragma omp parallel num_threads(threads)
     {
-        if constexpr (F::PACKED == 2) {
+        if constexpr (F::PACKED == 2)
+            for (const Rows<F>* rows : {&all_keys, &pooled}) {
 #pragma omp for schedule(static)
-            for (int64_t row = 0; row < s.batch * s.key_heads * value_words; ++row) {
-                const int64_t word = row % value_words, head = row / value_words % s.key_heads, b = row / value_words / s.key_heads;
-                const Element* even = value + b * of_value[0] + head * of_value[1] + 2 * word * of_value[2];
-                F::interleave(even, 2 * word + 1 < s.keys ? even + of_value[2] : nullptr, channels, (uint32_t*)interleaved + row * channels);
+                for (int64_t row = 0; row < s.batch * s.key_heads * rows->words(); ++row) rows->interleave(row);
             }
-        }
 
         auto* state = (State*)std::aligned_alloc(64, sizeof(State));
         const int64_t room = (int64_t(words) + channels) * TASK;
         auto* packed = (int32_t*)std::aligned_alloc(64, room * 4);  // [STRIPS][words][STRIP]
         float* result = (float*)packed + int64_t(words) * TASK;     // [STRIPS][channels][STRIP]
+        std::vector<float> bias(s.groups);
 #pragma omp for schedule(dynamic)
         for (int64_t number = 0; number < tasks; ++number) {
             const int64_t task = order[number], list = list_of(task);
@@ -339,16 +412,6 @@ void attend(const typename F::Element* query, const typename F::Element* key, co
             const int64_t key_head = head / (s.heads / s.key_heads), first_query = tile * TASK;
             const int here = int(std::min<int64_t>(TASK, s.queries - first_query));
             const Element* from = query + b * of_query[0] + head * of_query[1] + first_query * of_query[2];
-            const Element* head_keys = key + b * of_key[0] + key_head * of_key[1];
-            const int32_t* head_values;
-            int64_t value_stride;
-            if constexpr (F::PACKED == 2) {
-                head_values = interleaved + (b * s.key_heads + key_head) * value_words * channels;
-                value_stride = channels;
-            } else {
-                head_values = (const int32_t*)(value + b * of_value[0] + key_head * of_value[1]);
-                value_stride = of_value[2];
-            }
             std::memset(packed, 0, room * 4);
             for (int q = 0; q < here; q += LANES)
                 for (int w = 0; w < words; w += LANES)
@@ -358,38 +421,41 @@ void attend(const typename F::Element* query, const typename F::Element* key, co
             std::fill(state->sum, state->sum + TASK, 0.0f);
             std::fill(state->largest, state->largest + TASK, lowest);
 
+            const Task taken{packed, result, here, words, channels, factor};
+            // Takes rows from `begin` to `end` in chunks of equal size, but for the last.
+            const auto in_chunks = [&](const Rows<F>& rows, int64_t begin, int64_t end, const float* of_groups) {
+                const Element* keys = rows.keys(b, key_head);
+                const int32_t* values = rows.values(b, key_head);
+                const int64_t chunks = blocks(end - begin, CHUNK), even = (blocks(end - begin, chunks) + 1) / 2 * 2;
+                for (int64_t first = begin; first < end; first += even) {
+                    const int count = int(std::min(even, end - first));
+                    const float* of_chunk = of_groups ? of_groups + first : nullptr;
+                    if (of_chunk && std::all_of(of_chunk, of_chunk + count, [=](float each) { return each == lowest; })) continue;
+                    take<F>(*state, taken, keys + first * rows.of_key[2], rows.of_key[2],
+                            values + first / F::PACKED * rows.value_stride(), rows.value_stride(), count, of_chunk);
+                }
+            };
             const int32_t* listed = indices + list * s.width;
             for (int at = 0; at < counts[list];) {
                 int next = at + 1;
                 while (next < counts[list] && listed[next] == listed[next - 1] + 1) ++next;
-                const int64_t begin = listed[at] * s.key_block, end = std::min<int64_t>(s.keys, (listed[next - 1] + 1) * s.key_block);
+                in_chunks(all_keys, listed[at] * s.key_block, std::min<int64_t>(s.keys, (listed[next - 1] + 1) * s.key_block), nullptr);
                 at = next;
-                const int64_t chunks = blocks(end - begin, CHUNK), even = (blocks(end - begin, chunks) + 1) / 2 * 2;
-                for (int64_t first_key = begin; first_key < end; first_key += even) {
-                    const int count = int(std::min(even, end - first_key));
-                    const Element* chunk = head_keys + first_key * of_key[2];
-                    const int32_t* chunk_values = head_values + first_key / F::PACKED * value_stride;
-                    const int key_words = int(blocks(count, F::PACKED));
-                    for (int strip = 0; strip * STRIP < here; ++strip) {
-                        Floats largest[VECTORS];
-                        for (int v = 0; v < VECTORS; ++v) largest[v] = load<Floats>(state->largest + strip * STRIP + LANES * v);
-                        in_tiles(count, [&](auto rows, int k) {
-                            score<F, rows()>(chunk + k * of_key[2], of_key[2], packed + strip * int64_t(words) * STRIP, words,
-                                             state->scores + k, largest);
-                        });
-                        softmax<F>(*state, state->sum + strip * STRIP, state->largest + strip * STRIP, largest, count, factor);
-                        in_tiles(channels, [&](auto rows, int c) {
-                            gather<F, rows()>(chunk_values + c, value_stride, state->shares, key_words, state->scaled,
-                                              result + (strip * int64_t(channels) + c) * STRIP);
-                        });
-                    }
-                }
             }
+            if (has_rest(head)) {
+                std::fill(bias.begin(), bias.end(), std::log(float(s.pool)) / scale);
+                bias.back() = std::log(float(s.keys - (s.groups - 1) * s.pool)) / scale;
+                const int64_t each = s.key_block / s.pool;
+                for (int at = 0; at < counts[list]; ++at)
+                    std::fill(bias.begin() + listed[at] * each, bias.begin() + std::min((listed[at] + 1) * each, s.groups), lowest);
+                in_chunks(pooled, 0, s.groups, bias.data());
+            }
+            const bool attended = counts[list] > 0 || has_rest(head);
 
             float* logs = lse + (b * s.heads + head) * s.queries + first_query;
             for (int q = 0; q < here; ++q) {
                 const float most = state->largest[q];
-                logs[q] = !counts[list] ? lowest : most == -lowest ? most : most * scale + std::log(state->sum[q]);
+                logs[q] = !attended ? lowest : most == -lowest ? most : most * scale + std::log(state->sum[q]);
             }
             Element* to = out + b * of_out[0] + head * of_out[1] + first_query * of_out[2];
             for (int strip = 0; strip * STRIP < here; ++strip) {
@@ -398,7 +464,7 @@ void attend(const typename F::Element* query, const typename F::Element* key, co
                     const int q = strip * STRIP + LANES * v;
                     if (q >= here) break;
                     const Floats sum = load<Floats>(state->sum + q);
-                    const Floats weight = counts[list] ? 1.0f / sum : all(0.0f);
+                    const Floats weight = attended ? 1.0f / sum : all(0.0f);
                     for (int w = 0; w < out_words; w += LANES) {
                         alignas(64) int32_t tile_words[LANES][LANES];
                         const int wide = std::min(LANES, out_words - w);
@@ -425,25 +491,35 @@ void attend(const typename F::Element* query, const typename F::Element* key, co
 // How many floats a vector has.
 extern "C" int ditopt_lanes() { return LANES; }
 
-// Sizes as in `Sizes`. Strides, in elements: of query, key, value and result each batch, head, row; the last dimension is
-// dense. `lse` is [batch, heads, queries]. `interleaved` has room for the values in bfloat16, and is not read otherwise.
-// Returns 0; 1 if a list is wrong (`wrong` says which), 2 if no kernel for the element was compiled.
+// Sizes as in `Sizes`. Strides, in elements: of query, key, value, result, pooled keys and pooled values each batch, head,
+// row; the last dimension is dense. `lse` is [batch, heads, queries]; `rest` [heads] says which heads have one, and is not
+// read where there are no groups. `interleaved` and `pooled_interleaved` have room for the values in bfloat16, and are not
+// read otherwise. Returns 0; 1 if a list is wrong (`wrong` says which), 2 if no kernel for the element was compiled.
 extern "C" int ditopt_block_sparse_attention(const void* query, const void* key, const void* value, void* out, float* lse,
                                              const int32_t* indices, const int32_t* counts, int32_t* interleaved,
-                                             const int64_t* sizes, const int64_t* strides, float scale, int element_bytes,
-                                             int threads, int64_t* wrong) {
+                                             const void* pooled_key, const void* pooled_value, const int32_t* rest,
+                                             int32_t* pooled_interleaved, const int64_t* sizes, const int64_t* strides,
+                                             float scale, int element_bytes, int threads, int64_t* wrong) {
     Sizes s;
     std::memcpy(&s, sizes, sizeof s);
     check(s, indices, counts, wrong);
     if (wrong[0] >= 0) return 1;
+    const auto run = [&](auto form) {
+        typedef decltype(form) F;
+        typedef typename F::Element Element;
+        const Rows<F> all_keys{(const Element*)key, (const Element*)value, strides + 3, strides + 6,
+                               s.keys, s.channels, s.key_heads, interleaved};
+        const Rows<F> pooled{(const Element*)pooled_key, (const Element*)pooled_value, strides + 12, strides + 15,
+                             s.groups, s.channels, s.key_heads, pooled_interleaved};
+        attend<F>((const Element*)query, all_keys, pooled, rest, (Element*)out, lse, indices, counts, s, strides, strides + 9,
+                  scale, threads);
+    };
     if (element_bytes == 4) {
-        attend<Single>((const float*)query, (const float*)key, (const float*)value, (float*)out, lse, indices, counts,
-                       interleaved, s, strides, scale, threads);
+        run(Single());
         return 0;
     }
 #if defined(DITOPT_PAIRS)
-    attend<Paired>((const uint16_t*)query, (const uint16_t*)key, (const uint16_t*)value, (uint16_t*)out, lse, indices, counts,
-                   interleaved, s, strides, scale, threads);
+    run(Paired());
     return 0;
 #else
     return 2;

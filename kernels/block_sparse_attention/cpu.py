@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ditopt._torch import has_bfloat16_dot_products, load_cpp
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, told
+from ditopt.kernels.block_sparse_attention.pooled import PooledRest
 from ditopt.kernels.ops import LIBRARY, block_sparse_refusal
 
 SOURCE = Path(__file__).with_name("attention.cpp")
@@ -33,6 +34,10 @@ def block_sparse_attention(
     query_block: int,
     key_block: int,
     scale: float,
+    pooled_key: Tensor | None = None,
+    pooled_value: Tensor | None = None,
+    rest: Tensor | None = None,
+    pool: int = 0,
     lanes: int = WIDEST,
 ) -> tuple[Tensor, Tensor]:
     """Attention to listed blocks: ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]``, lists -> result, log-sum.
@@ -40,30 +45,42 @@ def block_sparse_attention(
     The result is ``[B, H, S, E]`` of the operands' dtype and lies as ``[B, S, H, E]``; the natural logarithm of the
     softmax's sum is ``[B, H, S]`` float32. Any strides. Sums are float32. ``BlockLists`` tells of the lists; a query
     without a listed key has a result of zero and a logarithm of -inf. NaN and infinity go where dense attention to the
-    listed keys has them. ``lanes``: how many floats the kernel's vectors may have.
+    listed keys has them. ``PooledRest`` tells of the operands behind the scale: with them heads attend to what their
+    lists do not name by its means, too. ``lanes``: how many floats the kernel's vectors may have.
 
     Raises:
         ValueError: the kernel does not take these operands, or a list is wrong; it says which and why.
     """
     lists = BlockLists(indices, counts, query_block, key_block)
-    refused = block_sparse_refusal(query, key, value, lists, scale)
+    try:
+        pooled = PooledRest.of(pooled_key, pooled_value, rest, pool)
+        refused = block_sparse_refusal(query, key, value, lists, scale, pooled)
+    except ValueError as error:
+        refused = str(error)
     if refused is not None:
         raise ValueError(f"ditopt::block_sparse_attention: {refused}")
     dtype = query.dtype
     pairs = dtype == torch.bfloat16 and lanes == WIDEST and has_bfloat16_dot_products()
     pairs = pairs and not (query.shape[3] % 2 or value.shape[3] % 2)
-    if dtype != torch.float32 and not pairs:
-        query, key, value = (part.float() for part in (query, key, value))
-    query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
+    if pooled_key is None or pooled_value is None or rest is None:
+        pooled_key, pooled_value, rest = key[:, :, :0], value[:, :, :0], torch.empty(0, dtype=torch.int32)
+    parts = [part.float() if not pairs else part for part in (query, key, value, pooled_key, pooled_value)]
+    parts = [part if part.stride(-1) == 1 else part.contiguous() for part in parts]
+    query, key, value, pooled_key, pooled_value = parts
     (batch, heads, queries, depth), (_, key_heads, keys, channels) = query.shape, value.shape
     out = query.new_empty(batch, queries, heads, channels).transpose(1, 2)
     logs = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    words = batch * key_heads * blocks(keys, 2) * channels if pairs else 0
-    interleaved = torch.empty(words, dtype=torch.int32)
+    words = batch * key_heads * channels if pairs else 0
+    interleaved, of_pooled = (
+        torch.empty(words * blocks(part.shape[2], 2), dtype=torch.int32) for part in (value, pooled_value)
+    )
     width = indices.shape[-1]
-    sizes = (batch, heads, key_heads, queries, keys, depth, channels, len(counts), width, query_block, key_block)
-    strides = [stride for part in (query, key, value, out) for stride in part.stride()[:3]]
-    tensors = (query, key, value, out, logs, indices.contiguous(), counts.contiguous(), interleaved)
+    blocked = (len(counts), width, query_block, key_block, pooled_key.shape[2], pool)
+    sizes = (batch, heads, key_heads, queries, keys, depth, channels, *blocked)
+    strides = [stride for part in (query, key, value, out, pooled_key, pooled_value) for stride in part.stride()[:3]]
+    listed = (indices.contiguous(), counts.contiguous())
+    of_rest = (pooled_key, pooled_value, rest.contiguous(), of_pooled)
+    tensors = (query, key, value, out, logs, *listed, interleaved, *of_rest)
     wrong = (ctypes.c_int64 * 3)()
     failed = library(lanes).ditopt_block_sparse_attention(
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),

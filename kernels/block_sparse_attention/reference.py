@@ -6,30 +6,42 @@ import torch
 from torch import Tensor
 
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, check, check_entries
+from ditopt.kernels.block_sparse_attention.pooled import PooledRest, check_pooled
 
 
 def block_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, scale: float
+    query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, scale: float, rest: PooledRest | None = None
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the listed keys of ``scale * query key^T``, times ``value``; and the log of the softmax's sum.
 
     ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]`` -> ``[B, H, S, E]`` and ``[B, H, S]``, in the operands'
     dtype (float64 for an oracle). A query without any listed key has a result of zero and a log of -inf. What is not
-    listed does not matter, NaN included.
+    listed does not matter, NaN included, but by its means where ``rest`` gives them to the head: these are further keys
+    of the softmax, each as often as it has tokens.
 
     Raises:
         ValueError: lists do not fit the operands, or an entry is wrong.
     """
     batch, heads, queries, _ = query.shape
     wrong = check(lists, batch, heads, queries) or check_entries(lists, key.shape[2])
+    if wrong is None and rest is not None:
+        wrong = check_pooled(rest, key, value, lists, heads)
     if wrong is not None:
         raise ValueError(wrong)
     group = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
     keys = key.shape[2]
-    attended = lists.to_map(blocks(keys, lists.key_block)).repeat_interleave(lists.key_block, dim=-1)[..., :keys]
-    attended = attended.repeat_interleave(lists.query_block, dim=-2)[..., : query.shape[2], :]
-    scores = (scale * query @ key.transpose(-2, -1)).masked_fill(~attended, -torch.inf)
+    listed = lists.to_map(blocks(keys, lists.key_block)).repeat_interleave(lists.query_block, dim=-2)[..., :queries, :]
+    attended = listed.repeat_interleave(lists.key_block, dim=-1)[..., :keys]
+    scores = scale * query @ key.transpose(-2, -1)
+    if rest is not None:
+        means, values = (part.repeat_interleave(group, dim=1) for part in (rest.key, rest.value))
+        counts = (keys - rest.pool * torch.arange(means.shape[2])).clamp(max=rest.pool).to(scores)
+        scores = torch.cat([scores, scale * query @ means.transpose(-2, -1) + counts.log()], -1)
+        groups = listed.repeat_interleave(lists.key_block // rest.pool, dim=-1)[..., : means.shape[2]]
+        attended = torch.cat([attended, ~groups & (rest.heads != 0)[:, None, None]], -1)
+        value = torch.cat([value, values], 2)
+    scores = scores.masked_fill(~attended, -torch.inf)
     logs = torch.logsumexp(scores, dim=-1)
     shares = torch.softmax(scores, dim=-1).masked_fill(~attended, 0.0)  # a row of -inf alone gives NaN
     if value.isfinite().all():

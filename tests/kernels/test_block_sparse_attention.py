@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 from ditopt._torch import has_bfloat16_dot_products
 from ditopt.kernels.block_sparse_attention import cpu, reference
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, check_entries
+from ditopt.kernels.block_sparse_attention.pooled import PooledRest
 from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION
 from tests.kernels.layouts import LAYOUTS, laid_out
 
@@ -40,30 +43,49 @@ def drawn(heads: int, queries: int, keys: int, density: float, batch: int = 1, b
     return BlockLists.from_map(torch.rand(shape, generator=torch.Generator().manual_seed(0)) < density, block, block)
 
 
-def attend(parts: Operands, lists: BlockLists, scale: float, lanes: int = cpu.WIDEST) -> tuple[Tensor, Tensor]:
-    """The kernel's result, in memory that held NaN."""
-    made = parts[0].new_empty
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """In it ``Tensor.new_empty`` gives memory that holds NaN."""
+    made = Tensor.new_empty
 
-    def poisoned(self: Tensor, *size: int, **settings: Any) -> Tensor:
-        return made(*size, **{"dtype": self.dtype, **settings}).fill_(math.nan)
+    def filled(self: Tensor, *size: int, **settings: Any) -> Tensor:
+        return made(self, *size, **settings).fill_(math.nan)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensor, "new_empty", poisoned)
+        patch.setattr(Tensor, "new_empty", filled)
+        yield
+
+
+def attend(parts: Operands, lists: BlockLists, scale: float, lanes: int = cpu.WIDEST) -> tuple[Tensor, Tensor]:
+    """The kernel's result, in memory that held NaN."""
+    with poisoned():
         return cpu.block_sparse_attention(
-            *parts, lists.indices, lists.counts, lists.query_block, lists.key_block, scale, lanes
+            *parts, lists.indices, lists.counts, lists.query_block, lists.key_block, scale, lanes=lanes
         )
 
 
 def check(ours: tuple[Tensor, Tensor], parts: Operands, lists: BlockLists, scale: float) -> None:
-    """Against float64: what rounding allows.
+    """Against float64: what rounding allows."""
+    check_against(ours, parts, lists, scale)
+
+
+def check_against(
+    ours: tuple[Tensor, Tensor],
+    parts: Operands,
+    lists: BlockLists,
+    scale: float,
+    rest: PooledRest | None = None,
+    absolute: PooledRest | None = None,
+) -> None:
+    """Against float64: what rounding allows; ``rest`` is in float64, ``absolute`` the same with its values' sizes.
 
     The result is rounded once, and numerators once where they are bfloat16. Float32 sums of ``depth`` products put an
     error into scores that is a few times their unit of rounding at the largest score, and so into every numerator; the
     polynomial and the sums over keys have some more.
     """
     query, key, value = (part.double() for part in parts)
-    exact, logs = reference.block_sparse_attention(query, key, value, lists, scale)
-    size, _ = reference.block_sparse_attention(query, key, value.abs(), lists, scale)
+    exact, logs = reference.block_sparse_attention(query, key, value, lists, scale, rest)
+    size, _ = reference.block_sparse_attention(query, key, value.abs(), lists, scale, absolute)
     rounding = ROUNDING[parts[0].dtype]
     largest = scale * float(query.norm(dim=-1).amax() * key.norm(dim=-1).amax())
     bound = 2.1 * rounding * size + (8 * largest + 40) * 2**-24 * size

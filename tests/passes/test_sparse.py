@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,18 @@ from torch.nn import functional as F
 
 from ditopt.errors import AuditError
 from ditopt.kernels.block_sparse_attention.lists import BlockLists
+from ditopt.kernels.block_sparse_attention.pooled import pool_tokens
 from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION
 from ditopt.passes._infra import SITE, PassManager, Prediction, SparseAttention, StepPlan, find
 from ditopt.passes.audit import audit
 from ditopt.passes.cast import castable
 from ditopt.passes.prune import prune
-from ditopt.passes.sparse import list_names, sparse_refusal
+from ditopt.passes.sparse import list_names, pooled_tokens, rest_name, sparse_refusal
 from ditopt.profiler.head_edits import BlockMask, under_blocks
 from ditopt.profiler.interpret import Watched
 from ditopt.runtime.variants import PASSES, VariantCache
 from ditopt.sites import AttentionSite
+from tests.literal_rest import under_blocks_and_means
 from tests.tiny import tiny_wan
 from tests.trace.models import Captured, capture, interpreted
 
@@ -121,6 +124,41 @@ def test_it_is_cast_and_simplified_with_the_rest(wan: Captured) -> None:
     assert error < (wan.eager[0] - expected).norm() / expected.norm() / 2
 
 
+POOLED = (replace(SPARSE[0], pool=8), SPARSE[1])
+HEADS = {rest_name(SITES[0]): torch.tensor([0, 1], dtype=torch.int32)}
+
+
+def test_a_head_with_a_rest_attends_to_the_means_of_what_is_not_listed(wan: Captured) -> None:
+    """The head that has one attends to nothing else in a block of queries."""
+    attended = maps()
+    (found,), _ = wan.run(StepPlan(sparse=POOLED), {**inputs_of(attended), **HEADS})
+    trace = wan.program.variants.trace
+    pools = {SITES[0]: (0, 8), SITES[1]: (0, 0)}
+    edits = {}
+    for site, kept in attended.items():
+        masks = (BlockMask(np.asarray(each), QUERY_BLOCK, KEY_BLOCK) for each in kept[0].numpy())
+        edits[trace.site_nodes[site]] = under_blocks_and_means(dict(enumerate(zip(masks, pools[site], strict=True))))
+    with torch.no_grad():
+        (expected,) = Watched(trace, edits=edits).run(*wan.arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    lost = emulated(wan, attended)
+    assert (found - lost).abs().max() > 1e-3, "the means matter"
+
+
+@pytest.mark.parametrize("tokens", [64, 70, 5])
+def test_means_in_the_graph_are_those_of_the_kernels(tokens: int) -> None:
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    x = torch.randn(2, tokens, 3, 4, dtype=torch.float64).transpose(1, 2)
+    node.meta["val"] = x
+    output = graph.output(node)
+    gm = fx.GraphModule({}, graph)
+    with gm.graph.inserting_before(output):
+        output.args = (pooled_tokens(gm, node, 16),)
+    gm.recompile()
+    torch.testing.assert_close(gm(x), pool_tokens(x, 16))
+
+
 def test_it_goes_with_predicted_blocks(wan: Captured) -> None:
     _, slots = wan.run(StepPlan((), ("blocks.3",)))
     attended = maps()
@@ -133,9 +171,14 @@ def test_it_goes_with_predicted_blocks(wan: Captured) -> None:
     assert not torch.equal(outputs[0], wan.eager[0])
 
 
-def spoilt(cache: VariantCache, spoil: Callable[[fx.GraphModule], None]) -> None:
+def spoilt(
+    cache: VariantCache,
+    spoil: Callable[[fx.GraphModule], None],
+    sites: tuple[SparseAttention, ...] = SPARSE,
+    dtype: str | None = None,
+) -> None:
     """Audit a graph of sparse sites after something was done to it."""
-    plan = StepPlan(sparse=SPARSE)
+    plan = StepPlan(sparse=sites, dtype=dtype)
     manager = PassManager(PASSES)
     gm = manager.run(cache.trace.gm, plan, cache.index)
     audit(gm, plan, cache.index, {})
@@ -183,6 +226,52 @@ def test_an_audit_refuses_what_is_not_the_plans(
 ) -> None:
     with pytest.raises(AuditError, match=message):
         spoilt(cache, spoil)
+
+
+def no_means(gm: fx.GraphModule) -> None:
+    call = sparse_calls(gm)[0]
+    call.args = call.args[:8]
+
+
+def no_pooled_values(gm: fx.GraphModule) -> None:
+    call = sparse_calls(gm)[0]
+    call.args = (*call.args[:9], None, *call.args[10:])
+
+
+def swap_means(gm: fx.GraphModule) -> None:
+    call = sparse_calls(gm)[0]
+    call.args = (*call.args[:8], call.args[9], call.args[8], *call.args[10:])
+
+
+def other_pool(gm: fx.GraphModule) -> None:
+    call = sparse_calls(gm)[0]
+    call.args = (*call.args[:11], 16)
+
+
+def means_of_a_neighbour(gm: fx.GraphModule) -> None:
+    one, other = sparse_calls(gm)
+    other.args = (*other.args[:8], *one.args[8:])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (no_means, r"blocks\.1\.attn1: to be .*pool=8\), but its attention reads None in pools of 0"),
+        (no_pooled_values, r"blocks\.1\.attn1: to be .*, but its attention has no pooled values"),
+        (swap_means, r"blocks\.1\.attn1: to be .*, but its attention has other pooled keys"),
+        (other_pool, r"blocks\.1\.attn1: .* reads rest_blocks_1_attn1 in pools of 16"),
+        (
+            means_of_a_neighbour,
+            r"blocks\.2\.attn1: .*pool=0\), but its attention reads rest_blocks_1_attn1 in pools of 8",
+        ),
+    ],
+)
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_an_audit_refuses_means_that_are_not_the_plans(
+    cache: VariantCache, spoil: Callable[[fx.GraphModule], None], message: str, dtype: str | None
+) -> None:
+    with pytest.raises(AuditError, match=message):
+        spoilt(cache, spoil, POOLED, dtype)
 
 
 def test_an_audit_refuses_dense_graphs_and_sparse_ones_that_no_plan_asked_for(cache: VariantCache) -> None:
@@ -251,6 +340,8 @@ def test_dropout_and_other_devices_are_refused(cache: VariantCache) -> None:
 def test_blocks_that_no_kernel_takes_are_an_error(cache: VariantCache) -> None:
     with pytest.raises(AuditError, match="blocks of 32 queries and 16 keys: multiples of 64 and of 2 are taken"):
         cache.graph(StepPlan(sparse=(SparseAttention(SITES[0], 32, 16, 8),)))
+    with pytest.raises(AuditError, match="a pool of 32 tokens does not divide blocks of 16 keys"):
+        cache.graph(StepPlan(sparse=(replace(SPARSE[0], pool=32),)))
 
 
 def test_captured_attention_knows_its_site(cache: VariantCache) -> None:
