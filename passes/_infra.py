@@ -44,12 +44,16 @@ class Prediction:
 
 @dataclass(frozen=True)
 class SparseAttention:
-    """The attention ``site`` attends to listed blocks of keys; lists have room for ``width`` of them."""
+    """The attention ``site`` attends to listed blocks of keys; lists have room for ``width`` of them.
+
+    ``draft``: the lists that are given are only what is always kept; the graph finds more blocks in every call.
+    """
 
     site: str
     query_block: int
     key_block: int
     width: int
+    draft: bool = False
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def draft_scores(query: Tensor, key: Tensor, query_block: int, key_block: int, s
 
 
 def draft_map(scores: Tensor, always: Tensor, keep: Tensor, mass: Tensor) -> Tensor:
-    """``[B, H, Qb, Kb]`` boolean: the blocks that every head attends to, given the ``scores`` of all.
+    """``[B, H, Qb, Kb]`` boolean: the blocks that every head attends to, given ``scores`` (of all heads, or of one).
 
     They are those of ``always`` (broadcast to the scores), and behind them the highest scores, of equal ones the first,
     up to ``keep`` ``[H]`` blocks in all, and no more than it takes for a share of ``mass`` ``[H]`` of the softmax of
@@ -47,7 +47,7 @@ def draft_map(scores: Tensor, always: Tensor, keep: Tensor, mass: Tensor) -> Ten
     before = shares.cumsum(-1) - shares
     ranks = torch.arange(scores.shape[-1], device=scores.device)
     taken = (ranks < keep[:, None, None]) & (before < mass[:, None, None])
-    return torch.zeros_like(first, dtype=torch.bool).scatter(-1, order, taken) | always
+    return torch.zeros_like(taken).scatter(-1, order.expand_as(taken), taken) | always
 
 
 def draft_lists(
