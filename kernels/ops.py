@@ -4,7 +4,8 @@
 device decomposes it out of sight. The pass ``lower_attention`` turns it back before Inductor sees it, unless the pass
 ``flash`` has put ``ditopt::flash_attention`` in its place, of which ``refusal`` tells what its kernels do not take.
 ``ditopt::block_sparse_attention`` attends to listed blocks of keys only (``block_sparse_attention.lists``), and to the
-means of the others where it is given them (``block_sparse_attention.pooled``).
+means of the others where it is given them (``block_sparse_attention.pooled``);
+``ditopt::draft_lists`` makes such lists of the very queries and keys (``block_sparse_attention.draft``).
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ LIBRARY.define(
     "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor indices, Tensor counts, int query_block, "
     "int key_block, float scale, Tensor? pooled_key=None, Tensor? pooled_value=None, Tensor? rest=None, int pool=0) "
     "-> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "draft_lists(Tensor query, Tensor key, Tensor indices, Tensor counts, Tensor keep, Tensor mass, int query_block, "
+    "int key_block, float scale) -> (Tensor, Tensor)"
 )
 
 SETTINGS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
@@ -79,6 +84,7 @@ torch.library.register_fake("ditopt::attention", plain_attention, lib=LIBRARY)
 ATTENTION = torch.ops.ditopt.attention.default
 FLASH_ATTENTION = torch.ops.ditopt.flash_attention.default
 BLOCK_SPARSE_ATTENTION = torch.ops.ditopt.block_sparse_attention.default
+DRAFT_LISTS = torch.ops.ditopt.draft_lists.default
 
 
 def _fake_flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -151,6 +157,37 @@ def block_sparse_refusal(
         return f"{sizes}: multiples of {QUERY_TASK} and of 2 are taken"
     wrong = check(lists, query.shape[0], query.shape[1], query.shape[2])
     return wrong if wrong is not None or rest is None else check_pooled(rest, key, value, lists, query.shape[1])
+
+
+def _fake_draft_lists(
+    query: Tensor,
+    key: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    keep: Tensor,
+    mass: Tensor,
+    query_block: int,
+    key_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    rows = (query.shape[0], *counts.shape[1:])
+    return indices.new_empty((*rows, indices.shape[-1])), counts.new_empty(rows)
+
+
+torch.library.register_fake("ditopt::draft_lists", _fake_draft_lists, lib=LIBRARY)
+
+
+def draft_refusal(
+    query: Tensor, key: Tensor, lists: BlockLists, keep: Tensor, mass: Tensor, scale: float
+) -> str | None:
+    """Why ``ditopt::draft_lists`` does not take these operands; None if it does."""
+    mismatch = _mismatch(query, key, key, scale)
+    if mismatch is not None:
+        return mismatch
+    for name, each, dtype in (("keep", keep, torch.int32), ("mass", mass, torch.float32)):
+        if each.shape != query.shape[1:2] or each.dtype != dtype:
+            return f"{name} is {list(each.shape)} of {each.dtype}, not [{query.shape[1]}] of {dtype}, one for each head"
+    return check(lists, query.shape[0], query.shape[1], query.shape[2])
 
 
 def _elsewhere(*parts: Tensor) -> str | None:

@@ -47,6 +47,7 @@ class SparseAttention:
     """The attention ``site`` attends to listed blocks of keys; lists have room for ``width`` of them.
 
     Where ``pool`` is not 0, an input says which heads attend to the other blocks, too, by means of so many tokens.
+    ``draft``: the lists that are given are only what is always kept; the graph finds more blocks in every call.
     """
 
     site: str
@@ -54,6 +55,7 @@ class SparseAttention:
     key_block: int
     width: int
     pool: int = 0
+    draft: bool = False
 
 
 @dataclass(frozen=True)

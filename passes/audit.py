@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import fx
 
 from ditopt.errors import AuditError
-from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, FLASH_ATTENTION
+from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, DRAFT_LISTS, FLASH_ATTENTION
 from ditopt.passes._infra import SITE, GraphIndex, SparseAttention, StepPlan, outputs, tensor_value
 from ditopt.passes.cast import VIEWS, castable
 from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.features import user_outputs
 from ditopt.passes.second_order import SECOND_ORDER
 from ditopt.passes.simplify import simplifiable
-from ditopt.passes.sparse import MEANS, list_names, rest_name
+from ditopt.passes.sparse import MEANS, draft_names, list_names, rest_name
 from ditopt.sites import STEP
 
 ATTENTIONS = (ATTENTION, FLASH_ATTENTION, BLOCK_SPARSE_ATTENTION)
@@ -82,9 +83,11 @@ def _check_sparse(gm: fx.GraphModule, plan: StepPlan, reasons: Sequence[str]) ->
             found = ", ".join(str(node.target) for node in of_site) or "not in the graph"
             raise AuditError(f"{wanted.site}: sparse by the plan, but its attention is {'; '.join([found, *why])}")
         (node,) = of_site
-        read = [str(each.target) for each in node.args[3:5] if isinstance(each, fx.Node)]
+        lists = _of_draft(node, wanted) if wanted.draft else node.args[3:5]
+        read = [str(each.target) for each in lists if isinstance(each, fx.Node)]
         sizes = (*node.args[5:7], tensor_value(node.args[3]).shape[-1])
-        if read != [*list_names(wanted.site)] or sizes != (wanted.query_block, wanted.key_block, wanted.width):
+        names = [*list_names(wanted.site), *(draft_names(wanted.site) if wanted.draft else ())]
+        if read != names or sizes != (wanted.query_block, wanted.key_block, wanted.width):
             raise AuditError(f"{wanted.site}: to be {wanted}, but its attention reads {', '.join(read)} in {sizes}")
         _check_rest(node, wanted)
     planned = {wanted.site for wanted in plan.sparse}
@@ -124,6 +127,36 @@ def _sources_of_means(node: object) -> set[object]:
             seen.add(here)
             waiting += map(_source, here.all_input_nodes) if here.target in MEANS else ()
     return seen
+
+
+def _of_draft(node: fx.Node, wanted: SparseAttention) -> tuple[object, ...]:
+    """What the lists of an attention call are made from, if it finds them of its own queries and keys."""
+    pair = [each for each in node.args[3:5] if isinstance(each, fx.Node) and each.target is operator.getitem]
+    makers = {each.args[0] for each in pair}
+    if [each.args[1] for each in pair] != [0, 1] or len(makers) != 1:
+        return node.args[3:5]
+    (maker,) = makers
+    if not isinstance(maker, fx.Node) or maker.target is not DRAFT_LISTS:
+        return node.args[3:5]
+    own = all(_alike(*each) for each in zip(maker.args[:2], node.args[:2], strict=True))
+    if not own or maker.args[6:] != node.args[5:8]:
+        raise AuditError(f"{wanted.site}: finds its blocks by other queries, keys, sizes or another scale than its own")
+    return maker.args[2:6]
+
+
+def _alike(one: object, other: object) -> bool:
+    """Whether two values are the same one, but for the dtype."""
+    one, other = (_unconverted(each) for each in (one, other))
+    if one is other or not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
+        return one is other
+    viewed = one.target in VIEWS and one.target is other.target and one.args[1:] == other.args[1:]
+    return viewed and _alike(one.args[0], other.args[0])
+
+
+def _unconverted(value: object) -> object:
+    while isinstance(value, fx.Node) and value.target is torch.ops.prims.convert_element_type.default:
+        value = value.args[0]
+    return value
 
 
 def _check_second_order(gm: fx.GraphModule) -> None:

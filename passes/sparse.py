@@ -1,8 +1,9 @@
 """Sparse: attention sites that a step's plan names attend to listed blocks of keys.
 
-Lists are inputs of the graph, of the same shape in all steps, so that one graph serves steps with other patterns. The
-numbers are those of attention under the blocks' mask; where heads have a rest, the graph takes means of keys and
-values, and a further input says which heads read them.
+Lists are inputs of the graph, of the same shape in all steps, so that one graph serves steps with other patterns. Where
+heads find blocks in the call itself, how many is an input too, and ``ditopt::draft_lists`` makes the lists. The numbers
+are those of attention under the blocks' mask; where heads have a rest, the graph takes means of keys and values, and a
+further input says which heads read them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ import operator
 import torch
 from torch import fx
 
-from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, BlockLists, PooledRest, block_sparse_refusal
+from ditopt.kernels.ops import (
+    ATTENTION,
+    BLOCK_SPARSE_ATTENTION,
+    DRAFT_LISTS,
+    BlockLists,
+    PooledRest,
+    block_sparse_refusal,
+)
 from ditopt.passes._infra import (
     SITE,
     GraphIndex,
@@ -44,6 +52,11 @@ def rest_name(site: str) -> str:
     return f"rest_{word(site)}"
 
 
+def draft_names(site: str) -> tuple[str, str]:
+    """The inputs that say what a site's heads find in a call: ``keep`` ``[H]`` int32 and ``mass`` ``[H]`` float32."""
+    return f"keep_{word(site)}", f"mass_{word(site)}"
+
+
 def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
     """Replace the attention of every site of ``plan.sparse``; the reasons say why one stays, which no audit passes."""
     wanted = {each.site: each for each in plan.sparse}
@@ -61,6 +74,8 @@ def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
         names = list_names(found.site)
         inputs = [add_input(gm, *each) for each in zip(names, (lists.indices, lists.counts), strict=True)]
         settings = (found.query_block, found.key_block, scale_of(node))
+        if found.draft:
+            inputs = _draft_lists(gm, node, found, inputs)
         pooled: tuple[object, ...] = ()
         if rest is not None:
             means = [pooled_tokens(gm, each, found.pool) for each in node.args[1:3]]  # type: ignore[arg-type]  # nodes
@@ -69,6 +84,16 @@ def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
         return in_memory_order(gm, call(gm, operator.getitem, both, 0), tensor_value(node))
 
     return PassResult(gm, bool(wanted) and replace_each(gm, write), tuple(reasons))
+
+
+def _draft_lists(gm: fx.GraphModule, node: fx.Node, wanted: SparseAttention, lists: list[fx.Node]) -> list[fx.Node]:
+    """The lists that an attention call finds for itself: those that are given, and more."""
+    keep = tensor_value(lists[0]).new_empty(tensor_value(lists[0]).shape[1:2])
+    limits = zip(draft_names(wanted.site), (keep, keep.new_empty(keep.shape, dtype=torch.float32)), strict=True)
+    inputs = [*lists, *(add_input(gm, *each) for each in limits)]
+    settings = (wanted.query_block, wanted.key_block, scale_of(node))
+    both = call(gm, DRAFT_LISTS, *node.args[:2], *inputs, *settings)
+    return [call(gm, operator.getitem, both, place) for place in range(2)]
 
 
 def sparse_refusal(node: fx.Node, wanted: SparseAttention) -> str | None:

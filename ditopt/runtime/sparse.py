@@ -1,8 +1,13 @@
-"""Sparse rules bound to a network: which blocks of keys each head attends to in each step, as lists for the kernel."""
+"""Sparse rules bound to a network: which blocks of keys each head attends to in each step, as lists for the kernel.
+
+Under a static pattern a head's lists are all that it attends to. Under a dynamic one they are what it attends to in any
+case, and how much more it finds in each call goes with them.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -17,8 +22,9 @@ from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kern
 from ditopt.kernels.ops import ATTENTION
 from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.choice import SparseChoice
+from ditopt.kernels.patterns.draft import OWN, Draft
 from ditopt.passes._infra import SITE, SparseAttention
-from ditopt.passes.sparse import list_names, rest_name
+from ditopt.passes.sparse import draft_names, list_names, rest_name
 from ditopt.plan import Plan, Rule
 from ditopt.sites import AttentionSite
 from ditopt.trace import Trace, block_of
@@ -147,12 +153,16 @@ class AttentionSites:
             geometry = self._geometry(plan, network, place) if place.own else None
             of_steps = _lists(place.site, geometry, decided, notes)
             rests = _rests(place.site, {step: decided[step] for step in of_steps})
+            limits = _limits(place.site, {step: decided[step] for step in of_steps})
             for step, lists in of_steps.items():
                 pool, heads = rests[step]
                 width = int(lists.indices.shape[-1])
                 inputs = dict(zip(list_names(name), (lists.indices, lists.counts), strict=True))
+                if limits:
+                    inputs |= zip(draft_names(name), limits[step], strict=True)
                 inputs |= {rest_name(name): heads} if pool else {}
-                found[step].append((SparseAttention(name, lists.query_block, lists.key_block, width, pool), inputs))
+                wanted = SparseAttention(name, lists.query_block, lists.key_block, width, pool, bool(limits))
+                found[step].append((wanted, inputs))
         steps = (
             SparseStep(
                 tuple(each for each, _ in of_step),
@@ -200,6 +210,7 @@ def _lists(
 ) -> dict[int, BlockLists]:
     """The lists of a site by step; steps in which its heads attend to all blocks have none, and run dense."""
     query_block, key_block = kernel_blocks(site.queries, site.keys)
+    key_blocks = blocks(site.keys, key_block)
     maps = {
         heads: torch.stack([_map(do, geometry, site, query_block, key_block) for do in heads])[None]
         for heads in dict.fromkeys(decided.values())
@@ -209,7 +220,8 @@ def _lists(
         notes[f"{site.name}: patterns that keep every block of {size} run dense"] = None
     maps = {heads: attended for heads, attended in maps.items() if not attended.all()}
     longest = max((int(attended.sum(-1).max()) for attended in maps.values()), default=0)
-    width = min(blocks(site.keys, key_block), max(1, -(-longest // WIDTHS)) * WIDTHS)
+    longest = max([longest, *(_found(do, key_blocks) for heads in maps for do in heads)])
+    width = min(key_blocks, max(1, -(-longest // WIDTHS)) * WIDTHS)
     lists = {heads: BlockLists.from_map(attended, query_block, key_block, width) for heads, attended in maps.items()}
     return {step: lists[heads] for step, heads in decided.items() if heads in lists}
 
@@ -244,23 +256,65 @@ def _rests(site: AttentionSite, decided: Mapping[int, tuple[HeadDecision, ...]])
     return {step: found[heads] for step, heads in decided.items()}
 
 
+def _limits(site: AttentionSite, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dict[int, tuple[Tensor, Tensor]]:
+    """By step what heads find in a call, as ``draft_names`` says; nothing where no head does in any step.
+
+    With it in all steps if in one: a graph serves them all, and static heads find nothing.
+    """
+    _, key_block = kernel_blocks(site.queries, site.keys)
+    key_blocks = blocks(site.keys, key_block)
+    found = {heads: [_found(do, key_blocks) for do in heads] for heads in dict.fromkeys(decided.values())}
+    if not any(map(any, found.values())):
+        return {}
+    limits = {
+        heads: (torch.tensor(keep, dtype=torch.int32), torch.tensor([_mass(do) for do in heads], dtype=torch.float32))
+        for heads, keep in found.items()
+    }
+    return {step: limits[heads] for step, heads in decided.items()}
+
+
+def _draft(decision: HeadDecision) -> Draft | None:
+    """The dynamic pattern of a head; None under a static one."""
+    found = _pattern(decision) if isinstance(decision, Sparse) else None
+    return found if isinstance(found, Draft) else None
+
+
+def _found(decision: HeadDecision, key_blocks: int) -> int:
+    """How many of so many blocks a head finds in a call at most; 0 where its lists are given."""
+    draft = _draft(decision)
+    return 0 if draft is None or draft.everything(key_blocks) else draft.room(key_blocks)
+
+
+def _mass(decision: HeadDecision) -> float:
+    draft = _draft(decision)
+    return math.inf if draft is None or draft.mass is None else draft.mass
+
+
 def _fitting(geometry: Geometry, tokens: int) -> Iterator[Geometry]:
     """The geometry of a site with so many tokens: with the text of a network, or without."""
     return (each for each in (geometry, replace(geometry, text=0)) if each.tokens == tokens)
 
 
-def _pattern(decision: Sparse) -> Pattern:
+@functools.lru_cache(maxsize=256)
+def _pattern(decision: Sparse) -> Pattern | Draft:
     return SparseChoice.from_data(decision.settings).pattern
 
 
 def _map(
     decision: HeadDecision, geometry: Geometry | None, site: AttentionSite, query_block: int, key_block: int
 ) -> Tensor:
-    """``[Qb, Kb]``: which blocks a head attends to; without a geometry it is all, or nothing where it is skipped."""
-    if isinstance(decision, Sparse) and geometry is not None:
-        return _pattern_map(_pattern(decision), geometry, query_block, key_block)
-    skipped = isinstance(decision, Sparse) and decision.settings["pattern"] == "skip"
+    """``[Qb, Kb]``: which blocks a head attends to in any case.
+
+    Without a geometry it is all, or nothing where it is skipped; of a dynamic pattern it is what it always keeps.
+    """
     size = blocks(site.queries, query_block), blocks(site.keys, key_block)
+    if isinstance(decision, Sparse) and geometry is not None:
+        pattern = _pattern(decision)
+        if isinstance(pattern, Draft):
+            every = pattern.everything(size[1])
+            return torch.ones(size, dtype=torch.bool) if every else _pattern_map(OWN, geometry, query_block, key_block)
+        return _pattern_map(pattern, geometry, query_block, key_block)
+    skipped = isinstance(decision, Sparse) and decision.settings["pattern"] == "skip"
     return torch.full(size, not skipped)
 
 

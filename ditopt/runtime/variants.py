@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 # These register the operators that flash and sparse put into graphs.
 import ditopt.kernels.block_sparse_attention.cpu
+import ditopt.kernels.block_sparse_attention.draft
 import ditopt.kernels.flash_attention.cpu  # noqa: F401
 from ditopt._torch import BoxedCallable, fake_mode_of, lower, trace_aten
 from ditopt.passes._infra import GraphIndex, PassManager, StepPlan

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ditopt.kernels.patterns._infra import Pattern
-from ditopt.kernels.patterns.registry import pattern_from_data, pattern_to_data
+from ditopt.kernels.patterns.draft import Draft
+from ditopt.kernels.patterns.registry import choice_from_data, pattern_to_data
 
 REST, POOLED = "rest", "pooled"
 LEAST_POOL = 4
@@ -46,7 +47,7 @@ class Pooled:
 class SparseChoice:
     """A pattern, and the ``rest`` of what it keeps; None: that is lost."""
 
-    pattern: Pattern
+    pattern: Pattern | Draft
     rest: Pooled | None = None
 
     @classmethod
@@ -58,7 +59,7 @@ class SparseChoice:
         """
         settings = dict(data) if isinstance(data, dict) else data
         written = settings.pop(REST, None) if isinstance(settings, dict) else None
-        return cls(pattern_from_data(settings), None if written is None else _rest(written))
+        return cls(choice_from_data(settings), None if written is None else _rest(written))
 
     def to_data(self) -> dict[str, Any]:
         """The mapping that describes it."""

@@ -1,4 +1,4 @@
-"""All patterns by name; a further one is a file beside this and a line here."""
+"""All patterns by name, static and dynamic; a further one is a file beside this and a line here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.band import Band
+from ditopt.kernels.patterns.draft import Draft
 from ditopt.kernels.patterns.radial import Radial
 from ditopt.kernels.patterns.sink import Sink
 from ditopt.kernels.patterns.spatial import Spatial
@@ -28,9 +29,26 @@ PATTERNS: dict[str, type[Pattern]] = {
     "window": Window,
 }
 
+DYNAMIC: dict[str, type[Draft]] = {"draft": Draft}
+"""Those that have no map: which blocks they keep is found in every call anew."""
+
 
 def pattern_from_data(data: Any) -> Pattern:
     """The pattern that a word (``dense``) or a mapping (``{pattern: spatial, frames: 1}``) describes.
+
+    Raises:
+        ValueError: the name is unknown or that of a dynamic one, or its parameters do not validate.
+    """
+    found = choice_from_data(data)
+    if isinstance(found, Draft):
+        raise ValueError(
+            f"pattern {data!r}: {found.kind} finds its blocks anew in every call; it has no map, and no union takes it"
+        )
+    return found
+
+
+def choice_from_data(data: Any) -> Pattern | Draft:
+    """As ``pattern_from_data``, for static and dynamic patterns.
 
     Raises:
         ValueError: the name is unknown, or its parameters do not validate.
@@ -38,23 +56,31 @@ def pattern_from_data(data: Any) -> Pattern:
     written = {"pattern": data} if isinstance(data, str) else data
     settings: dict[str, Any] = dict(written) if isinstance(written, dict) else {}
     name = settings.pop("pattern", None)
-    if not isinstance(name, str) or name not in PATTERNS:
-        raise ValueError(f"pattern {data!r} is unknown; write one of {', '.join(PATTERNS)}, e.g. {{pattern: spatial}}")
+    known: dict[str, type[Pattern] | type[Draft]] = {**PATTERNS, **DYNAMIC}
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"pattern {data!r} is unknown; write one of {', '.join(known)}, e.g. {{pattern: spatial}}")
     if name == "union":
         parts = settings.get("of", ())
         if not isinstance(parts, list | tuple):
             raise ValueError(f"union of {parts!r}: 'of' has to be a list of patterns")
         settings["of"] = tuple(pattern_from_data(part) for part in parts)
     try:
-        return PATTERNS[name](**settings)
+        return known[name](**settings)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        known = ", ".join(parameter for parameter in PATTERNS[name].model_fields if parameter != "kind")
-        raise ValueError(f"pattern {data!r}: {wrong}; {name} has {known or 'no parameters'}") from None
+        wrong = "; ".join(_told(each["loc"], each["msg"]) for each in error.errors())
+        has = ", ".join(parameter for parameter in known[name].model_fields if parameter != "kind")
+        raise ValueError(f"pattern {data!r}: {wrong}; {name} has {has or 'no parameters'}") from None
 
 
-def pattern_to_data(pattern: Pattern) -> dict[str, Any]:
-    """The mapping that describes a pattern."""
+def _told(at: tuple[int | str, ...], message: str) -> str:
+    """What is wrong with the parameter at a place; at none: with how they go together."""
+    return ": ".join([*([".".join(map(str, at))] if at else ()), message.removeprefix("Value error, ")])
+
+
+def pattern_to_data(pattern: Pattern | Draft) -> dict[str, Any]:
+    """The mapping that describes a pattern; of a dynamic one without what it leaves as it is by default."""
+    if isinstance(pattern, Draft):
+        return {"pattern": pattern.kind, **pattern.model_dump(mode="json", exclude={"kind"}, exclude_defaults=True)}
     settings = pattern.model_dump(mode="json", exclude={"kind", "of"})
     if isinstance(pattern, Union):
         settings["of"] = [pattern_to_data(part) for part in pattern.of]

@@ -17,9 +17,16 @@ from ditopt.errors import InputError
 from ditopt.geometry import Geometry
 from ditopt.kernels.patterns._infra import Integers, Pattern
 from ditopt.kernels.patterns.band import Band
+from ditopt.kernels.patterns.draft import OWN, Draft
 from ditopt.kernels.patterns.orders import by_pixel, by_tile, inverse
 from ditopt.kernels.patterns.radial import Radial
-from ditopt.kernels.patterns.registry import PATTERNS, pattern_from_data, pattern_to_data
+from ditopt.kernels.patterns.registry import (
+    DYNAMIC,
+    PATTERNS,
+    choice_from_data,
+    pattern_from_data,
+    pattern_to_data,
+)
 from ditopt.kernels.patterns.sink import Sink
 from ditopt.kernels.patterns.spatial import Spatial
 from ditopt.kernels.patterns.temporal import Temporal
@@ -223,6 +230,63 @@ def test_a_name_and_parameters_make_a_pattern(name: str) -> None:
 def test_wrong_patterns_are_told(data: Any, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         pattern_from_data(data)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rooms"),
+    [({"keep": 0.25}, (1, 2, 4, 25)), ({"mass": 0.9}, (1, 4, 8, 50)), ({"mass": 0.9, "most": 0.3}, (1, 3, 5, 30))],
+)
+def test_a_draft_is_a_pattern_without_a_map(settings: dict[str, float], rooms: tuple[int, ...]) -> None:
+    data = {"pattern": "draft", **settings}
+    found = choice_from_data(data)
+    assert isinstance(found, Draft) and {"draft": Draft} == DYNAMIC and not DYNAMIC.keys() & PATTERNS.keys()
+    assert pattern_to_data(found) == data and choice_from_data(pattern_to_data(found)) == found
+    assert tuple(found.room(blocks) for blocks in (1, 8, 16, 100)) == rooms
+    with pytest.raises(
+        ValueError, match="draft finds its blocks anew in every call; it has no map, and no union takes"
+    ):
+        pattern_from_data(data)
+    with pytest.raises(ValueError, match="draft finds its blocks anew in every call"):
+        choice_from_data({"pattern": "union", "of": ["skip", data]})
+
+
+def test_a_draft_that_has_room_for_all_keeps_everything() -> None:
+    assert Draft(keep=0.9).everything(8) and not Draft(keep=0.9).everything(10)
+    assert not Draft(mass=0.9, most=1.0).everything(8), "as few as hold the mass"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, r"^pattern {.*}: exactly one of keep and mass is needed, e\.g\. .*; draft has keep, mass, most$"),
+        ({"keep": 0.5, "mass": 0.5}, "exactly one of keep and mass is needed"),
+        ({"keep": 0}, "keep: Input should be greater than 0; draft has"),
+        ({"keep": 1}, "keep: Input should be less than 1"),
+        ({"keep": "much"}, "keep: Input should be a valid number"),
+        ({"keep": math.nan}, "keep: Input should be a finite number"),
+        ({"mass": 1.5}, "mass: Input should be less than 1"),
+        ({"mass": 0.5, "most": 0}, "most: Input should be greater than 0"),
+        ({"mass": 0.5, "most": 2}, "most: Input should be less than or equal to 1"),
+        ({"keep": 0.5, "most": 0.5}, "most is a limit for mass; keep is a share of blocks itself"),
+        ({"keep": 0.5, "top": 3}, "top: Extra inputs are not permitted"),
+    ],
+)  # fmt: skip
+def test_wrong_drafts_are_told(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        choice_from_data({"pattern": "draft", **settings})
+
+
+@settings(max_examples=30, deadline=None)
+@given(geometry=geometries, sizes=st.tuples(st.integers(1, 9), st.integers(1, 9)))
+def test_a_draft_always_keeps_text_and_the_blocks_of_the_own_tokens(geometry: Geometry, sizes: tuple[int, int]) -> None:
+    own = np.eye(geometry.tokens, dtype=bool)
+    text = slice(0, geometry.text) if geometry.text_first else slice(geometry.video, None)
+    own[text], own[:, text] = True, True
+    expected = [
+        [own[row : row + sizes[0], column : column + sizes[1]].any() for column in range(0, geometry.tokens, sizes[1])]
+        for row in range(0, geometry.tokens, sizes[0])
+    ]
+    assert OWN.block_map(geometry, *sizes).tolist() == expected
 
 
 def test_a_geometry_says_what_does_not_fit() -> None:

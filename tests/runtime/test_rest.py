@@ -14,6 +14,7 @@ from ditopt.backend import Session
 from ditopt.decisions import Dense, Sparse, decision_from_data, decision_to_data, pattern_text
 from ditopt.errors import PlanMismatchError
 from ditopt.geometry import Geometry
+from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.choice import Pooled, SparseChoice
 from ditopt.kernels.patterns.temporal import Temporal
 from ditopt.passes.sparse import list_names, rest_name
@@ -48,6 +49,7 @@ def emulated(program: Program, plan: Plan, step: int, arguments: list[Any], geom
             do = plan.head_decisions(site.name)[step].of(head + 1)[head]
             if isinstance(do, Sparse):
                 choice = SparseChoice.from_data(do.settings)
+                assert isinstance(choice.pattern, Pattern)
                 kept = choice.pattern.block_map(geometry, 64, 64)
                 masks[head] = (BlockMask(kept, 64, 64), choice.rest.of(64) if choice.rest is not None else 0)
         if masks:

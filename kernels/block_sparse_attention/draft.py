@@ -1,0 +1,90 @@
+"""``ditopt::draft_lists``: lists of blocks that are found in the call itself, from means of its queries and keys.
+
+The draft of an attention map is the map of these means (DraftAttention, arXiv 2505.14708): the blocks that score
+highest in it are attended to. Plain torch, for any device; nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, check_entries
+from ditopt.kernels.ops import LIBRARY, draft_refusal
+
+
+def block_means(values: Tensor, block: int) -> Tensor:
+    """``[..., ceil(S / block), D]`` float32: means of ``[..., S, D]`` over blocks of tokens, a short last one's too."""
+    tokens = values.shape[-2]
+    whole = tokens // block * block
+    means: Tensor = values[..., :whole, :].unflatten(-2, (-1, block)).mean(-2, dtype=torch.float32)
+    if whole == tokens:
+        return means
+    return torch.cat([means, values[..., whole:, :].mean(-2, keepdim=True, dtype=torch.float32)], -2)
+
+
+def draft_scores(query: Tensor, key: Tensor, query_block: int, key_block: int, scale: float) -> Tensor:
+    """``[B, H, Qb, Kb]`` float32: scores of the blocks of ``[B, H, S, D]`` and ``[B, Hkv, L, D]`` by their means.
+
+    What is no number counts as the largest there is, and what is infinite as the largest or smallest: NaN in a block is
+    attended to, as dense attention does.
+    """
+    means = block_means(key, key_block).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = scale * block_means(query, query_block) @ means.transpose(-2, -1)
+    return scores.nan_to_num(nan=torch.finfo(scores.dtype).max)
+
+
+def draft_map(scores: Tensor, always: Tensor, keep: Tensor, mass: Tensor) -> Tensor:
+    """``[B, H, Qb, Kb]`` boolean: the blocks that every head attends to, given ``scores`` (of all heads, or of one).
+
+    They are those of ``always`` (broadcast to the scores), and behind them the highest scores, of equal ones the first,
+    up to ``keep`` ``[H]`` blocks in all, and no more than it takes for a share of ``mass`` ``[H]`` of the softmax of
+    the row's scores; a mass of infinity sets no such limit. With ``keep`` 0 they are ``always``.
+    """
+    first = scores.masked_fill(always, torch.inf)
+    order = first.sort(dim=-1, descending=True, stable=True).indices
+    shares = scores.softmax(-1).gather(-1, order)
+    before = shares.cumsum(-1) - shares
+    ranks = torch.arange(scores.shape[-1], device=scores.device)
+    taken = (ranks < keep[:, None, None]) & (before < mass[:, None, None])
+    return torch.zeros_like(taken).scatter(-1, order.expand_as(taken), taken) | always
+
+
+def draft_lists(
+    query: Tensor,
+    key: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    keep: Tensor,
+    mass: Tensor,
+    query_block: int,
+    key_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Lists for ``ditopt::block_sparse_attention``: those that are given, and of each head what ``draft_map`` adds.
+
+    ``[B, H, S, D]`` and ``[B, Hkv, L, D]``; ``indices`` ``[B or 1, H, Qb, W]`` and ``counts`` ``[B or 1, H, Qb]`` int32
+    name what is attended to whatever the scores; ``keep`` ``[H]`` int32 and ``mass`` ``[H]`` float32 are as in
+    ``draft_map``, with at most W blocks. A head with ``keep`` 0 has the lists that are given. The result is
+    ``[B, H, Qb, W]`` and ``[B, H, Qb]`` int32, in ascending order; behind a list's count there is 0.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit; on processors also: an entry of a list is wrong.
+    """
+    lists = BlockLists(indices, counts, query_block, key_block)
+    width, key_blocks = indices.shape[-1], blocks(key.shape[-2], key_block)
+    refused = draft_refusal(query, key, lists, keep, mass, scale)
+    if refused is None and indices.device.type == "cpu":
+        refused = check_entries(lists, key.shape[-2])
+    if refused is not None:
+        raise ValueError(f"ditopt::draft_lists: {refused}")
+    scores = draft_scores(query, key, query_block, key_block, scale)
+    attended = draft_map(scores, lists.to_map(key_blocks), keep.clamp(max=width), mass)
+    places = attended.cumsum(-1, dtype=torch.int32)
+    to = torch.where(attended, places - 1, width).long()  # what is not attended to goes behind the lists, and off
+    numbers = torch.arange(key_blocks, dtype=torch.int32, device=indices.device).expand(attended.shape)
+    found = indices.new_zeros((*attended.shape[:-1], width + 1)).scatter(-1, to, numbers)
+    return found[..., :width].contiguous(), places[..., -1].contiguous()
+
+
+LIBRARY.impl("draft_lists", draft_lists, "CompositeExplicitAutograd")
