@@ -84,7 +84,7 @@ def _seconds(node: fx.Node, dtype: str | None, simplify: bool) -> dict[str, floa
         dense = partial(F.scaled_dot_product_attention, query, key, value, scale=scale, enable_gqa=grouped)
     contenders = {"dense": dense}
     for share in DENSITIES:
-        lists = even_lists(query.shape[1], query.shape[2], key.shape[2], share)
+        lists = even_lists(query.shape[1], query.shape[2], key.shape[2], share).to(query.device)
         refused = block_sparse_refusal(query, key, value, lists, scale)
         if refused is not None:
             raise ValueError(refused)

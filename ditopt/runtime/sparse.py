@@ -17,7 +17,7 @@ from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kern
 from ditopt.kernels.ops import ATTENTION
 from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.registry import pattern_from_data
-from ditopt.passes._infra import SITE, SparseAttention
+from ditopt.passes._infra import SITE, SparseAttention, tensor_value
 from ditopt.passes.sparse import list_names
 from ditopt.plan import Plan, Rule
 from ditopt.sites import AttentionSite
@@ -42,11 +42,12 @@ def not_looked_for(given: Geometry | None) -> tuple[Geometry | None, str]:
 
 @dataclass(frozen=True)
 class Place:
-    """An attention site, the block that it is in, and whether it is self-attention of the latents' tokens (``own``)."""
+    """An attention site, its block, whether it is self-attention of the latents' tokens (``own``), and its device."""
 
     site: AttentionSite
     block: str | None
     own: bool
+    device: torch.device
 
 
 def attention_nodes(trace: Trace) -> dict[str, fx.Node]:
@@ -60,7 +61,10 @@ def places_of(trace: Trace) -> dict[str, Place]:
     nodes = attention_nodes(trace)
     return {
         site.name: Place(
-            site, block_of(nodes[site.name]), site.queries == site.keys and nodes[site.name].args[1] in changing
+            site,
+            block_of(nodes[site.name]),
+            site.queries == site.keys and nodes[site.name].args[1] in changing,
+            tensor_value(nodes[site.name]).device,
         )
         for site in trace.sites
         if isinstance(site, AttentionSite)
@@ -139,7 +143,7 @@ class AttentionSites:
             if not decided:
                 continue
             geometry = self._geometry(plan, network, place) if place.own else None
-            for step, lists in _lists(place.site, geometry, decided, notes).items():
+            for step, lists in _lists(place, geometry, decided, notes).items():
                 width = int(lists.indices.shape[-1])
                 found[step].append((SparseAttention(name, lists.query_block, lists.key_block, width), lists))
         steps = (
@@ -186,12 +190,13 @@ class AttentionSites:
 
 
 def _lists(
-    site: AttentionSite,
+    place: Place,
     geometry: Geometry | None,
     decided: Mapping[int, tuple[HeadDecision, ...]],
     notes: dict[str, None],
 ) -> dict[int, BlockLists]:
     """The lists of a site by step; steps in which its heads attend to all blocks have none, and run dense."""
+    site = place.site
     query_block, key_block = kernel_blocks(site.queries, site.keys)
     maps = {
         heads: torch.stack([_map(do, geometry, site, query_block, key_block) for do in heads])[None]
@@ -203,7 +208,10 @@ def _lists(
     maps = {heads: attended for heads, attended in maps.items() if not attended.all()}
     longest = max((int(attended.sum(-1).max()) for attended in maps.values()), default=0)
     width = min(blocks(site.keys, key_block), max(1, -(-longest // WIDTHS)) * WIDTHS)
-    lists = {heads: BlockLists.from_map(attended, query_block, key_block, width) for heads, attended in maps.items()}
+    lists = {
+        heads: BlockLists.from_map(attended, query_block, key_block, width).to(place.device)
+        for heads, attended in maps.items()
+    }
     return {step: lists[heads] for step, heads in decided.items() if heads in lists}
 
 
