@@ -13,12 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ditopt.kernels.block_sparse_attention.gpu import OLDEST, tile_for
+from ditopt.kernels.block_sparse_attention.gpu import OLDEST, TILES, tile_for
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks
 from ditopt.kernels.ops import block_sparse_refusal
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether ``TRITON_INTERPRET=1`` was set when Triton was imported: kernels run as Python, on the processor."""
+FURTHEST = 2**31 // max(tile.columns for widths in TILES.values() for tiles in widths.values() for tile in tiles)
+"""Elements from a token to the next with which the widest tile of keys would reach beyond int32 offsets."""
 
 
 @triton.jit
@@ -249,13 +251,18 @@ def block_sparse_attention(
         refused = "operands are on cpu, where Triton runs in its interpreter only (TRITON_INTERPRET=1)"
     if refused is not None:
         raise ValueError(f"ditopt::block_sparse_attention: {refused}")
-    query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
+    query, key, value = (readable(part) for part in (query, key, value))
     (batch, heads, queries, _), channels = query.shape, value.shape[3]
     out = query.new_empty(batch, queries, heads, channels).transpose(1, 2)
     logs = query.new_empty(batch, heads, queries, dtype=torch.float32)
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else OLDEST
     launch(query, key, value, out, logs, lists, scale, capability)
     return out, logs
+
+
+def readable(part: Tensor) -> Tensor:
+    """An operand whose channels lie next to each other, and whose tokens so near that a tile's offsets are int32."""
+    return part if part.stride(3) == 1 and part.stride(2) < FURTHEST else part.contiguous()
 
 
 def launch(

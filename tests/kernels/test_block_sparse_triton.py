@@ -6,7 +6,8 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,45 @@ def test_the_longest_lists_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert grid == (2 * lists.counts.numel(),) and torch.equal(order.sort().values, torch.arange(15))
     longest = lists.counts.flatten()[order]
     assert (longest.diff() <= 0).all() and (longest.diff() < 0).any()
+
+
+@needs_triton
+def test_it_is_launched_on_the_device_of_its_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ditopt.kernels.block_sparse_attention import triton
+
+    current: list[torch.device] = []
+    launched: list[list[torch.device]] = []
+
+    @contextmanager
+    def device_of(part: torch.Tensor) -> Iterator[None]:
+        current.append(part.device)
+        yield
+        current.pop()
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            return lambda *given, **settings: launched.append(list(current))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(triton, "attend", Recorder())
+    with FakeTensorMode():
+        part = torch.empty(1, 2, 100, 64, device="cuda:1", dtype=torch.bfloat16)
+        counts = torch.empty(1, 2, 2, device="cuda:1", dtype=torch.int32)
+        lists = BlockLists(counts.new_empty(1, 2, 2, 2), counts, 64, 64)
+        triton.launch(part, part, part, part, part.new_empty(1, 2, 100), lists, 0.1, (9, 0))
+    assert launched == [[torch.device("cuda:1")]] and not current
+
+
+@needs_triton
+def test_only_operands_that_tiles_cannot_reach_are_copied() -> None:
+    from ditopt.kernels.block_sparse_attention.triton import FURTHEST, readable
+
+    widest = max(tile.columns for widths in gpu.TILES.values() for tiles in widths.values() for tile in tiles)
+    assert (widest - 1) * (FURTHEST - 1) + gpu.WIDEST < 2**31
+    for stride, channel, taken in ((FURTHEST - 1, 1, True), (FURTHEST, 1, False), (64, 2, False)):
+        part = torch.empty_strided((1, 1, 65, 16), (0, 0, stride, channel), device="meta")
+        assert (readable(part) is part) == taken
+        assert readable(part).stride(3) == 1 and readable(part).stride(2) < FURTHEST
 
 
 def test_the_processor_needs_no_triton(run_python: Callable[..., str]) -> None:
