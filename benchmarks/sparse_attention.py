@@ -1,11 +1,12 @@
 """Attention to listed blocks against torch's dense one, in turn: how much of the ideal speed-up each density gives.
 
-    python -m benchmarks.sparse_attention [--flex] [--densities 0.25 ...] [--json FILE]
+    python -m benchmarks.sparse_attention [--flex] [--densities 0.25 ...] [--device cuda] [--json FILE]
 
 8 heads of 4,096 tokens and 64 channels, seeded operands, random lists of 64 x 64 blocks. Equal budgets give every head
 the density; unequal ones one dense head among seven. The ideal is dense time times density. ``pooled`` attends to
 the other blocks, too, by means of 16 tokens, which it makes itself: its ideal has a sixteenth more. ``--flex`` times
-compiled FlexAttention on the same lists as well.
+compiled FlexAttention on the same lists as well. ``--device cuda`` is for GPUs: ``benchmarks.sparse_attention_gpu``
+tells of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import sparse_attention_gpu
 from ditopt.device import describe_device
 from ditopt.kernels.block_sparse_attention.cpu import block_sparse_attention
+from ditopt.kernels.block_sparse_attention.gpu import gpu_refusal
 from ditopt.kernels.block_sparse_attention.lists import BlockLists
 from ditopt.kernels.block_sparse_attention.pooled import PooledRest
 from ditopt.plan import write_text_atomically
@@ -105,15 +108,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--flex", action="store_true", help="time compiled FlexAttention too")
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES, help="shares of all blocks")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernel is timed")
     options = parser.parse_args(argv)
-    kept: dict[str, Any] = {"device": describe_device(torch.device("cpu")), "torch": torch.__version__, "rows": []}
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        refused = "FlexAttention is timed on processors only" if options.flex else gpu_refusal(device)
+        if refused is not None:
+            parser.error(f"--device cuda: {refused}")
+    kept: dict[str, Any] = {"device": describe_device(device), "torch": torch.__version__, "rows": []}
     print(f"{kept['device']}, torch {kept['torch']}")
+    if device.type == "cuda":
+        kept["rows"] += sparse_attention_gpu.run(device)
+    else:
+        kept |= processor_figures(options.flex, options.densities)
+    if options.json:
+        write_text_atomically(options.json, json.dumps(kept, indent=2) + "\n")
+    return 0
+
+
+def processor_figures(with_flex: bool, densities: Sequence[float]) -> dict[str, Any]:
+    """The peaks and all rows, printed as they come."""
+    kept: dict[str, Any] = {"rows": []}
     for dtype in (torch.float32, torch.bfloat16):
         kept[f"peak_{dtype}".replace("torch.", "")] = highest = peak(dtype)
         print(f"{dtype}: products reach {highest:.0f} GFLOP/s")
-        for density in options.densities:
+        for density in densities:
             for equal in (True, False) if density < 1 else (True,):
-                found = measure(dtype, density, equal, options.flex)
+                found = measure(dtype, density, equal, with_flex)
                 kept["rows"].append(found)
                 print(f"  density {found['density']:.3f}{'' if equal else ', one dense head'}")
                 for name in ("torch", "ditopt", "pooled", "flex"):
@@ -121,9 +142,7 @@ def main(argv: list[str] | None = None) -> int:
                         each = found[name]
                         share = f", {each['of_ideal']:.0%} of the ideal" if "of_ideal" in each else ""
                         print(f"    {name:7}{1e3 * each['seconds']:9.3f} ms {each['gflops']:7.0f} GFLOP/s{share}")
-    if options.json:
-        write_text_atomically(options.json, json.dumps(kept, indent=2) + "\n")
-    return 0
+    return kept
 
 
 if __name__ == "__main__":

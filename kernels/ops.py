@@ -4,17 +4,21 @@
 device decomposes it out of sight. The pass ``lower_attention`` turns it back before Inductor sees it, unless the pass
 ``flash`` has put ``ditopt::flash_attention`` in its place, of which ``refusal`` tells what its kernels do not take.
 ``ditopt::block_sparse_attention`` attends to listed blocks of keys only (``block_sparse_attention.lists``), and to the
-means of the others where it is given them (``block_sparse_attention.pooled``);
-``ditopt::draft_lists`` makes such lists of the very queries and keys (``block_sparse_attention.draft``).
+means of the others where it is given them (``block_sparse_attention.pooled``); its Triton kernel for CUDA tensors is
+imported when it is first called with some. ``ditopt::draft_lists`` makes such lists of the very queries and keys
+(``block_sparse_attention.draft``).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ditopt._torch import has_amx, has_bfloat16_dot_products
+from ditopt.kernels.block_sparse_attention.gpu import WIDEST, gpu_refusal
 from ditopt.kernels.block_sparse_attention.lists import QUERY_TASK, check
 from ditopt.kernels.block_sparse_attention.lists import BlockLists as BlockLists
 from ditopt.kernels.block_sparse_attention.pooled import PooledRest as PooledRest
@@ -134,7 +138,21 @@ def _fake_block_sparse_attention(
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
+POOLED_ON_GPU = "there is no kernel for GPUs that takes pooled keys and values (a rest)"
+
+
+def _block_sparse_attention_in_triton(*operands: Any) -> tuple[Tensor, Tensor]:
+    pooled = any(each is not None for each in operands[8:11])
+    refused = POOLED_ON_GPU if pooled else gpu_refusal(operands[0].device)
+    if refused is not None:
+        raise ValueError(f"ditopt::block_sparse_attention: {refused}")
+    from ditopt.kernels.block_sparse_attention.triton import block_sparse_attention
+
+    return block_sparse_attention(*operands[:8])
+
+
 torch.library.register_fake("ditopt::block_sparse_attention", _fake_block_sparse_attention, lib=LIBRARY)
+LIBRARY.impl("block_sparse_attention", _block_sparse_attention_in_triton, "CUDA")
 
 
 def block_sparse_refusal(
@@ -143,7 +161,9 @@ def block_sparse_refusal(
     """Why no kernel of ``ditopt::block_sparse_attention`` takes these operands; None if one does."""
     parts = (query, key, value)
     pooled = () if rest is None else (rest.key, rest.value, rest.heads)
-    elsewhere = _elsewhere(*parts, lists.indices, lists.counts, *pooled)
+    elsewhere = _elsewhere(*parts, lists.indices, lists.counts, *pooled, kernels=("cpu", "cuda"))
+    if elsewhere is None and query.is_cuda:
+        elsewhere = gpu_refusal(query.device) if rest is None else POOLED_ON_GPU
     if elsewhere is not None:
         return elsewhere
     if len({part.dtype for part in parts}) > 1 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -152,6 +172,8 @@ def block_sparse_refusal(
     mismatch = _mismatch(query, key, value, scale)
     if mismatch is not None:
         return mismatch
+    if query.is_cuda and max(query.shape[3], value.shape[3]) > WIDEST:
+        return f"heads of {query.shape[3]} and {value.shape[3]} channels; at most {WIDEST} are taken on a GPU"
     if lists.query_block % QUERY_TASK or lists.key_block % 2:
         sizes = f"blocks of {lists.query_block} queries and {lists.key_block} keys"
         return f"{sizes}: multiples of {QUERY_TASK} and of 2 are taken"
@@ -190,10 +212,14 @@ def draft_refusal(
     return check(lists, query.shape[0], query.shape[1], query.shape[2])
 
 
-def _elsewhere(*parts: Tensor) -> str | None:
-    """Of operands on a device that there is no kernel for, the first one's; None if all are on the processor."""
-    devices = [part.device.type for part in parts if part.device.type != "cpu"]
-    return f"there is no kernel for {devices[0]}" if devices else None
+def _elsewhere(*parts: Tensor, kernels: tuple[str, ...] = ("cpu",)) -> str | None:
+    """That an operand is on a device without a kernel, or that they are on several; None if all is well."""
+    devices = [part.device for part in parts]
+    unknown = [device.type for device in devices if device.type not in kernels]
+    if unknown:
+        return f"there is no kernel for {unknown[0]}"
+    named = ", ".join(sorted(map(str, set(devices))))
+    return f"operands and lists are on several devices: {named}" if len(set(devices)) > 1 else None
 
 
 def _mismatch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> str | None:

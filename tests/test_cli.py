@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 import ditopt.api
@@ -15,6 +16,7 @@ from ditopt.cli import app
 from ditopt.cli_inputs import pipe_settings, read_prompts
 from ditopt.decisions import Fit, Forecast, Reuse
 from ditopt.errors import InputError, PlanError
+from ditopt.kernels.block_sparse_attention.gpu import gpu_refusal, triton_missing
 from ditopt.plan import DevicePrint, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.report.doctor import Finding
 from ditopt.techniques import ALL_TECHNIQUES
@@ -285,6 +287,9 @@ def test_doctor_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     (tmp_path / "plans" / "bad.yaml").write_text("no plan")
     found = {finding.name: finding for finding in ditopt.report.doctor.findings() if finding.name}
     assert {"torch", "device", "C++ compiler", "triton", "cache", "plans", "private interfaces"} <= set(found)
+    refused = gpu_refusal(torch.device("cuda"))
+    assert found["GPU sparse kernel"].text.startswith("present" if refused is None else f"absent: {refused}")
+    assert found["triton"].text.startswith("present" if triton_missing() is None else "absent")
     assert not found["private interfaces"].broken, found["private interfaces"]
     assert found["plans"].text.startswith("1 in")
     assert any(finding.broken and "bad.yaml" in finding.text for finding in ditopt.report.doctor.findings())

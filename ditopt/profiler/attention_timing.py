@@ -16,6 +16,7 @@ from ditopt.cost_models.measured import FORMS, form_name
 from ditopt.decisions import DTYPES
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kernel_blocks
 from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION, FLASH_ATTENTION, block_sparse_refusal
+from ditopt.kernels.patterns.candidates import block_for
 from ditopt.measures import Measure, Table
 from ditopt.passes._infra import tensor_value
 from ditopt.passes.attention import scale_of, special
@@ -84,7 +85,7 @@ def _seconds(node: fx.Node, dtype: str | None, simplify: bool) -> dict[str, floa
         dense = partial(F.scaled_dot_product_attention, query, key, value, scale=scale, enable_gqa=grouped)
     contenders = {"dense": dense}
     for share in DENSITIES:
-        lists = even_lists(query.shape[1], query.shape[2], key.shape[2], share)
+        lists = even_lists(query.shape[1], query.shape[2], key.shape[2], share).to(query.device)
         refused = block_sparse_refusal(query, key, value, lists, scale)
         if refused is not None:
             raise ValueError(refused)
@@ -122,5 +123,5 @@ def _table(seconds: dict[str, dict[str, float]], per_step: float, queries: int) 
     dense = np.array([of_form["dense"] for of_form in seconds.values()]) * per_step
     sparse = np.array([[of_form[f"{share:g}"] for share in DENSITIES] for of_form in seconds.values()]) * per_step
     measures = {"dense": Measure(("form",), dense), "sparse": Measure(("form", "density"), sparse)}
-    facts = {"queries": queries, "block_queries": kernel_blocks(queries, queries)[0]}
+    facts = {"queries": queries, "block_queries": kernel_blocks(queries, queries)[0], "profiled": block_for(queries)}
     return Table(measures, {"form": tuple(seconds), "density": DENSITIES}, facts)

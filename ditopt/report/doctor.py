@@ -34,6 +34,7 @@ def findings() -> Iterator[Finding]:
 
     from ditopt._torch import has_bfloat16_dot_products
     from ditopt.device import describe_device
+    from ditopt.kernels.block_sparse_attention.gpu import gpu_refusal, triton_missing
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
@@ -43,10 +44,12 @@ def findings() -> Iterator[Finding]:
     dots = has_bfloat16_dot_products()
     absent = "absent: attention in bfloat16 is torch's own (no avx512_bf16)"
     yield Finding("attention kernel", "present, for bfloat16 on this processor" if dots else absent)
-    triton = importlib.util.find_spec("triton") is not None
-    yield Finding(
-        "triton", "present" if triton else "absent; needed for GPUs only", device.type == "cuda" and not triton
-    )
+    missing = triton_missing()
+    text = "present" if missing is None else f"absent; needed for GPUs only: {missing}"
+    yield Finding("triton", text, device.type == "cuda" and missing is not None)
+    refused = gpu_refusal(torch.device("cuda"))
+    present = "present, in Triton; its speed is not yet measured"
+    yield Finding("GPU sparse kernel", present if refused is None else f"absent: {refused}")
     absent = "absent; needed for pipelines only: pip install ditopt[diffusers]"
     yield Finding("diffusers", "present" if importlib.util.find_spec("diffusers") else absent)
     absent = "absent; needed by `ditopt bench` only: pip install ditopt[bench]"

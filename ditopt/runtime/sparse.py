@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -23,7 +23,7 @@ from ditopt.kernels.ops import ATTENTION
 from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.draft import OWN, Draft
-from ditopt.passes._infra import SITE, SparseAttention
+from ditopt.passes._infra import SITE, SparseAttention, tensor_value
 from ditopt.passes.sparse import draft_names, list_names, rest_name
 from ditopt.plan import Plan, Rule
 from ditopt.sites import AttentionSite
@@ -48,11 +48,12 @@ def not_looked_for(given: Geometry | None) -> tuple[Geometry | None, str]:
 
 @dataclass(frozen=True)
 class Place:
-    """An attention site, the block that it is in, and whether it is self-attention of the latents' tokens (``own``)."""
+    """An attention site, its block, whether it is self-attention of the latents' tokens (``own``), and its device."""
 
     site: AttentionSite
     block: str | None
     own: bool
+    device: torch.device
 
 
 def attention_nodes(trace: Trace) -> dict[str, fx.Node]:
@@ -66,7 +67,10 @@ def places_of(trace: Trace) -> dict[str, Place]:
     nodes = attention_nodes(trace)
     return {
         site.name: Place(
-            site, block_of(nodes[site.name]), site.queries == site.keys and nodes[site.name].args[1] in changing
+            site,
+            block_of(nodes[site.name]),
+            site.queries == site.keys and nodes[site.name].args[1] in changing,
+            tensor_value(nodes[site.name]).device,
         )
         for site in trace.sites
         if isinstance(site, AttentionSite)
@@ -151,9 +155,9 @@ class AttentionSites:
             if not decided:
                 continue
             geometry = self._geometry(plan, network, place) if place.own else None
-            of_steps = _lists(place.site, geometry, decided, notes)
-            rests = _rests(place.site, {step: decided[step] for step in of_steps})
-            limits = _limits(place.site, {step: decided[step] for step in of_steps})
+            of_steps = _lists(place, geometry, decided, notes)
+            rests = _rests(place, {step: decided[step] for step in of_steps})
+            limits = _limits(place, {step: decided[step] for step in of_steps})
             for step, lists in of_steps.items():
                 pool, heads = rests[step]
                 width = int(lists.indices.shape[-1])
@@ -203,12 +207,13 @@ class AttentionSites:
 
 
 def _lists(
-    site: AttentionSite,
+    place: Place,
     geometry: Geometry | None,
     decided: Mapping[int, tuple[HeadDecision, ...]],
     notes: dict[str, None],
 ) -> dict[int, BlockLists]:
     """The lists of a site by step; steps in which its heads attend to all blocks have none, and run dense."""
+    site = place.site
     query_block, key_block = kernel_blocks(site.queries, site.keys)
     key_blocks = blocks(site.keys, key_block)
     maps = {
@@ -222,11 +227,14 @@ def _lists(
     longest = max((int(attended.sum(-1).max()) for attended in maps.values()), default=0)
     longest = max([longest, *(_found(do, key_blocks) for heads in maps for do in heads)])
     width = min(key_blocks, max(1, -(-longest // WIDTHS)) * WIDTHS)
-    lists = {heads: BlockLists.from_map(attended, query_block, key_block, width) for heads, attended in maps.items()}
+    lists = {
+        heads: BlockLists.from_map(attended, query_block, key_block, width).to(place.device)
+        for heads, attended in maps.items()
+    }
     return {step: lists[heads] for step, heads in decided.items() if heads in lists}
 
 
-def _rests(site: AttentionSite, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dict[int, tuple[int, Tensor]]:
+def _rests(place: Place, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dict[int, tuple[int, Tensor]]:
     """By step the pool of a site's rests, 0 where no step has one, and which heads have one, ``[H]``.
 
     A step without any is pooled as another step is, so that it needs no graph of its own.
@@ -234,6 +242,7 @@ def _rests(site: AttentionSite, decided: Mapping[int, tuple[HeadDecision, ...]])
     Raises:
         PlanMismatchError: heads ask for several pools in one step, or for one that does not divide the blocks of keys.
     """
+    site = place.site
     _, key_block = kernel_blocks(site.queries, site.keys)
     asked: dict[tuple[HeadDecision, ...], tuple[int, ...]] = {}
     for heads in dict.fromkeys(decided.values()):
@@ -250,27 +259,32 @@ def _rests(site: AttentionSite, decided: Mapping[int, tuple[HeadDecision, ...]])
             )
     coarsest = max((pool for pools in asked.values() for pool in pools), default=0)
     found = {
-        heads: (max(pools) or coarsest, torch.tensor([int(pool > 0) for pool in pools], dtype=torch.int32))
+        heads: (max(pools) or coarsest, _of_heads([int(pool > 0) for pool in pools], torch.int32, place))
         for heads, pools in asked.items()
     }
     return {step: found[heads] for step, heads in decided.items()}
 
 
-def _limits(site: AttentionSite, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dict[int, tuple[Tensor, Tensor]]:
+def _limits(place: Place, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dict[int, tuple[Tensor, Tensor]]:
     """By step what heads find in a call, as ``draft_names`` says; nothing where no head does in any step.
 
     With it in all steps if in one: a graph serves them all, and static heads find nothing.
     """
-    _, key_block = kernel_blocks(site.queries, site.keys)
-    key_blocks = blocks(site.keys, key_block)
+    _, key_block = kernel_blocks(place.site.queries, place.site.keys)
+    key_blocks = blocks(place.site.keys, key_block)
     found = {heads: [_found(do, key_blocks) for do in heads] for heads in dict.fromkeys(decided.values())}
     if not any(map(any, found.values())):
         return {}
     limits = {
-        heads: (torch.tensor(keep, dtype=torch.int32), torch.tensor([_mass(do) for do in heads], dtype=torch.float32))
+        heads: (_of_heads(keep, torch.int32, place), _of_heads([_mass(do) for do in heads], torch.float32, place))
         for heads, keep in found.items()
     }
     return {step: limits[heads] for step, heads in decided.items()}
+
+
+def _of_heads(values: Sequence[float], dtype: torch.dtype, place: Place) -> Tensor:
+    """``[H]``: a number for every head of a site."""
+    return torch.tensor(values, dtype=dtype, device=place.device)
 
 
 def _draft(decision: HeadDecision) -> Draft | None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from ditopt.cost_models.sparse import SparseCost
 from ditopt.decisions import Sparse
 from ditopt.errors import InputError
-from ditopt.kernels.patterns.candidates import block_for
 from ditopt.plan import Plan, Rule, format_steps
 from ditopt.profile import LATENCY, NetworkProfile
 from ditopt.search.heads import HeadPattern, squared_errors
@@ -70,9 +69,9 @@ def site_costs(network: NetworkProfile, form: str) -> tuple[dict[str, SparseCost
     """
     found, reasons = {}, []
     for site, table in network.tables[LATENCY].items():
-        block, queries = table.facts["block_queries"], table.facts["queries"]
-        if block_for(queries) != block:
-            told = f"kernels take blocks of {block} queries, patterns are measured in blocks of {block_for(queries)}"
+        queries, block, profiled = (table.facts[key] for key in ("queries", "block_queries", "profiled"))
+        if profiled != block:
+            told = f"kernels take blocks of {block} queries, patterns are measured in blocks of {profiled}"
             reasons.append(f"{site}: {queries} tokens are too few: {told}")
             continue
         if form not in table.labels["form"]:

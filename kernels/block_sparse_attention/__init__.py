@@ -1,1 +1,1 @@
-"""Attention to lists of key blocks: ``lists``, ``pooled`` others, ``reference`` in plain torch, ``cpu`` in C++."""
+"""Attention to lists of key blocks, and to means of others: ``reference``, ``cpu`` in C++, ``triton`` for GPUs."""

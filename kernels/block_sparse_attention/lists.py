@@ -54,6 +54,10 @@ class BlockLists:
         first = torch.argsort(~attended, dim=-1, stable=True)[..., :width]  # what is attended to first, in its order
         return cls(first.to(torch.int32).contiguous(), counts.to(torch.int32).contiguous(), query_block, key_block)
 
+    def to(self, device: torch.device) -> BlockLists:
+        """The same lists on ``device``."""
+        return BlockLists(self.indices.to(device), self.counts.to(device), self.query_block, self.key_block)
+
     def to_map(self, key_blocks: int) -> Tensor:
         """The boolean map ``[B or 1, H, Qb, key_blocks]``."""
         spare = torch.where(self.used, self.indices.long(), key_blocks)

@@ -15,8 +15,9 @@ from ditopt.kernels.block_sparse_attention import cpu, reference
 from ditopt.kernels.block_sparse_attention.lists import BlockLists
 from ditopt.kernels.block_sparse_attention.pooled import PooledRest, pool_tokens
 from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION
+from tests.kernels.block_sparse import ROUNDING, Operands, check_against, drawn, operands
 from tests.kernels.layouts import LAYOUTS, laid_out
-from tests.kernels.test_block_sparse_attention import ROUNDING, Operands, check_against, drawn, operands, poisoned
+from tests.kernels.test_block_sparse_attention import poisoned
 
 
 def attend(

@@ -47,7 +47,7 @@ def test_sites_of_equal_shapes_are_timed_once_in_every_form(trace: Trace, monkey
         assert table.labels == {"form": ("full", "bfloat16"), "density": DENSITIES}
         assert table["dense"].values.tolist() == [2.0, 2.0], "two calls a step"
         assert table["sparse"].values.tolist() == [[4.0, 6.0, 8.0, 10.0]] * 2
-        assert table.facts == {"queries": 64, "block_queries": 64}
+        assert table.facts == {"queries": 64, "block_queries": 64, "profiled": 4}
 
 
 def test_a_form_without_a_kernel_is_told(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def with_attention(found: NetworkProfile, dense: float = 2.0, scale: float = 1.0
     densities = (0.125, 0.25, 0.5, 1.0)
     seconds = np.array([[dense * (0.05 + 1.25 * density) for density in densities]])
     latency = {"dense": Measure(("form",), np.array([dense])), "sparse": Measure(("form", "density"), seconds)}
-    facts = {"queries": 1024, "block_queries": 64}
+    facts = {"queries": 1024, "block_queries": 64, "profiled": 64}
     found.tables["latency"] = {"attn": Table(latency, {"form": ("full",), "density": densities}, facts)}
     return found
 
@@ -168,7 +168,7 @@ def test_costs_are_those_that_were_timed_and_others_are_told(network: NetworkPro
     found, told = site_costs(network, "bfloat16")
     assert not found and told == ("attn: its attention was not timed in bfloat16 steps",)
     table = network.tables["latency"]["attn"]
-    short = replace(table, facts={"queries": 512, "block_queries": 64})
+    short = replace(table, facts={"queries": 512, "block_queries": 64, "profiled": 16})
     found, (why,) = site_costs(replace(network, tables={"latency": {"attn": short}}), "full")
     assert not found and why.startswith("attn: 512 tokens are too few: kernels take blocks of 64 queries")
     level = Measure(("form", "density"), np.array([[1.0, 1.0, 1.0, 0.9]]))

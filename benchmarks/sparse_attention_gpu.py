@@ -1,0 +1,145 @@
+"""``python -m benchmarks.sparse_attention --device cuda``: block-sparse attention in Triton against dense kernels.
+
+24 heads of bfloat16, 32,760 and 118,800 tokens (21 x 30 x 52 and 33 x 45 x 80: two video models' at 480 and 720 rows),
+64 and 128 channels, random lists of the blocks that plans use. Equal budgets give every head the density, unequal ones
+one dense head among 23. Dense kernels are those that PyTorch has for this GPU; the fastest is timed in turn with the
+sparse one, and the ideal is its time by the density. Before a time is told the result is held against float64.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import ditopt.kernels.block_sparse_attention.cpu  # noqa: F401  # so that all this runs on processors, too
+from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kernel_blocks
+from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION
+from ditopt.profiler.timing import time_in_turn, timed, warmed
+
+HEADS = 24
+TOKENS = (32_760, 118_800)
+CHANNELS = (64, 128)
+DENSITIES = (0.5, 0.25, 0.1, 0.05)
+DENSE = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+Operands = tuple[Tensor, Tensor, Tensor]
+
+
+def operands(tokens: int, heads: int, channels: int, device: torch.device) -> Operands:
+    """Seeded query, key and value ``[1, H, S, D]`` of bfloat16, tokens before heads."""
+    generator = torch.Generator(device).manual_seed(0)
+    size = (1, tokens, heads, channels)
+    query, key, value = (
+        torch.randn(size, generator=generator, device=device).mul(1.5).bfloat16().transpose(1, 2) for _ in range(3)
+    )
+    return query, key, value
+
+
+def lists_of(tokens: int, heads: int, density: float, equal: bool, device: torch.device) -> BlockLists:
+    """Random lists; ``equal``: every head has the density, else the first head has all blocks."""
+    query_block, key_block = kernel_blocks(tokens, tokens)
+    rows, columns = blocks(tokens, query_block), blocks(tokens, key_block)
+    generator = torch.Generator(device).manual_seed(0)
+    order = torch.rand(1, heads, rows, columns, generator=generator, device=device).argsort(-1)
+    attended = order < max(1, round(density * columns))
+    if not equal:
+        attended[:, 0] = True
+    return BlockLists.from_map(attended, query_block, key_block)
+
+
+def dense_seconds(parts: Operands) -> tuple[dict[str, float], dict[str, str]]:
+    """Median seconds of every dense kernel that takes the operands, in turn; and why others do not."""
+    runs, reasons = {}, {}
+    for name, backend in DENSE.items():
+        run = partial(dense, parts, backend)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, several to every kernel that it has not
+                runs[name] = warmed(timed(run))
+        except RuntimeError as error:
+            reasons[name] = str(error).splitlines()[0]
+    return time_in_turn(runs), reasons
+
+
+def dense(parts: Operands, backend: SDPBackend) -> Tensor:
+    """Attention by one of PyTorch's kernels and no other."""
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(*parts)
+
+
+def sparse(parts: Operands, lists: BlockLists) -> Tensor:
+    """Attention to listed blocks, by the device's kernel."""
+    sizes = (lists.query_block, lists.key_block, parts[0].shape[3] ** -0.5)
+    result: Tensor = BLOCK_SPARSE_ATTENTION(*parts, lists.indices, lists.counts, *sizes)[0]
+    return result
+
+
+def check(out: Tensor, parts: Operands, lists: BlockLists) -> None:
+    """Hold the first and the last block of queries of the first and the last head against float64.
+
+    Raises:
+        RuntimeError: a result is further off than two roundings to bfloat16 and some float32 sums put it.
+    """
+    query, key, value = parts
+    tokens = torch.arange(key.shape[2], device=key.device)
+    for head in (0, query.shape[1] - 1):
+        for row in (0, lists.counts.shape[2] - 1):
+            listed = lists.indices[0, head, row, : int(lists.counts[0, head, row])]
+            where = torch.isin(tokens // lists.key_block, listed)
+            some = slice(row * lists.query_block, (row + 1) * lists.query_block)
+            keys, values = key[0, head, where].double(), value[0, head, where].double()
+            shares = torch.softmax(query[0, head, some].double() @ keys.T * query.shape[3] ** -0.5, -1)
+            error, size = (out[0, head, some].double() - shares @ values).abs(), shares @ values.abs()
+            if not (error <= (2.1 * 2**-8 + 1e-4) * size).all():
+                told = f"head {head}, block of queries {row} is off by {float((error / size).max()):.2g} of its size"
+                raise RuntimeError(f"block-sparse attention gives a wrong result, so its time is not told: {told}")
+
+
+def measure(
+    device: torch.device,
+    tokens: int,
+    channels: int,
+    heads: int = HEADS,
+    densities: tuple[float, ...] = DENSITIES,
+    tell: Callable[[str], object] = print,
+) -> Iterator[dict[str, Any]]:
+    """Seconds of the best dense kernel and of the sparse one, and the share of the ideal, by density and budget."""
+    parts = operands(tokens, heads, channels, device)
+    with torch.no_grad():
+        every, reasons = dense_seconds(parts)
+        for name in DENSE:
+            tell(f"    {name:9} {1e3 * every[name]:9.3f} ms" if name in every else f"    {name:9} {reasons[name]}")
+        best = min(every, key=lambda name: every[name])
+        for density in densities:
+            for equal in (True, False):
+                lists = lists_of(tokens, heads, density, equal, device)
+                real = float(lists.density(tokens, tokens).mean())
+                check(sparse(parts, lists), parts, lists)
+                runs = {"dense": partial(dense, parts, DENSE[best]), "ditopt": partial(sparse, parts, lists)}
+                seconds = time_in_turn({name: warmed(timed(run)) for name, run in runs.items()})
+                ideal = seconds["dense"] * real / seconds["ditopt"]
+                tflops = 4 * heads * tokens**2 * channels * real / seconds["ditopt"] / 1e12
+                told = f"  density {real:.3f}{'' if equal else ', one dense head'}: {1e3 * seconds['ditopt']:.3f} ms"
+                tell(f"{told} to {1e3 * seconds['dense']:.3f} ms, {tflops:.0f} TFLOP/s, {ideal:.0%} of the ideal")
+                found = {"tokens": tokens, "channels": channels, "heads": heads, "density": real, "equal": equal}
+                yield {**found, "best_dense": best, "seconds": seconds, "of_ideal": ideal}
+
+
+def run(device: torch.device) -> list[dict[str, Any]]:
+    """All figures."""
+    rows: list[dict[str, Any]] = []
+    for tokens in TOKENS:
+        for channels in CHANNELS:
+            print(f"{HEADS} heads, {tokens} tokens, {channels} channels, bfloat16")
+            rows += measure(device, tokens, channels)
+    return rows

@@ -1,0 +1,311 @@
+"""``ditopt::block_sparse_attention`` on NVIDIA's GPUs, in Triton: flash attention over the listed blocks.
+
+Imported when the operator is first called with CUDA tensors, for it imports Triton. Its speed is not yet measured.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ditopt.kernels.block_sparse_attention.gpu import OLDEST, TILES, tile_for
+from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks
+from ditopt.kernels.ops import block_sparse_refusal
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether ``TRITON_INTERPRET=1`` was set when Triton was imported: kernels run as Python, on the processor."""
+FURTHEST = 2**31 // max(tile.columns for widths in TILES.values() for tiles in widths.values() for tile in tiles)
+"""Elements from a token to the next with which the widest tile of keys would reach beyond int32 offsets."""
+
+
+@triton.jit
+def _load(
+    pointers: tl.tensor, first: tl.tensor, second: tl.tensor, FIRST: tl.constexpr, SECOND: tl.constexpr
+) -> tl.tensor:
+    """A tile, zero where ``first`` (if ``FIRST``) or ``second`` (if ``SECOND``) is false."""
+    if FIRST and SECOND:
+        return tl.load(pointers, mask=first & second, other=0.0)
+    elif FIRST:
+        return tl.load(pointers, mask=first, other=0.0)
+    elif SECOND:
+        return tl.load(pointers, mask=second, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _finite(tops: tl.tensor) -> tl.tensor:
+    """What is subtracted from scores: their maximum, or nothing where it is infinite, so that infinity stays it."""
+    return tl.where(tl.abs(tops) == float("inf"), 0.0, tops)
+
+
+@triton.jit
+def _meet(
+    sums: tl.tensor,
+    totals: tl.tensor,
+    tops: tl.tensor,
+    queries: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    key_stride: tl.tensor,
+    value_stride: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    factor: tl.tensor,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED_DEPTH: tl.constexpr,
+    PADDED_WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDEN: tl.constexpr,
+) -> tl.tensor:
+    """A tile of queries meets the keys from ``begin``, up to ``end`` where ``MASKED``: online softmax, base 2."""
+    columns = tl.arange(0, COLUMNS)
+    depth = tl.arange(0, PADDED_DEPTH)
+    width = tl.arange(0, PADDED_WIDTH)
+    there = begin + columns < end
+    wide = begin.to(tl.int64)
+    keys = _load(
+        key + wide * key_stride + columns[None, :] * key_stride + depth[:, None],
+        there[None, :],
+        (depth < DEPTH)[:, None],
+        MASKED,
+        DEPTH != PADDED_DEPTH,
+    )
+    if WIDEN:
+        keys = keys.to(tl.float32)
+    scores = tl.dot(queries, keys, input_precision="ieee") * factor
+    if MASKED:
+        scores = tl.where(there[None, :], scores, float("-inf"))
+    higher = tl.maximum(tops, tl.max(scores, 1))
+    shift = _finite(higher)
+    weights = tl.exp2(scores - shift[:, None])
+    fading = tl.exp2(tops - shift)
+    values = _load(
+        value + wide * value_stride + columns[:, None] * value_stride + width[None, :],
+        there[:, None],
+        (width < WIDTH)[None, :],
+        MASKED,
+        WIDTH != PADDED_WIDTH,
+    )
+    if WIDEN:
+        values = values.to(tl.float32)
+    sums = tl.dot(weights.to(values.dtype), values, sums * fading[:, None], input_precision="ieee")
+    return sums, totals * fading + tl.sum(weights, 1), higher
+
+
+@triton.jit
+def _wrong_entries(entries: tl.tensor, count: tl.tensor, key_blocks: tl.tensor, CHUNK: tl.constexpr) -> tl.tensor:
+    """How many entries of a list are out of range or out of order."""
+    wrong = count * 0
+    for begin in range(0, count, CHUNK):
+        places = begin + tl.arange(0, CHUNK)
+        used = places < count
+        found = tl.load(entries + places, mask=used, other=0)
+        before = tl.load(entries + places - 1, mask=used & (places > 0), other=-1)
+        wrong += tl.sum((used & ((found <= before) | (found >= key_blocks))).to(tl.int32), 0)
+    return wrong
+
+
+@triton.jit
+def attend(
+    query: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    out: tl.tensor,
+    logs: tl.tensor,
+    indices: tl.tensor,
+    counts: tl.tensor,
+    order: tl.tensor,
+    query_batch: tl.tensor,
+    query_head: tl.tensor,
+    query_stride: tl.tensor,
+    key_batch: tl.tensor,
+    key_head: tl.tensor,
+    key_stride: tl.tensor,
+    value_batch: tl.tensor,
+    value_head: tl.tensor,
+    value_stride: tl.tensor,
+    out_batch: tl.tensor,
+    out_head: tl.tensor,
+    out_stride: tl.tensor,
+    factor: tl.tensor,
+    repeats: tl.tensor,
+    heads: tl.tensor,
+    group: tl.tensor,
+    tokens: tl.tensor,
+    keys: tl.tensor,
+    query_blocks: tl.tensor,
+    key_blocks: tl.tensor,
+    padding: tl.tensor,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED_DEPTH: tl.constexpr,
+    PADDED_WIDTH: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDEN: tl.constexpr,
+) -> None:
+    """One program: ``ROWS`` queries of one head and their list; ``order`` says which list is whose, longest first."""
+    TILES: tl.constexpr = QUERY_BLOCK // ROWS
+    STEPS: tl.constexpr = (KEY_BLOCK + COLUMNS - 1) // COLUMNS
+    UNEVEN: tl.constexpr = KEY_BLOCK % COLUMNS != 0
+    program = tl.program_id(0)
+    row = tl.load(order + program // (TILES * repeats))  # int64, as are offsets made of it
+    within = program % (TILES * repeats)
+    head = row // query_blocks % heads
+    batch = row // query_blocks // heads + within // TILES
+    first = row % query_blocks * QUERY_BLOCK + within % TILES * ROWS
+    rows = tl.arange(0, ROWS)
+    present = first + rows < tokens
+    if first >= tokens:
+        return
+
+    count = tl.load(counts + row)
+    entries = indices + row * padding
+    wrong = (count < 0) | (count > padding)
+    count = tl.where(wrong, 0, count)
+    wrong = wrong | (_wrong_entries(entries, count, key_blocks, 64) > 0)
+    count = tl.where(wrong, 0, count)
+
+    depth = tl.arange(0, PADDED_DEPTH)
+    width = tl.arange(0, PADDED_WIDTH)
+    queries = _load(
+        query + batch * query_batch + head * query_head + (first + rows)[:, None] * query_stride + depth[None, :],
+        present[:, None],
+        (depth < DEPTH)[None, :],
+        True,
+        DEPTH != PADDED_DEPTH,
+    )
+    if WIDEN:
+        queries = queries.to(tl.float32)
+    key += batch * key_batch + head // group * key_head
+    value += batch * value_batch + head // group * value_head
+    tops = tl.full((ROWS,), float("-inf"), tl.float32)
+    totals = tl.zeros((ROWS,), tl.float32)
+    sums = tl.zeros((ROWS, PADDED_WIDTH), tl.float32)
+
+    last = (key_blocks - 1) * KEY_BLOCK
+    ends = tl.load(entries + count - 1, mask=count > 0, other=-1) == key_blocks - 1
+    short = ends & (keys - last < KEY_BLOCK)  # only the last block can be
+    whole = count
+    if not UNEVEN:
+        whole = count - short.to(tl.int32)
+    for step in range(0, whole * STEPS):
+        block = tl.load(entries + step // STEPS)
+        begin = block * KEY_BLOCK + step % STEPS * COLUMNS
+        end = tl.minimum((block + 1) * KEY_BLOCK, keys)
+        sums, totals, tops = _meet(
+            sums, totals, tops, queries, key, value, key_stride, value_stride, begin, end, factor,
+            DEPTH, WIDTH, PADDED_DEPTH, PADDED_WIDTH, COLUMNS, UNEVEN, WIDEN,
+        )  # fmt: skip
+    if not UNEVEN:
+        for step in range(0, tl.where(short, tl.cdiv(keys - last, COLUMNS), 0)):
+            begin = last + step * COLUMNS
+            sums, totals, tops = _meet(
+                sums, totals, tops, queries, key, value, key_stride, value_stride, begin, keys, factor,
+                DEPTH, WIDTH, PADDED_DEPTH, PADDED_WIDTH, COLUMNS, True, WIDEN,
+            )  # fmt: skip
+
+    result = tl.where(count == 0, 0.0, sums / totals[:, None])
+    result = tl.where(wrong, float("nan"), result)
+    log = (_finite(tops) + tl.log2(totals)) * 0.6931471805599453
+    log = tl.where(wrong, float("nan"), log)
+    out += batch * out_batch + head * out_head + (first + rows)[:, None] * out_stride + width[None, :]
+    tl.store(out, result.to(out.dtype.element_ty), mask=present[:, None] & (width < WIDTH)[None, :])
+    tl.store(logs + (batch * heads + head) * tokens + first + rows, log, mask=present)
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    query_block: int,
+    key_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention to listed blocks: ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]``, lists -> result, log-sum.
+
+    As ``cpu.block_sparse_attention``: the result is ``[B, H, S, E]`` of the operands' dtype and lies as
+    ``[B, S, H, E]``, the natural logarithm of the softmax's sum is ``[B, H, S]`` float32. Any strides. Sums are
+    float32, products of float32 operands too; softmax numerators are rounded to the operands' dtype before they meet
+    the values. A wrong list (a count beyond the padding, an entry out of range or out of order) is not told, for that
+    would wait for the GPU: nothing is read by it, and its queries have a result and a logarithm of NaN.
+
+    Raises:
+        ValueError: the kernel does not take these operands; it says why.
+    """
+    lists = BlockLists(indices, counts, query_block, key_block)
+    refused = block_sparse_refusal(query, key, value, lists, scale)
+    if refused is None and query.device.type == "cpu" and not INTERPRETED:
+        refused = "operands are on cpu, where Triton runs in its interpreter only (TRITON_INTERPRET=1)"
+    if refused is not None:
+        raise ValueError(f"ditopt::block_sparse_attention: {refused}")
+    query, key, value = (readable(part) for part in (query, key, value))
+    (batch, heads, queries, _), channels = query.shape, value.shape[3]
+    out = query.new_empty(batch, queries, heads, channels).transpose(1, 2)
+    logs = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else OLDEST
+    launch(query, key, value, out, logs, lists, scale, capability)
+    return out, logs
+
+
+def readable(part: Tensor) -> Tensor:
+    """An operand whose channels lie next to each other, and whose tokens so near that a tile's offsets are int32."""
+    return part if part.stride(3) == 1 and part.stride(2) < FURTHEST else part.contiguous()
+
+
+def launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logs: Tensor,
+    lists: BlockLists,
+    scale: float,
+    capability: tuple[int, int],
+) -> None:
+    """Fill ``out`` and ``logs`` in tiles for ``capability``; operands that are taken, channels next to each other."""
+    (batch, heads, queries, _), keys = query.shape, key.shape[2]
+    settings = constants(query, value, lists, capability)
+    order = lists.counts.flatten().argsort(descending=True, stable=True)
+    repeats = batch // lists.counts.shape[0]
+    tiles = lists.query_block // settings["ROWS"]
+    with torch.cuda.device_of(query):  # Triton launches on the current one
+        attend[(order.numel() * repeats * tiles,)](
+            *(query, key, value, out, logs, lists.indices.contiguous(), lists.counts.contiguous(), order),
+            *(stride for part in (query, key, value, out) for stride in part.stride()[:3]),
+            *(scale * math.log2(math.e), repeats, heads, heads // key.shape[1], queries, keys),
+            *(lists.counts.shape[2], blocks(keys, lists.key_block), lists.indices.shape[3]),
+            **settings,
+        )
+
+
+def constants(query: Tensor, value: Tensor, lists: BlockLists, capability: tuple[int, int]) -> dict[str, Any]:
+    """What the kernel is compiled for: sizes of heads, blocks and tiles, warps and stages."""
+    depth, width = query.shape[3], value.shape[3]
+    tile = tile_for(capability, max(depth, width), query.dtype, lists.query_block, lists.key_block)
+    return {
+        "DEPTH": depth,
+        "WIDTH": width,
+        "PADDED_DEPTH": max(16, triton.next_power_of_2(depth)),
+        "PADDED_WIDTH": max(16, triton.next_power_of_2(width)),
+        "QUERY_BLOCK": lists.query_block,
+        "KEY_BLOCK": lists.key_block,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "WIDEN": INTERPRETED and query.dtype == torch.bfloat16,  # whose bits it would multiply
+        "enable_fp_fusion": True,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }

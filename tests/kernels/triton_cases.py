@@ -1,0 +1,213 @@
+"""The Triton kernel against float64: on the processor where ``TRITON_INTERPRET=1`` is set, else on the GPU.
+
+``test_block_sparse_triton.py`` runs this file, in a process of its own: Triton decides when it is first imported
+whether its functions, and those of its own library, are compiled or interpreted.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from ditopt.kernels.block_sparse_attention import reference, triton
+from ditopt.kernels.block_sparse_attention.lists import BlockLists
+from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION
+from tests.kernels import block_sparse
+from tests.kernels.block_sparse import ROUNDING, Operands, drawn, operands
+from tests.kernels.layouts import LAYOUTS, laid_out
+
+DEVICE = torch.device("cpu" if triton.INTERPRETED else "cuda")
+# numpy, which interprets, tells of what is not finite as C does not
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+# batch, heads, key heads, queries, keys, depth, width; tokens of a block of queries and of keys; density
+SHAPES = [
+    ((1, 2, 2, 130, 200, 64, 64), (64, 64), 0.6),
+    ((2, 4, 2, 70, 150, 40, 24), (64, 64), 0.6),  # two queries' heads to a key's, channels padded, short blocks
+    ((2, 2, 1, 192, 256, 128, 128), (128, 64), 0.7),  # whole blocks
+    ((1, 1, 1, 200, 270, 32, 48), (192, 128), 0.8),  # several tiles to a block of queries and of keys
+    ((1, 2, 2, 64, 90, 96, 33), (64, 4), 0.5),  # blocks of fewer keys than a tile
+    ((1, 1, 1, 65, 100, 32, 16), (64, 48), 0.9),
+    ((1, 1, 1, 40, 70, 256, 256), (64, 64), 1.1),
+    ((1, 1, 1, 1, 1, 1, 1), (64, 64), 1.1),
+]
+
+
+def attend(parts: Operands, lists: BlockLists, scale: float = 0.2) -> tuple[Tensor, Tensor]:
+    """The kernel's result, in memory that held NaN, on the processor."""
+    made = Tensor.new_empty
+
+    def poisoned(self: Tensor, *size: Any, **kind: Any) -> Tensor:
+        found = made(self, *size, **kind)
+        return found.fill_(math.nan) if found.is_floating_point() else found
+
+    query, key, value = (part.to(DEVICE) for part in parts)
+    there = lists.to(DEVICE)
+    given = (query, key, value, there.indices, there.counts, lists.query_block, lists.key_block, scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", poisoned)
+        out, logs = triton.block_sparse_attention(*given) if triton.INTERPRETED else BLOCK_SPARSE_ATTENTION(*given)
+    assert out.transpose(1, 2).is_contiguous()
+    return out.cpu(), logs.cpu()
+
+
+def check(parts: Operands, lists: BlockLists, scale: float = 0.2) -> None:
+    ours = attend(parts, lists, scale)
+    assert ours[0].dtype == parts[0].dtype and ours[0].shape == (*parts[0].shape[:3], parts[2].shape[3])
+    assert ours[1].dtype == torch.float32 and ours[1].shape == parts[0].shape[:3]
+    block_sparse.check(ours, parts, lists, scale)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(("shape", "sizes", "density"), SHAPES)
+def test_it_is_as_near_to_float64_as_rounding_allows(
+    shape: tuple[int, int, int, int, int, int, int], sizes: tuple[int, int], density: float, dtype: torch.dtype
+) -> None:
+    batch, heads, _, queries, keys, *_ = shape
+    own = batch if dtype != torch.float32 else 1  # lists for each of a batch, or the same for all
+    check(operands(shape, dtype), drawn(heads, queries, keys, density, own, *sizes))
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 2),
+    queries=st.integers(1, 130),
+    keys=st.integers(1, 150),
+    depth=st.integers(1, 80),
+    width=st.integers(1, 80),
+    density=st.floats(0.0, 1.0),
+    key_block=st.sampled_from([2, 48, 64, 128]),
+    dtype=st.sampled_from(list(ROUNDING)),
+)
+def test_any_sizes_are_taken(
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    depth: int,
+    width: int,
+    density: float,
+    key_block: int,
+    dtype: torch.dtype,
+) -> None:
+    parts = operands((batch, heads, 1, queries, keys, depth, width), dtype)
+    check(parts, drawn(heads, queries, keys, density, key_block=key_block))
+
+
+def test_an_empty_list_gives_zero_and_a_full_one_dense_attention() -> None:
+    parts = operands((1, 2, 2, 200, 200, 32, 32))
+    attended = torch.ones(1, 2, 4, 4, dtype=torch.bool)
+    attended[0, 1, 2] = False
+    out, logs = attend(parts, BlockLists.from_map(attended, 64, 64))
+    dense = F.scaled_dot_product_attention(*parts, scale=0.2)
+    assert (out[0, 1, 128:192] == 0).all() and (logs[0, 1, 128:192] == -math.inf).all()
+    dense[0, 1, 128:192] = 0
+    torch.testing.assert_close(out, dense, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_that_are_not_finite_stay_where_lists_name_them(dtype: torch.dtype) -> None:
+    lists = BlockLists.from_map(torch.tensor([[[[True, False], [False, True]]]]), 64, 64)
+    for number, position in ((math.nan, 0), (math.nan, 1), (math.nan, 2), (math.inf, 2)):
+        parts = operands((1, 1, 1, 128, 128, 16, 16), dtype)
+        parts[position][0, 0, 7, 3] = number
+        out, logs = attend(parts, lists, 0.25)
+        query, key, value = (part.double() for part in parts)
+        exact, exact_logs = reference.block_sparse_attention(query, key, value, lists, 0.25)
+        assert torch.equal(logs.isnan(), exact_logs.isnan())
+        assert torch.equal(out.isnan(), exact.isnan()) and torch.equal(out.isinf(), exact.isinf())
+        assert out[0, 0, 64:].isfinite().all() and not out.isfinite().all()
+
+
+def test_a_score_of_infinity_is_in_the_logarithm() -> None:
+    query, key, value = operands((1, 1, 1, 64, 160, 16, 16))
+    query, lists = query.abs() + 0.1, drawn(1, 64, 160, 1.1)
+    key[0, 0, 100, 3] = math.inf
+    out, logs = attend((query, key, value), lists, 0.25)
+    assert out.isnan().all() and (logs == math.inf).all()
+    key[0, 0, 20, 3] = math.nan
+    out, logs = attend((query, key, value), lists, 0.25)
+    assert out.isnan().all() and logs.isnan().all()
+
+
+def test_a_first_block_without_a_finite_score_leaves_the_others() -> None:
+    query, key, value = operands((1, 1, 1, 64, 200, 16, 16))
+    query = query.abs() + 0.1
+    key[:, :, :128] = -math.inf
+    full, rest = drawn(1, 64, 200, 1.1), BlockLists.from_map(torch.tensor([[[[False, False, True, True]]]]), 64, 64)
+    parts = query, key, value
+    for ours, theirs in zip(attend(parts, full), attend(parts, rest), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+    key[:] = -math.inf
+    out, logs = attend(parts, full)
+    assert out.isnan().all() and (logs == -math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
+    query, key, value = operands((1, 1, 1, 64, 200, 16, 16), dtype)
+    check((10 * query, 10 * key, value), drawn(1, 64, 200, 1.1), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_early_keys_do_not_fade_in_a_long_sequence(dtype: torch.dtype) -> None:
+    """Equal scores weigh all values alike: the first half of the keys has ones, the second none."""
+    keys = 2_000 if triton.INTERPRETED else 60_000
+    query, key, value = operands((1, 1, 1, 64, keys, 2, 2), dtype)
+    value[:, :, : keys // 2], value[:, :, keys // 2 :] = 1.0, 0.0
+    out, logs = attend((0 * query, key, value), drawn(1, 64, keys, 1.1))
+    assert (out.float() - 0.5).abs().max() < 1e-4 and (logs - math.log(keys)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_do_not_matter(layout: str) -> None:
+    parts, lists = operands((2, 2, 2, 70, 100, 32, 16)), drawn(2, 70, 100, 0.8)
+    query, key, value = laid_out(parts, layout)
+    for ours, theirs in zip(attend((query, key, value), lists), attend(parts, lists), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("entries", "count"),
+    [
+        ([0, 1, 3], 3),
+        ([0, 1, 2**30], 3),
+        ([-(2**30), 1, 2], 3),
+        ([0, 2, 1], 3),
+        ([0, 1, 1], 3),
+        ([0, 1, 2], 4),
+        ([0, 1, 2], 2**30),
+        ([0, 1, 2], -1),
+    ],
+)
+def test_a_wrong_list_gives_nan_to_its_queries_and_to_no_others(entries: list[int], count: int) -> None:
+    parts, lists = operands((1, 2, 2, 130, 130, 16, 16)), drawn(2, 130, 130, 1.1)
+    expected = attend(parts, lists)
+    lists.indices[0, 1, 1] = torch.tensor(entries, dtype=torch.int32)
+    lists.counts[0, 1, 1] = count
+    for ours, right in zip(attend(parts, lists), expected, strict=True):
+        right[0, 1, 64:128] = math.nan
+        torch.testing.assert_close(ours, right, atol=0, rtol=0, equal_nan=True)
+
+
+def test_a_wrong_entry_is_found_far_behind_in_a_list() -> None:
+    parts, lists = operands((1, 1, 1, 64, 400, 16, 16)), drawn(1, 64, 400, 1.1, key_block=4)
+    assert lists.indices.shape[-1] == 100
+    lists.indices[..., 99] = 100
+    assert all(result.isnan().all() for result in attend(parts, lists))
+
+
+def test_what_is_behind_a_count_is_not_read() -> None:
+    parts, lists = operands((1, 2, 2, 130, 130, 16, 16)), drawn(2, 130, 130, 1.1)
+    lists.counts[:] = 2
+    expected, _ = attend(parts, lists)
+    lists.indices[..., 2] = 2**30
+    assert torch.equal(attend(parts, lists)[0], expected)
