@@ -80,12 +80,14 @@ def draw_plan(rng: np.random.Generator, problem: SearchProblem, network: Network
         share, start = rng.uniform(0.05, 0.7), int(rng.integers(0, problem.steps // 2))
         steps = tuple(step for step in draft.kept if step >= start)
         for site, table in network.tables["patterns"].items():
-            if "candidate" not in table.labels or len(table.labels["candidate"]) < 2 or not steps:
+            labels = [
+                label for label in table.labels.get("candidate", ()) if json.loads(str(label))["pattern"] != "draft"
+            ]
+            if len(labels) < 2 or not steps:
                 continue
             for head in range(table["error"].size("head")):
                 if rng.uniform() < share:
-                    candidate = table.labels["candidate"][rng.integers(len(table.labels["candidate"]))]
-                    heads.append(HeadPattern(site, head, candidate, steps))
+                    heads.append(HeadPattern(site, head, labels[rng.integers(len(labels))], steps))
     return RandomPlan(draft, tuple(heads))
 
 
