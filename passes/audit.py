@@ -5,13 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
-import torch
 from torch import fx
 
 from ditopt.errors import AuditError
 from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, DRAFT_LISTS, FLASH_ATTENTION
 from ditopt.passes._infra import SITE, GraphIndex, SparseAttention, StepPlan, outputs, tensor_value
-from ditopt.passes.cast import VIEWS, castable
+from ditopt.passes.cast import castable
 from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.features import user_outputs
 from ditopt.passes.second_order import SECOND_ORDER
@@ -104,25 +103,9 @@ def _of_draft(node: fx.Node, wanted: SparseAttention) -> tuple[object, ...]:
     (maker,) = makers
     if not isinstance(maker, fx.Node) or maker.target is not DRAFT_LISTS:
         return node.args[3:5]
-    own = all(_alike(*each) for each in zip(maker.args[:2], node.args[:2], strict=True))
-    if not own or maker.args[6:] != node.args[5:]:
+    if maker.args[:2] != node.args[:2] or maker.args[6:] != node.args[5:]:
         raise AuditError(f"{wanted.site}: finds its blocks by other queries, keys, sizes or another scale than its own")
     return maker.args[2:6]
-
-
-def _alike(one: object, other: object) -> bool:
-    """Whether two values are the same one, but for the dtype."""
-    one, other = (_unconverted(each) for each in (one, other))
-    if one is other or not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
-        return one is other
-    viewed = one.target in VIEWS and one.target is other.target and one.args[1:] == other.args[1:]
-    return viewed and _alike(one.args[0], other.args[0])
-
-
-def _unconverted(value: object) -> object:
-    while isinstance(value, fx.Node) and value.target is torch.ops.prims.convert_element_type.default:
-        value = value.args[0]
-    return value
 
 
 def _check_second_order(gm: fx.GraphModule) -> None:
