@@ -80,13 +80,13 @@ def draw_plan(rng: np.random.Generator, problem: SearchProblem, network: Network
         share, start = rng.uniform(0.05, 0.7), int(rng.integers(0, problem.steps // 2))
         steps = tuple(step for step in draft.kept if step >= start)
         for site, table in network.tables["patterns"].items():
-            candidates = [each for each in table.labels.get("candidate", ()) if "rest" not in json.loads(str(each))]
-            if len(candidates) < 2 or not steps:  # masks have no rest
+            written = {label: json.loads(str(label)) for label in table.labels.get("candidate", ())}
+            labels = [label for label, each in written.items() if "rest" not in each and each["pattern"] != "draft"]
+            if len(labels) < 2 or not steps:  # masks have no rest and are not found in calls
                 continue
             for head in range(table["error"].size("head")):
                 if rng.uniform() < share:
-                    candidate = candidates[rng.integers(len(candidates))]
-                    heads.append(HeadPattern(site, head, candidate, steps))
+                    heads.append(HeadPattern(site, head, labels[rng.integers(len(labels))], steps))
     return RandomPlan(draft, tuple(heads))
 
 

@@ -138,25 +138,9 @@ def _of_draft(node: fx.Node, wanted: SparseAttention) -> tuple[object, ...]:
     (maker,) = makers
     if not isinstance(maker, fx.Node) or maker.target is not DRAFT_LISTS:
         return node.args[3:5]
-    own = all(_alike(*each) for each in zip(maker.args[:2], node.args[:2], strict=True))
-    if not own or maker.args[6:] != node.args[5:8]:
+    if maker.args[:2] != node.args[:2] or maker.args[6:] != node.args[5:8]:
         raise AuditError(f"{wanted.site}: finds its blocks by other queries, keys, sizes or another scale than its own")
     return maker.args[2:6]
-
-
-def _alike(one: object, other: object) -> bool:
-    """Whether two values are the same one, but for the dtype."""
-    one, other = (_unconverted(each) for each in (one, other))
-    if one is other or not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
-        return one is other
-    viewed = one.target in VIEWS and one.target is other.target and one.args[1:] == other.args[1:]
-    return viewed and _alike(one.args[0], other.args[0])
-
-
-def _unconverted(value: object) -> object:
-    while isinstance(value, fx.Node) and value.target is torch.ops.prims.convert_element_type.default:
-        value = value.args[0]
-    return value
 
 
 def _check_second_order(gm: fx.GraphModule) -> None:

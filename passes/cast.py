@@ -13,7 +13,7 @@ import operator
 import torch
 from torch import fx
 
-from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION
+from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, DRAFT_LISTS
 from ditopt.passes._infra import (
     OF_THE_CALL,
     GraphIndex,
@@ -54,6 +54,8 @@ def cast(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
         if node.target is ATTENTION:
             _narrow_mask(gm, node, dtype, narrowed)
         args = [_narrow(gm, arg, dtype, narrowed) if isinstance(arg, fx.Node) else arg for arg in node.args]
+        for maker in _list_makers(node):
+            maker.args = (*args[:2], *maker.args[2:])
         with gm.graph.inserting_before(node):
             product = call(gm, node.target, *args, **node.kwargs)  # type: ignore[arg-type]  # an operator
             narrow = product if result is node else call(gm, operator.getitem, product, 0)
@@ -90,6 +92,14 @@ def castable(gm: fx.GraphModule) -> list[fx.Node]:
 def _result(product: fx.Node) -> fx.Node:
     """The node that is a product's value: block-sparse attention has it as the first of two."""
     return next(iter(product.users)) if product.target is BLOCK_SPARSE_ATTENTION else product
+
+
+def _list_makers(product: fx.Node) -> set[fx.Node]:
+    """What makes the lists of block-sparse attention of its operands; it has to read them as attention does."""
+    if product.target is not BLOCK_SPARSE_ATTENTION:
+        return set()
+    lists = (node for node in product.all_input_nodes if node.target is operator.getitem)
+    return {maker for node in lists for maker in node.all_input_nodes if maker.target is DRAFT_LISTS}
 
 
 def _narrow_mask(gm: fx.GraphModule, attention: fx.Node, dtype: torch.dtype, narrowed: dict[fx.Node, fx.Node]) -> None:

@@ -23,8 +23,9 @@ from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.candidates import candidates
 from ditopt.kernels.patterns.registry import pattern_to_data
 from ditopt.measures import Label, Measure, Numbers, Table
+from ditopt.profiler.draft_blocks import DraftReader, drafts_of
 from ditopt.profiler.interpret import Seen
-from ditopt.profiler.rows import Part, Place, Reads, RowReader, SharedRows, first_samples
+from ditopt.profiler.rows import Operands, Part, Place, Reads, RowReader, SharedRows, first_samples
 from ditopt.search.heads import SKIP
 from ditopt.trace import Trace
 
@@ -118,9 +119,12 @@ class _Site:
 
     def __init__(self, place: Place, calls: NetworkCalls) -> None:
         self.place = place
-        self.candidates = candidates_of(place.geometry, place.sample.block) if place.geometry is not None else None
-        self.names = self.candidates.names if self.candidates is not None else (SKIP,)
-        self.density = self.candidates.density if self.candidates is not None else np.zeros(1, dtype=np.float32)
+        self.candidates: Candidates | None = None
+        self.names: tuple[str, ...] = (SKIP,)
+        if place.geometry is not None:
+            self.candidates = candidates_of(place.geometry, place.sample.block)
+            self.drafts = DraftReader(drafts_of(place.geometry, place.sample.block))
+            self.names = (*self.candidates.names, *self.drafts.drafts.names)
         first, last = (max(place.video[0], place.entry.rows[0]), min(place.video[1], place.entry.rows[1]))
         self.known = first < last
         if not self.known:
@@ -138,6 +142,19 @@ class _Site:
         self.waiting: list[_Call] = []
         self.elements = 0
         self.norm_of_second: Tensor = torch.tensor(math.nan)
+
+    @property
+    def density(self) -> Numbers:
+        """``[C]``: shares of blocks; of drafts the mean over what was seen."""
+        if self.candidates is None:
+            return np.zeros(1, dtype=np.float32)
+        return np.concatenate([self.candidates.density, self.drafts.density])
+
+    def kept(self, part: Part) -> Tensor:
+        """``[q, C, Kb]``: what the candidates keep of some rows of a head."""
+        assert self.candidates is not None
+        found = self.drafts.kept(part.head)[part.blocks]
+        return torch.cat([self.candidates.kept[part.blocks].to(found.device), found], 1)
 
     def remembered(self, width: int) -> Tensor:
         """The rows, of those that count, whose outputs are kept from step to step; a row has ``width`` values."""
@@ -196,6 +213,10 @@ class PatternCollector(RowReader):
         """Sums by block of keys, where patterns are tried."""
         return Reads.SUMS if self._sites[place.name].candidates is not None else Reads.NOTHING
 
+    def start(self, place: Place, operands: Operands, branch: int, index: int) -> None:
+        """Remember what heads would find their blocks by."""
+        self._sites[place.name].drafts.start(operands, index)
+
     def take(self, place: Place, part: Part) -> None:
         """Add up the errors of some rows."""
         site = self._sites[place.name]
@@ -205,10 +226,11 @@ class PatternCollector(RowReader):
             shape = (place.entry.site.heads, len(site.names), width, width)
             site.errors[part.branch] = torch.zeros(shape, device=part.sums.device)
         weights = site.weights[part.blocks].to(part.sums.device)
-        site.errors[part.branch][part.head] += error_moments(part.sums, site.candidates.kept[part.blocks], weights)
+        site.errors[part.branch][part.head] += error_moments(part.sums, site.kept(part), weights)
 
     def finish(self, place: Place, step: int, branch: int) -> None:
-        """Nothing: outputs come with the node itself."""
+        """Let go of the operands; outputs come with the node itself."""
+        self._sites[place.name].drafts.finish()
 
     def see(self, seen: Seen) -> None:
         """Keep what is needed of an attention's output; measure it where the projection behind it is seen."""

@@ -262,6 +262,9 @@ class RowReader(Collector):
     def reads(self, place: Place) -> Reads:
         """What it needs of a site."""
 
+    def start(self, place: Place, operands: Operands, branch: int, index: int) -> None:
+        """The rows of a branch's call follow: of sample ``index`` of its operands."""
+
     @abstractmethod
     def take(self, place: Place, part: Part) -> None:
         """Take in some rows."""
@@ -299,6 +302,8 @@ class SharedRows:
         needs = {reader: reader.reads(place) for reader in self.readers}
         reading = [reader for reader, need in needs.items() if need is not Reads.NOTHING]
         for branch, index in samples.items() if reading else ():
+            for reader in reading:
+                reader.start(place, operands, branch, index)
             for part in parts(place, operands, seen.moment.step, branch, index, Reads.SUMS in needs.values()):
                 for reader in reading:
                     reader.take(place, part)

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from ditopt.errors import AuditError
+from ditopt.kernels.block_sparse_attention.lists import BlockLists
 from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION, DRAFT_LISTS
 from ditopt.passes._infra import PassManager, SparseAttention, StepPlan
 from ditopt.passes.audit import audit
 from ditopt.passes.sparse import draft_names, list_names
 from ditopt.runtime.variants import PASSES, VariantCache
+from tests.kernels.test_draft_lists import literal
 from tests.passes.test_sparse import (
     KEY_BLOCK,
     KEY_BLOCKS,
@@ -61,7 +64,8 @@ def test_heads_that_find_everything_are_dense(wan: Captured) -> None:
 @pytest.mark.parametrize("plan", [StepPlan(sparse=DRAFTS), StepPlan(sparse=DRAFTS, dtype="bfloat16", simplify=True)])
 def test_one_operator_for_each_site_and_two_inputs_more(cache: VariantCache, plan: StepPlan) -> None:
     gm = cache.graph(plan)
-    assert sum(node.target is DRAFT_LISTS for node in gm.graph.nodes) == 2
+    dtypes = [node.args[0].meta["val"].dtype for node in drafts(gm)]  # type: ignore[union-attr]  # a node
+    assert dtypes == [torch.bfloat16 if plan.dtype else torch.float32] * 2, "as attention reads them"
     added = [name for name in gm.meta["ditopt_inputs"] if isinstance(name, str)]
     assert sorted(added) == sorted(name for site in SITES for name in (*list_names(site), *draft_names(site)))
 
@@ -154,6 +158,39 @@ def test_sizes_are_those_of_the_site(cache: VariantCache) -> None:
         assert node.args[6:8] == (QUERY_BLOCK, KEY_BLOCK)
         indices, counts = node.meta["val"]
         assert indices.shape == (1, 2, 2, KEY_BLOCKS) and counts.shape == (1, 2, 2)
+
+
+class Grouped(nn.Module):
+    """One block, whose four heads of queries share two of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Identity()])
+        self.blocks[0].forward = lambda x: F.scaled_dot_product_attention(x, x[:, :2], x[:, 2:], enable_gqa=True)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        return (self.blocks[0](hidden_states + timestep),)
+
+
+def test_grouped_heads_and_samples_find_blocks_of_their_own() -> None:
+    """The last block of keys is short."""
+    x, scale = 1.5 * torch.randn(2, 4, 120, 8, generator=torch.Generator().manual_seed(0)), 8**-0.5
+    with interpreted():
+        found = capture(Grouped().eval(), {"hidden_states": x, "timestep": torch.zeros(1)})
+        always = torch.rand((1, 4, 2, 8), generator=torch.Generator().manual_seed(1)) < 0.2
+        lists = BlockLists.from_map(always, 64, 16, 8)
+        keep, mass = [3, 0, 8, 5], [math.inf, math.inf, 0.6, math.inf]
+        given = (lists.indices, lists.counts, torch.tensor(keep, dtype=torch.int32), torch.tensor(mass))
+        names = (*list_names("blocks.0"), *draft_names("blocks.0"))
+        plan = StepPlan(sparse=(SparseAttention("blocks.0", 64, 16, 8, draft=True),))
+        (out,), _ = found.run(plan, dict(zip(names, given, strict=True)))
+    torch._dynamo.reset()
+    kept = torch.tensor(literal(x, x[:, :2], always, (64, 16), keep, mass, scale)).view(2, 4, 2, 8)
+    assert not torch.equal(kept[0], kept[1])
+    mask = kept.repeat_interleave(64, -2).repeat_interleave(16, -1)[..., :120, :120]
+    keys, values = (part.repeat_interleave(2, 1) for part in (x[:, :2], x[:, 2:]))
+    scores = (scale * x @ keys.transpose(-2, -1)).masked_fill(~mask, -math.inf)
+    torch.testing.assert_close(out, scores.softmax(-1).nan_to_num(0.0) @ values, rtol=1e-4, atol=1e-5)
 
 
 def test_masks_are_refused_as_under_static_patterns() -> None:
