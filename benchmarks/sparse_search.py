@@ -213,13 +213,13 @@ class Bench:
             part = sparse_part(candidates, price)
             self.add("mix", f"{share:g}", part.rules, judged if share in oracles else 0)
 
-    def singles(self) -> None:
-        """Every candidate by itself."""
+    def singles(self, dense_first: Sequence[float]) -> None:
+        """Every candidate by itself, behind each of these shares of dense steps."""
         labels = dict.fromkeys(
             label for site in self.costs for label in self.network.tables["patterns"][site].labels["candidate"]
         )
-        for label in labels:
-            for first in DENSE_FIRST:
+        for first in dense_first:
+            for label in labels:
                 what = f"{label}, first {first:.0%} of steps dense" if first else str(label)
                 self.add("single", what, single_rules(self.network, self.costs, str(label), first))
 
@@ -245,7 +245,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         bench = Bench(prepared, profile, judged, reporter, arguments.json.with_suffix(".partial"))
         bench.mixes(arguments.oracle, arguments.oracle_limit)
         if not arguments.mixes_only:
-            bench.singles()
+            bench.singles(arguments.dense_first)
     return {
         "rows": bench.rows,
         "costs": {site: vars(cost) for site, cost in bench.costs.items()},
@@ -271,6 +271,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the pipeline's call")
     parser.add_argument("--oracle", type=float, nargs="*", default=[0.6, 0.3], help="shares to compare with the oracle")
     parser.add_argument("--oracle-limit", type=int, default=1, help="prompts of the oracle")
+    parser.add_argument("--dense-first", type=float, nargs="*", default=DENSE_FIRST, help="of single patterns")
     parser.add_argument("--mixes-only", action="store_true")
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()

@@ -35,7 +35,7 @@ Tables = Mapping[str, Table]
 LIMITS = (0.01, 0.02, 0.05)
 """Relative output errors of a head's pattern."""
 NO_PATTERNS = ("skip", "dense")
-"""Candidates that are no sparse pattern."""
+"""Candidates that are no sparse pattern, unless they have a rest."""
 
 
 def findings_of(network: NetworkProfile) -> Findings:
@@ -169,7 +169,7 @@ def sparse_heads(patterns: Tables, limits: Sequence[float] = LIMITS) -> SparseHe
     """From ``error`` [prompt, step, branch, head, candidate] and ``density`` [candidate]."""
     best: dict[float, list[tuple[float, str] | None]] = {limit: [] for limit in limits}
     for table in _own(patterns, "error"):
-        families = [str(json.loads(str(label)).get("pattern")) for label in table.labels["candidate"]]
+        families = [_family(json.loads(str(label))) for label in table.labels["candidate"]]
         used = [i for i, family in enumerate(families) if family not in NO_PATTERNS]
         if not used:
             continue
@@ -191,6 +191,14 @@ def sparse_heads(patterns: Tables, limits: Sequence[float] = LIMITS) -> SparseHe
         {limit: {family: every.count(family) for family in sorted(set(every))} for limit, every in names.items()},
         heads,
     )
+
+
+def _family(candidate: Mapping[str, object]) -> str:
+    """A candidate's pattern, and whether what it skips counts by means."""
+    name = str(candidate.get("pattern"))
+    if "rest" not in candidate:
+        return name
+    return "means alone" if name == "skip" else f"{name} and means"
 
 
 def similarity(features: Tables) -> Similarity | None:

@@ -1,7 +1,8 @@
 """What every sparse pattern, skipping a head and reusing its output would cost in quality, after the output projection.
 
 A block pattern's output is a sum over the blocks of keys that it keeps. So the probabilities of a row, and these times
-the values, are summed by block of keys once; every candidate is a small product with these. An error ``X`` ``[R, E]``
+the values, are summed by block of keys once; every candidate is a small product with these. Where the blocks that it
+does not keep count by means, sums of what means give are multiplied with the complement. An error ``X`` ``[R, E]``
 of a head has the squared norm ``tr(X^T X G)`` behind the projection, where ``G = W W^T`` and W is the head's part of
 its weight: the second moments ``X^T X`` are all that is kept until the projection, and its weight, are seen.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,8 +23,10 @@ from torch import Tensor
 from ditopt.calls import NetworkCalls
 from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.candidates import candidates
+from ditopt.kernels.patterns.choice import REST, Pooled
 from ditopt.kernels.patterns.registry import pattern_to_data
 from ditopt.measures import Label, Measure, Numbers, Table
+from ditopt.passes.attention import special
 from ditopt.profiler.draft_blocks import DraftReader, drafts_of
 from ditopt.profiler.interpret import Seen
 from ditopt.profiler.rows import Operands, Part, Place, Reads, RowReader, SharedRows, first_samples
@@ -33,6 +37,8 @@ LAGS = 3
 """A head's output is reused for so many steps at most."""
 REMEMBERED = 1 << 19
 """So many values of a site's output are kept per step; of more, a share of the sampled rows."""
+WITH_REST = ("skip", "spatial", "temporal", "window", "band", "draft")
+"""Patterns that are tried with a rest as well."""
 NOTHING = 1e-30
 """A row of which a pattern keeps less mass is taken to have lost all of it: its output is 0."""
 
@@ -55,21 +61,57 @@ def candidates_of(geometry: Geometry, block: int) -> Candidates:
     return Candidates(names, torch.from_numpy(maps), maps.mean(axis=(0, 2)).astype(np.float32))
 
 
-def error_moments(sums: Tensor, kept: Tensor, weights: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Compensated:
+    """Candidates whose rest counts by means of ``pool`` tokens: names, and ``which`` of those without one they are."""
+
+    pool: int
+    names: tuple[str, ...]
+    which: tuple[int, ...]
+
+
+@lru_cache(maxsize=8)
+def compensated_of(names: tuple[str, ...], block: int, pool: int) -> Compensated:
+    """Of candidates called ``names``, in blocks of so many keys, those of ``WITH_REST`` with a rest."""
+    settings = [json.loads(name) for name in names]
+    which = tuple(at for at, each in enumerate(settings) if each["pattern"] in WITH_REST)
+    rest = Pooled(None if pool == block else pool).to_data()
+    return Compensated(pool, tuple(json.dumps({**settings[at], REST: rest}, sort_keys=True) for at in which), which)
+
+
+def error_moments(
+    sums: Tensor, kept: Tensor, weights: Tensor, pooled: tuple[Tensor, Sequence[int]] | None = None
+) -> Tensor:
     """``[C, E, E]``: weighted second moments of the errors that patterns make in a head's output.
 
     ``sums`` ``[Kb, q * r, E + 1]`` are of q blocks of r rows (``Part.sums``), ``kept`` ``[q, C, Kb]``, ``weights``
-    ``[q, r]``. What a pattern keeps of a row is scaled to sum to one.
+    ``[q, r]``. What a pattern keeps of a row is scaled to sum to one. ``pooled``, sums as those of
+    ``Part.pooled``, is what some of the patterns have of the blocks that they do not keep: further errors behind ``C``.
     """
     key_blocks, _, width = sums.shape
-    blocks, count, _ = kept.shape
+    blocks = len(kept)
     dense = torch.ones((blocks, 1, key_blocks), device=sums.device)
-    picked = torch.cat([kept.to(sums.device, torch.float32), dense], 1)
-    found = torch.bmm(picked, sums.view(key_blocks, blocks, -1).transpose(0, 1)).view(blocks, count + 1, -1, width)
-    outputs = found[..., :-1] / found[..., -1:].clamp(min=NOTHING)
-    errors = (outputs[:, :-1] - outputs[:, -1:]) * weights.sqrt()[:, None, :, None]
-    rows = errors.transpose(0, 1).reshape(count, -1, width - 1)
+    picked = torch.cat([dense, kept.to(sums.device, torch.float32)], 1)
+    found = [torch.bmm(picked, _by_query_block(sums, blocks))]
+    if pooled is not None:
+        of_groups, which = pooled
+        at = torch.tensor(which, device=sums.device) + 1
+        found.append(torch.baddbmm(found[0][:, at], 1 - picked[:, at], _by_query_block(of_groups, blocks)))
+    shape = (sum(each.shape[1] for each in found), blocks, sums.shape[1] // blocks, width - 1)
+    outputs, begin = torch.empty(shape, device=sums.device), 0
+    for each in found:
+        end = begin + each.shape[1]
+        parts = each.view(blocks, end - begin, -1, width).transpose(0, 1)
+        scale = weights.sqrt()[..., None] / parts[..., -1:].clamp(min=NOTHING)
+        torch.mul(parts[..., :-1], scale, out=outputs[begin:end])
+        begin = end
+    rows = outputs[1:].sub_(outputs[:1]).view(len(outputs) - 1, -1, width - 1)
     return torch.bmm(rows.transpose(1, 2), rows)
+
+
+def _by_query_block(sums: Tensor, blocks: int) -> Tensor:
+    """``[Kb, q * r, E + 1]`` -> ``[q, Kb, r * (E + 1)]``."""
+    return sums.view(len(sums), blocks, -1).transpose(0, 1)
 
 
 def moments(outputs: Tensor, weights: Tensor) -> Tensor:
@@ -121,10 +163,14 @@ class _Site:
         self.place = place
         self.candidates: Candidates | None = None
         self.names: tuple[str, ...] = (SKIP,)
+        self.compensated: Compensated | None = None
         if place.geometry is not None:
             self.candidates = candidates_of(place.geometry, place.sample.block)
             self.drafts = DraftReader(drafts_of(place.geometry, place.sample.block))
             self.names = (*self.candidates.names, *self.drafts.drafts.names)
+            if place.pool:
+                self.compensated = compensated_of(self.names, place.key_block, place.pool)
+                self.names += self.compensated.names
         first, last = (max(place.video[0], place.entry.rows[0]), min(place.video[1], place.entry.rows[1]))
         self.known = first < last
         if not self.known:
@@ -145,13 +191,19 @@ class _Site:
 
     @property
     def density(self) -> Numbers:
-        """``[C]``: shares of blocks; of drafts the mean over what was seen."""
+        """``[C]``: what candidates cost of dense attention: shares of blocks, of drafts the mean over what was seen.
+
+        A rest costs a pair of a query and a group for each group of the sequence.
+        """
         if self.candidates is None:
             return np.zeros(1, dtype=np.float32)
-        return np.concatenate([self.candidates.density, self.drafts.density])
+        found = np.concatenate([self.candidates.density, self.drafts.density])
+        if self.compensated is None:
+            return found
+        return np.concatenate([found, np.minimum(found[[*self.compensated.which]] + 1 / self.compensated.pool, 1)])
 
     def kept(self, part: Part) -> Tensor:
-        """``[q, C, Kb]``: what the candidates keep of some rows of a head."""
+        """``[q, C, Kb]``: what the candidates without a rest keep of some rows of a head."""
         assert self.candidates is not None
         found = self.drafts.kept(part.head)[part.blocks]
         return torch.cat([self.candidates.kept[part.blocks].to(found.device), found], 1)
@@ -179,9 +231,10 @@ class PatternCollector(RowReader):
 
     They are measured on sampled rows of the video's queries (of all queries where there is no text), after the output
     projection and without its bias. Patterns keep whole blocks in raster order, and text as ``Pattern`` says: ``skip``
-    in joint attention keeps the blocks that hold text, and ``share`` is the error of leaving a head out altogether. Of
-    a batch the first sample of each guidance branch is looked at. ``rows`` is what other collectors of the generation
-    read, too.
+    in joint attention keeps the blocks that hold text, and ``share`` is the error of leaving a head out altogether.
+    Candidates with a ``rest`` have the blocks that they skip by means of their keys and values; their ``density`` has
+    one pair of a query and a group for each group of the sequence more. Of a batch the first sample of each guidance
+    branch is looked at. ``rows`` is what other collectors of the generation read, too.
     """
 
     name = "patterns"
@@ -207,6 +260,8 @@ class PatternCollector(RowReader):
             if site.candidates is None and not entry.cross:
                 sizes = f"{entry.site.queries} queries and {entry.site.keys} keys"
                 self.skip(f"{name}: {sizes} do not fit the {geometry}; no pattern is tried")
+            if site.candidates is not None and site.compensated is None:
+                self.skip(f"{name}: {special(entry.node)}; no pattern is tried with means of what it skips")
         self.wanted = frozenset({*self.rows.places, *self._behind})
 
     def reads(self, place: Place) -> Reads:
@@ -226,7 +281,8 @@ class PatternCollector(RowReader):
             shape = (place.entry.site.heads, len(site.names), width, width)
             site.errors[part.branch] = torch.zeros(shape, device=part.sums.device)
         weights = site.weights[part.blocks].to(part.sums.device)
-        site.errors[part.branch][part.head] += error_moments(part.sums, site.kept(part), weights)
+        pooled = None if site.compensated is None or part.pooled is None else (part.pooled, site.compensated.which)
+        site.errors[part.branch][part.head] += error_moments(part.sums, site.kept(part), weights, pooled)
 
     def finish(self, place: Place, step: int, branch: int) -> None:
         """Let go of the operands; outputs come with the node itself."""

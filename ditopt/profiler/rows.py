@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from ditopt.geometry import Geometry
 from ditopt.kernels.ops import SETTINGS
 from ditopt.kernels.patterns.candidates import block_for
+from ditopt.kernels.patterns.choice import LEAST_POOL
+from ditopt.passes.attention import special
 from ditopt.profiler.interpret import Collector, Moment, Seen, of_branches
 from ditopt.profiler.places import Attention, attentions
 from ditopt.trace import SDPA_ARGUMENTS, Trace
@@ -33,6 +35,8 @@ SLAB = 1 << 20
 """So many probabilities are held at once, where a row has no more."""
 HIDDEN = -1e30
 """The score of a key that a mask hides: as good as minus infinity, but times its probability it is 0."""
+FINER = 4
+"""Groups whose means are tried have this part of the tokens of a block of keys."""
 SPREAD = (math.sqrt(5) - 1) / 2
 
 
@@ -184,7 +188,8 @@ class Place:
     """An attention site as it is looked at.
 
     ``geometry`` is that of its tokens, None where queries or keys are others; ``video`` the first and past the last
-    query that is no text. Blocks of keys have ``key_block`` tokens.
+    query that is no text. Blocks of keys have ``key_block`` tokens; where they can count by means, too, these are of
+    ``pool`` tokens, else that is 0.
     """
 
     entry: Attention
@@ -192,6 +197,7 @@ class Place:
     sample: Sample
     key_block: int
     video: tuple[int, int]
+    pool: int = 0
 
     @property
     def name(self) -> str:
@@ -225,7 +231,17 @@ def place_of(entry: Attention, geometry: Geometry | None) -> Place:
     video = (before, before + fits.video) if fits is not None else (0, site.queries)
     block = block_for(site.queries)
     keys = block if site.queries == site.keys else max(1, -(-site.keys // 128))
-    return Place(entry, fits, sample_rows(site.queries, block), keys, video)
+    pool = pool_size(block) if fits is not None and special(entry.node) is None else 0
+    return Place(entry, fits, sample_rows(site.queries, block), keys, video, pool)
+
+
+def pool_size(block: int) -> int:
+    """Tokens of the groups that are tried in blocks of so many keys: a quarter of the block where that will do.
+
+    >>> pool_size(64), pool_size(4)
+    (16, 4)
+    """
+    return block // FINER if block // FINER >= LEAST_POOL else block
 
 
 @dataclass(frozen=True)
@@ -234,7 +250,8 @@ class Part:
 
     ``probabilities`` are ``[r, Lp]``, 0 past the last key; ``lse`` and ``entropy`` (nats) ``[r]``; ``mass`` by block of
     keys ``[r, Kb]``; ``sums`` of probabilities times values, and times 1 behind them, ``[Kb, r, E + 1]``, if some
-    reader asked for them.
+    reader asked for them; and ``pooled`` the same, had the mean of each group of the place's ``pool`` tokens its
+    probability times its tokens.
     """
 
     step: int
@@ -247,6 +264,7 @@ class Part:
     entropy: Tensor
     mass: Tensor
     sums: Tensor | None
+    pooled: Tensor | None = None
 
 
 class Reads(Enum):
@@ -329,6 +347,7 @@ def parts(place: Place, operands: Operands, step: int, branch: int, index: int, 
         keys = F.pad(operands.key[index, group].float(), (0, 0, 0, fill))
         ones = F.pad(operands.value[index, group].float(), (0, 1), value=1.0) if values else None
         by_block = F.pad(ones, (0, 0, 0, fill)).view(blocks, place.key_block, -1) if ones is not None else None
+        means = _means(keys, by_block, length, place.pool) if by_block is not None and place.pool else None
         for first in range(0, sample.blocks, at_once):
             last = min(first + at_once, sample.blocks)
             where = slice(first * sample.each, last * sample.each)
@@ -339,4 +358,34 @@ def parts(place: Place, operands: Operands, step: int, branch: int, index: int, 
             split = found.view(-1, blocks, place.key_block)
             sums = torch.bmm(split.transpose(0, 1), by_block) if by_block is not None else None
             mass = sums[..., -1].T if sums is not None else split.sum(-1)
-            yield Part(step, branch, head, slice(first, last), where, found, lse, entropy, mass, sums)
+            pooled = None
+            if means is not None:
+                queries = operands.query[index, head, rows[where]].float() * operands.scale
+                pooled = _pooled_sums(queries, lse, *means)
+            yield Part(step, branch, head, slice(first, last), where, found, lse, entropy, mass, sums, pooled)
+
+
+def _means(keys: Tensor, by_block: Tensor, length: int, pool: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of groups of ``pool`` keys ``[G, D]``, the logarithm of their tokens ``[G]``, means of values by block.
+
+    The latter are ``[Kb, G / Kb, E + 1]``; ``keys`` ``[Lp, D]`` and ``by_block`` ``[Kb, block, E + 1]`` are 0 past
+    ``length``.
+    """
+    groups = len(keys) // pool
+    tokens = (length - pool * torch.arange(groups, device=keys.device)).clamp(0, pool).float()
+    shares = tokens.clamp(min=1).reciprocal()[:, None]
+    of_keys = keys.view(groups, pool, -1).sum(1) * shares
+    of_values = by_block.view(groups, pool, -1).sum(1) * shares
+    return of_keys, tokens.log(), of_values.view(len(by_block), -1, by_block.shape[-1])
+
+
+def _pooled_sums(queries: Tensor, lse: Tensor, keys: Tensor, counts: Tensor, values: Tensor) -> Tensor:
+    """``[Kb, r, E + 1]``: sums by block of keys over groups, of scaled queries ``[r, D]``.
+
+    No group has more mass than its keys together, as the exponential function is convex: so none is above 1.
+    """
+    scores = (queries @ keys.T).add_(counts).sub_(lse[:, None]).clamp_(max=0).exp_()
+    by_block = scores.view(len(queries), len(values), -1).transpose(0, 1)
+    if values.shape[1] == 1:  # of which products of matrices are slow
+        return by_block.contiguous() * values
+    return torch.bmm(by_block, values)

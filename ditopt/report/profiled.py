@@ -87,12 +87,20 @@ def candidate_name(text: str | int | float) -> str:
 
     >>> candidate_name('{"frames": 0, "pattern": "spatial"}')
     'spatial, frames 0'
+    >>> candidate_name('{"pattern": "skip", "rest": {"pooled": 16}}')
+    'skip, rest by means of 16'
     """
     try:
         data = json.loads(str(text))
     except ValueError:
         return str(text)
-    return _pattern_words(data) if isinstance(data, Mapping) else str(text)
+    if not isinstance(data, Mapping):
+        return str(text)
+    rest = data.get("rest")
+    words = _pattern_words({key: value for key, value in data.items() if key != "rest"})
+    if rest is None:
+        return words
+    return f"{words}, rest by means" + (f" of {rest.get('pooled')}" if isinstance(rest, Mapping) else "")
 
 
 def _pattern_words(data: Mapping[str, Any]) -> str:

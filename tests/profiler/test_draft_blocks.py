@@ -31,9 +31,9 @@ BEHIND = Geometry(2, 5, 4, text=5)
 
 
 def dynamic(table: Table) -> dict[str, int]:
-    """Where the drafts stand among a table's candidates."""
-    names = [str(name) for name in table.labels["candidate"]]
-    return {name: at for at, name in enumerate(names) if json.loads(name)["pattern"] in DYNAMIC}
+    """Where the drafts without a rest stand among a table's candidates."""
+    found = {str(name): (at, json.loads(str(name))) for at, name in enumerate(table.labels["candidate"])}
+    return {name: at for name, (at, each) in found.items() if each["pattern"] in DYNAMIC and "rest" not in each}
 
 
 def kept(x: Tensor, heads: tuple[int, int], geometry: Geometry, block: int, name: str) -> Tensor:
@@ -67,11 +67,7 @@ def test_errors_are_those_of_attention_under_the_blocks_found(geometry: Geometry
     table = measured(captured, geometry, *inputs, calls=steps(2))
     weight, video, block = heads_weight(captured, heads[0]), of_video(geometry), table.facts["block_queries"]
     places = dynamic(table)
-    assert (
-        set(places) <= set(LABELS)
-        and len(places) >= 3
-        and max(places.values()) + 1 == table["density"].size("candidate")
-    )
+    assert set(places) <= set(LABELS) and len(places) >= 3
     for name, at in places.items():
         shares = []
         for step, x in enumerate(inputs):

@@ -60,9 +60,9 @@ def attend(x: Tensor, heads: tuple[int, int] = (2, 2), mask: Tensor | None = Non
 
 
 def static(table: Table) -> list[str]:
-    """The candidates whose blocks do not depend on the call, which stand before the others."""
+    """The candidates without a rest whose blocks do not depend on the call, which stand before the others."""
     names = [str(name) for name in table.labels["candidate"]]
-    found = [name for name in names if json.loads(name)["pattern"] not in DYNAMIC]
+    found = [name for name in names if json.loads(name)["pattern"] not in DYNAMIC and "rest" not in json.loads(name)]
     assert names[: len(found)] == found
     return found
 
