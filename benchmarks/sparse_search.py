@@ -47,7 +47,7 @@ from ditopt.profiler.interpret import Edit, Watched, moment_of
 from ditopt.profiler.observe import intercepted
 from ditopt.profiler.places import attentions
 from ditopt.profiler.run import whole_program
-from ditopt.profiler.take import add_sparse_tables, take_profile
+from ditopt.profiler.take import TABLES, add_sparse_tables, take_profile
 from ditopt.quality import Quality, compare
 from ditopt.runtime.program import Compute
 from ditopt.search.joint import dense
@@ -238,7 +238,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     techniques = Techniques.choose(("reuse", "sparse"))
     with as_it_was(adapter, always=True):
         prepared = Preparation(adapter, reporter, reasons, lambda _: nullcontext(), settings, False)(profiled[0])
-        checkpoints = prepared.checkpoints({"sparse_search": profiled}, settings, True)
+        checkpoints = prepared.checkpoints({"sparse_search": profiled, "tables": TABLES}, settings, True)
         profile = take_profile(prepared, techniques, checkpoints, profiled, reporter, for_tuning=False)
         profile = add_sparse_tables(prepared, profile, checkpoints, profiled, reporter, reasons)
         prepared.evaluator.dense(judged)

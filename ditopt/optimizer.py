@@ -29,7 +29,7 @@ from ditopt.plan import Plan, Rule
 from ditopt.prepare import CannotDecideError, Preparation, as_it_was, seeded
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.observe import Pair, captured_once
-from ditopt.profiler.take import add_sparse_tables, take_profile
+from ditopt.profiler.take import TABLES, add_sparse_tables, take_profile
 from ditopt.runtime.graphs import Graphs
 from ditopt.target import Target
 from ditopt.techniques import Techniques
@@ -93,7 +93,7 @@ class Optimizer:
         except CannotDecideError as error:
             return self._stay_dense(str(error))
         evaluator, calls = prepared.evaluator, prepared.calls
-        facts = {"ranges": self.chosen.ranges, "pairs": [*profiled, *held_out]}
+        facts = {"ranges": self.chosen.ranges, "pairs": [*profiled, *held_out], "tables": TABLES}
         checkpoints = prepared.checkpoints(facts, self.pipe_kwargs, self.resume)
         if min(len(part.timesteps) for part in calls.values()) < 2:
             return self._stay_dense(
