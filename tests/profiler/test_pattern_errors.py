@@ -41,7 +41,7 @@ def measured(
     calls = calls or steps(1)
     collector = PatternCollector(trace_of(captured), calls, geometry)
     run(captured, calls, [collector], *inputs)
-    assert not collector.reasons
+    assert all("there is a mask; no pattern is tried with means" in reason for reason in collector.reasons)
     return collector.tables()[SITE]
 
 
