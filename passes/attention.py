@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from ditopt.kernels.ops import SETTINGS
+from ditopt.kernels.ops import POOLED_ON_GPU, SETTINGS
 from ditopt.passes._infra import tensor_value
 
 
@@ -26,6 +26,12 @@ def special(node: fx.Node) -> str | None:
     if query.shape[1:2] != key.shape[1:2] and not given["enable_gqa"]:
         return "queries and keys have different numbers of heads"
     return None
+
+
+def rest_refusal(node: fx.Node) -> str | None:
+    """Why no kernel attends to means of what an attention call's pattern skips; None if one does."""
+    device = tensor_value(node.args[0]).device.type  # type: ignore[arg-type]  # a node
+    return special(node) or (None if device == "cpu" else POOLED_ON_GPU)
 
 
 def _settings(node: fx.Node) -> dict[str, object]:

@@ -26,7 +26,7 @@ from ditopt.kernels.patterns.candidates import candidates
 from ditopt.kernels.patterns.choice import REST, Pooled
 from ditopt.kernels.patterns.registry import pattern_to_data
 from ditopt.measures import Label, Measure, Numbers, Table
-from ditopt.passes.attention import special
+from ditopt.passes.attention import rest_refusal
 from ditopt.profiler.draft_blocks import DraftReader, drafts_of
 from ditopt.profiler.interpret import Seen
 from ditopt.profiler.rows import Operands, Part, Place, Reads, RowReader, SharedRows, first_samples
@@ -261,7 +261,7 @@ class PatternCollector(RowReader):
                 sizes = f"{entry.site.queries} queries and {entry.site.keys} keys"
                 self.skip(f"{name}: {sizes} do not fit the {geometry}; no pattern is tried")
             if site.candidates is not None and site.compensated is None:
-                self.skip(f"{name}: {special(entry.node)}; no pattern is tried with means of what it skips")
+                self.skip(f"{name}: {rest_refusal(entry.node)}; no pattern is tried with means of what it skips")
         self.wanted = frozenset({*self.rows.places, *self._behind})
 
     def reads(self, place: Place) -> Reads:

@@ -23,7 +23,7 @@ from ditopt.geometry import Geometry
 from ditopt.kernels.ops import SETTINGS
 from ditopt.kernels.patterns.candidates import block_for
 from ditopt.kernels.patterns.choice import LEAST_POOL
-from ditopt.passes.attention import special
+from ditopt.passes.attention import rest_refusal
 from ditopt.profiler.interpret import Collector, Moment, Seen, of_branches
 from ditopt.profiler.places import Attention, attentions
 from ditopt.trace import SDPA_ARGUMENTS, Trace
@@ -231,7 +231,7 @@ def place_of(entry: Attention, geometry: Geometry | None) -> Place:
     video = (before, before + fits.video) if fits is not None else (0, site.queries)
     block = block_for(site.queries)
     keys = block if site.queries == site.keys else max(1, -(-site.keys // 128))
-    pool = pool_size(block) if fits is not None and special(entry.node) is None else 0
+    pool = pool_size(block) if fits is not None and rest_refusal(entry.node) is None else 0
     return Place(entry, fits, sample_rows(site.queries, block), keys, video, pool)
 
 
