@@ -143,9 +143,10 @@ class SparseHeads:
     """How many heads a sparse pattern could serve, per limit of the relative error of their site's output.
 
     A head counts at ``limit`` if a pattern's error, in the mean over prompts, steps and branches, is at most that;
-    ``serves[limit]`` is the share of such heads, ``density[limit]`` the mean share of blocks of the sparsest such
-    pattern over these heads, ``families[limit]`` how often it is of each kind. ``overall[limit]`` is the mean density
-    of all heads, those without a pattern being dense. Skipping a head is no pattern here.
+    ``serves[limit]`` is the share of such heads, ``density[limit]`` the mean density of the sparsest such pattern over
+    these heads (of blocks, and of means where it has a rest, against dense attention), ``families[limit]`` how often it
+    is of each kind. ``overall[limit]`` is the mean density of all heads, those without a pattern being dense. Skipping
+    a head without a rest is no pattern here.
     """
 
     serves: Mapping[float, float]
@@ -156,7 +157,7 @@ class SparseHeads:
 
     def __str__(self) -> str:
         each = (
-            f"{share:.0%} within {limit:.0%}" + (f" (with {self.density[limit]:.0%} of their blocks)" if share else "")
+            f"{share:.0%} within {limit:.0%}" + (f" (with {self.density[limit]:.0%} of their work)" if share else "")
             for limit, share in self.serves.items()
         )
         return f"Sparse patterns serve, of {self.heads} heads, by error of their site's output: {', '.join(each)}."

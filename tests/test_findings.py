@@ -176,6 +176,22 @@ def test_sparse_patterns_serve_heads_whose_mean_error_is_within_a_limit() -> Non
     assert o.sparse_heads({"x": tables["x"]}) is None
 
 
+def test_with_a_rest_a_skipped_head_is_served_too() -> None:
+    plain = patterns([[0.5, 0.9, 0.04, 0.0], [0.5, 0.9, 0.9, 0.0]])
+    rests = tuple(json.dumps({"pattern": name, "rest": "pooled"}) for name in ("skip", "window", "temporal", "dense"))
+    error = np.concatenate(
+        [plain["error"].values, patterns([[0.5, 0.9, 0.01, 0], [0.01, 0.9, 0.9, 0]])["error"].values], -1
+    )
+    density = np.append(plain["density"].values, [0.02, 0.52, 0.27, 1.0])
+    measures = {"error": Measure(plain["error"].axes, error, True), "density": Measure(("candidate",), density)}
+    table = Table(measures, {"candidate": (*plain.labels["candidate"], *rests)}, plain.facts)
+    found = o.sparse_heads({"a": table})
+    assert found is not None and found.serves == {0.01: 1, 0.02: 1, 0.05: 1}
+    assert found.families[0.02] == {"means alone": 1, "temporal and means": 1}
+    assert found.families[0.05] == {"means alone": 1, "temporal": 1}
+    assert found.density[0.02] == pytest.approx((0.02 + 0.27) / 2)
+
+
 def test_a_limit_that_no_pattern_keeps_serves_nobody() -> None:
     found = o.sparse_heads({"a": patterns([[0.0, 0.9, 0.9, 0.0]])}, limits=(0.01,))
     assert found is not None
@@ -261,7 +277,7 @@ def test_all_findings_of_a_network_are_told_in_sentences() -> None:
         "Roles of 1 heads: 1 text; confidence 1.00 in the mean, the same role in 100% of steps and 100% of prompts. "
         "0% of heads are idle.",
         "Sparse patterns serve, of 1 heads, by error of their site's output: 0% within 1%, 100% within 2% (with 50% of "
-        "their blocks), 100% within 5% (with 50% of their blocks).",
+        "their work), 100% within 5% (with 50% of their work).",
         "Features differ from one step to the next by: self 16.0% (40.0% in the first third, 10.0% later).",
         "Errors of one size in the last third of the depth move the sample 3 times as much as in the first; in step 1 "
         "0.5 times as much as in step 0; the extremes are 6 times apart.",

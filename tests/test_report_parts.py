@@ -122,7 +122,7 @@ def test_maps_have_a_tile_for_each_head() -> None:
     assert [(group.kind, len(group.columns)) for group in maps.groups] == [("self", 8), ("cross", 8)]
     tile = maps.groups[0].columns[0].tiles[1]
     assert tile.role is not None and tile.role.role == "temporal"
-    assert "sparsest pattern under 2% error: temporal, columns 0, rows 0: 40% of the blocks" in tile.tip
+    assert "sparsest pattern under 2% error: temporal, columns 0, rows 0: 40% of the work" in tile.tip
     assert "same pixel: 66" in tile.tip and ", uniform 1.0%" in tile.tip
     assert role_counts(part, "self") == {"spatial": 7, "temporal": 8, "local": 8, "idle": 1}
 
@@ -220,6 +220,10 @@ def test_patterns_are_told_in_words() -> None:
     parts = [{"frames": 1, "pattern": "sink", "places": []}, {"pattern": "band", "width": 0.125}]
     assert candidate_name(json.dumps({"of": parts, "pattern": "union"})) == "sink, frames 1 + band, width 0.125"
     assert candidate_name("dense") == "dense"
+    assert candidate_name('{"pattern": "skip", "rest": "pooled"}') == "skip, rest by means"
+    assert candidate_name('{"frames": 1, "pattern": "spatial", "rest": {"pooled": 16}}') == (
+        "spatial, frames 1, rest by means of 16"
+    )
 
 
 def test_beside_means_stands_what_few_prompts_exceed() -> None:

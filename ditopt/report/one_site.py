@@ -136,7 +136,7 @@ def _patterns(table: Table) -> Iterable[RenderableType]:
         uppers = upper(table["error"], "head", "candidate")
         order = np.argsort(np.nan_to_num(errors.mean(0), nan=np.inf), kind="stable")[:SHOWN_CANDIDATES]
         heads = [f"head {head}" for head in range(len(errors))]
-        grid = _grid("pattern", "blocks kept", *heads)
+        grid = _grid("pattern", "work", *heads)
         for i in order:
             name = candidate_name(table.labels["candidate"][i])
             _row(grid, name, f"{density[i]:.0%}", *map(with_upper, errors[:, i], uppers[:, i]))

@@ -61,7 +61,7 @@ class Good:
     upper: float
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.density:.0%} of the blocks, error {with_upper(self.error, self.upper)}"
+        return f"{self.name}: {self.density:.0%} of the work, error {with_upper(self.error, self.upper)}"
 
 
 def sites_of(part: NetworkProfile, collector: str, kind: str | None = None) -> dict[str, Table]:
