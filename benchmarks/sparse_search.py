@@ -54,12 +54,12 @@ from ditopt.runtime.program import Compute
 from ditopt.search.joint import dense
 from ditopt.search.problem import SearchProblem
 from ditopt.search.sparse import head_candidates, planned_saving, price_of, site_costs, sparse_part
+from ditopt.search.with_heads import PHASES
 from ditopt.techniques import Techniques
 
 MODEL = Path("examples/tiny_video")
 SHARES = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.12)
 """Of the time of dense attention in the sparse kernel, what mixes are to take."""
-PHASES = 3
 DENSE_FIRST = (0.0, 0.25)
 SLAB = 1 << 24
 PROFILED, JUDGED_SEED = 2, 5000

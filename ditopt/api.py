@@ -54,6 +54,7 @@ def optimize(
         max_variants: the most distinct graphs to compile.
         budget: how many plans to try by real rollouts in the first search, a quarter more in each after it; plans that
             compute less than half of the steps count less, down to a third. Default: some minutes' worth, 4 to 16.
+            Sparse heads are tried beside that, with up to three further schedules in at most 24 plans.
         on_mismatch: what calls of another schedule or geometry do later: ``error``, ``dense`` or ``retarget``.
         resume: take up an interrupted run's checkpoints.
         quiet: print nothing.

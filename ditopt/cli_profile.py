@@ -44,6 +44,7 @@ class Collect(StrEnum):
     tokens = "tokens"
     linear = "linear"
     sensitivity = "sensitivity"
+    latency = "latency"
 
 
 def profile(

@@ -23,7 +23,7 @@ from ditopt.search import Measurement, SearchProblem, Solution, bisect_kept, lam
 from ditopt.search.joint import from_kept
 from ditopt.search.rollouts import rules_key
 from ditopt.search.sparse import site_costs
-from ditopt.search.with_heads import NEEDED_TABLES, HeadsBeside, count_graphs, further_schedules
+from ditopt.search.with_heads import MORE_STEPS, NEEDED_TABLES, HeadsBeside, count_graphs, further_schedules
 from ditopt.target import Target
 from ditopt.techniques import Techniques
 
@@ -33,11 +33,10 @@ UNVERIFIED = "not verified: no rollout has been made; measure it with `ditopt be
 NOT_REFITTED = "fits have the profile's own factors: refitting them in closed loop takes rollouts"
 NO_DTYPE = "precision: another dtype is not considered, as its error is told by rollouts alone"
 NO_SECOND_ORDER = "second_order: not considered, as what it gains is told by rollouts alone"
+ONE_NETWORK = "sparse: not considered, as that is for one network whose whole steps can be predicted"
 NO_HEADS = (
     "sparse: not considered, as the profile has no tables of what heads cost and save (patterns, sensitivity, latency)"
 )
-MORE_STEPS = 3
-"""With sparse heads, schedules of up to so many further computed steps are tried."""
 
 
 @dataclass
@@ -166,10 +165,13 @@ class OfflineSearch:
 
     def _with_heads(self, found: Predicted, seconds: float | None = None) -> Predicted:
         """Where that is better, with sparse heads: faster within the error allowed, or better within ``seconds``."""
-        if self._alone is None or not self._attention_costs:
+        if not self._attention_costs or self._alone is None:
             return found
         name, problem = self._alone
         ((_, solution),) = found.solutions.items()
+        if solution.draft.ranges:
+            self.reasons.append("sparse: heads are not looked at in plans that predict ranges of blocks")
+            return found
         best = found
 
         def is_better(made: Predicted) -> bool:
@@ -188,8 +190,11 @@ class OfflineSearch:
                     part = heads.within_error(self._allowed**2 - base.predicted_error**2)
                 else:
                     part = heads.saving(base.predicted_seconds - seconds)
-                made = None if part is None else self._of({name: base.with_sparse(part)})
-                if made is not None and made.error <= self._allowed and is_better(made):
+                if part is None:
+                    continue
+                plan = base.with_sparse(part)
+                made = self._of({name: replace(plan, variants=count_graphs(problem, plan))})
+                if made.error <= self._allowed and is_better(made):
                     best = made
         except InputError as error:
             self.reasons.append(f"sparse: {error}")
@@ -200,7 +205,10 @@ class OfflineSearch:
     @cached_property
     def _attention_costs(self) -> dict[str, SparseCost]:
         """What attention takes at the sites whose heads may be sparse; none where the profile cannot tell."""
-        if not self.chosen.sparse or self._alone is None:
+        if not self.chosen.sparse:
+            return {}
+        if self._alone is None:
+            self.reasons.append(ONE_NETWORK)
             return {}
         name, problem = self._alone
         network = self.profile.networks[name]

@@ -7,7 +7,6 @@ generations with such heads have in their slots.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,18 +17,16 @@ import numpy as np
 from ditopt.console import Reporter, Stage
 from ditopt.cost_models.measured import form_name
 from ditopt.errors import InputError
-from ditopt.measure import Evaluator
+from ditopt.measure import FAILED, Evaluator
 from ditopt.outcome import Found
 from ditopt.plan import Rule
 from ditopt.search import Solution
 from ditopt.search.solution import SparsePart
 from ditopt.search.sparse import site_costs
-from ditopt.search.with_heads import NEEDED_TABLES, HeadsBeside, further_schedules
+from ditopt.search.with_heads import MORE_STEPS, NEEDED_TABLES, HeadsBeside, further_schedules
 from ditopt.target import Target
 from ditopt.tune import Tuner
 
-MORE_STEPS = 3
-"""Schedules of up to so many further computed steps are tried."""
 TRIALS = 3
 """So many choices of heads are tried with each schedule."""
 WORTH = 0.98
@@ -79,6 +76,9 @@ class Sparsify:
         ((name, solution),) = found.solutions.items()
         network, problem = tuner.profile.networks[name], tuner.problem
         if not network.tables.keys() >= NEEDED_TABLES:
+            return found
+        if solution.draft.ranges:
+            self.reasons.append("sparse: heads are not looked at in plans that predict ranges of blocks")
             return found
         costs, told = site_costs(network, form_name(problem.dtype, problem.simplify))
         self.reasons += [f"sparse: {reason}" for reason in told]
@@ -144,7 +144,7 @@ class Sparsify:
                 short = max(short, missing)
                 continue
             sparse, plain = self._in_turn(rules, found.rules)
-            if sparse > (plain if self.target.speedup is None else plain / WORTH):
+            if sparse > plain:
                 self.reasons.append(
                     f"sparse: a generation takes {sparse:.3g} s with these heads, {plain:.3g} s without"
                 )
@@ -196,7 +196,9 @@ class _Search:
         spare = -(self.target.missing_db(quality) + in_hand)
         if spare <= 0:
             return []
-        allowed = quality.rel_l2**2 * (10 ** (spare / 10) - 1)
+        allowed = self._allowed(in_hand) ** 2 - quality.rel_l2**2
+        if allowed <= 0:  # the mean PSNR is met, but errors of prompts differ
+            allowed = quality.rel_l2**2 * (10 ** (spare / 10) - 1)
         found, ratio = [], 1.0
         for _ in range(TRIALS):
             part = heads.within_error(allowed / ratio)
@@ -213,6 +215,13 @@ class _Search:
             ratio = float(np.clip(actual / max(part.error, 1e-30), ratio / 8, 8 * ratio))
         return [each for each in found if each.seconds < limit]
 
+    def _allowed(self, in_hand: float) -> float:
+        """The relative error at which the target is met with so many dB in hand."""
+        if self.target.max_rel_error is not None:
+            return self.target.max_rel_error * 10 ** (-in_hand / 20)
+        assert self.target.min_psnr is not None
+        return 10 ** (-(self.target.min_psnr + in_hand) / 20) * self.tuner.peak_to_norm()
+
     def for_seconds(self, base: Solution, seconds: float) -> list[Choice]:
         """The choice of least error with which a schedule takes ``seconds`` at most, if there is one."""
         part = self.beside(base).saving(base.predicted_seconds - seconds)
@@ -223,6 +232,6 @@ class _Search:
         """The plan with such heads, as rollouts have it; None where a generation fails under it."""
         solution = self.tuner.with_sparse(base, part)
         quality = self.tuner.quality_of(solution)
-        if quality is None or not math.isfinite(quality.rel_l2) or self.tuner.variants(solution) > self.max_variants:
+        if quality is None or quality is FAILED or self.tuner.variants(solution) > self.max_variants:
             return None
         return Choice(solution, self.target.missing_db(quality), self.target.error(quality))

@@ -186,7 +186,7 @@ class Tuner:
         weights = {pair: max(distance / farthest, NEAR) ** -2 for pair, distance in apart.items()}
         problem = replace(self.problem, second_order=second_order)
         refit = self._refit(replace(self._steering, problem=problem, paths=aimed, weights=weights), solution)
-        return None if refit is solution else refit
+        return None if refit is solution or self.variants(refit) > self.max_variants else refit
 
     def finer_of(self, solution: Solution | None) -> float | None:
         """How near, in dB, the tuning prompts' samples under a tried plan are to the second-order ones."""
@@ -347,13 +347,13 @@ class Tuner:
 
     def _guess(self, limit: float) -> int | None:
         """A first number of kept steps: the least whose predicted error meets the limit."""
-        allowed = limit if self.target.max_rel_error is not None else 10 ** (limit / 20) * self._peak_to_norm()
+        allowed = limit if self.target.max_rel_error is not None else 10 ** (limit / 20) * self.peak_to_norm()
         for count in range(max(2, self._least_kept), self.problem.steps):
             if solve_kept(self.problem, count, self.max_variants).predicted_error <= allowed:
                 return count
         return None
 
-    def _peak_to_norm(self) -> float:
+    def peak_to_norm(self) -> float:
         """Turns an RMSE relative to a peak of 1 into an error relative to the sample's norm."""
         entries = next(iter(self.evaluator.references.values())).numel()
         return float(entries**0.5 / max(self.profile.sample_norm, 1e-12))

@@ -118,8 +118,11 @@ class VerifiedSearch:
         """Let heads attend to less where that is faster at the target, or better at the speed."""
         if not self.sparse or len(found.solutions) != 1 or len(self._tuners) != 1:
             return found
-        sparsify = Sparsify(self.evaluator, self.target, self.held_out, self.reporter, self.max_variants, self.reasons)
-        return sparsify(found, *self._tuners.values())
+        (tuner,) = self._tuners.values()
+        # where the speed asked for was out of reach, plans were searched for the PSNR beside it
+        target = replace(self.target, speedup=None) if tuner.target.speedup is None else self.target
+        sparsify = Sparsify(self.evaluator, target, self.held_out, self.reporter, self.max_variants, self.reasons)
+        return sparsify(found, tuner)
 
     def _aim(self, found: Found) -> Found:
         """Spend what quality there is to spare on samples as near to a finer sampler's as the dense ones are."""

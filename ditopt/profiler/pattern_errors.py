@@ -353,6 +353,7 @@ class PatternCollector(RowReader):
             labels: dict[str, tuple[Label, ...]] = {"candidate": site.names, "lag": tuple(range(1, LAGS + 1))}
             facts = {
                 "kind": place.kind,
+                "tried": site.candidates is not None,
                 "block_queries": place.sample.block,
                 "block_keys": place.key_block,
                 "rows": int((site.weights > 0).sum()),

@@ -32,6 +32,7 @@ TABLES = 5
 SPARSE_PROMPTS = 2
 """Of so many prompts ``optimize`` measures what patterns cost."""
 LEAST_DENSITY = 0.25
+MOST_REASONS = 3
 WORTH_LOOKING = 0.1
 """Where sparse heads at that density save less than this share of a step, nothing is measured of them."""
 
@@ -141,14 +142,16 @@ def add_sparse_tables(
 
 def attention_share(network: NetworkProfile) -> tuple[float, str]:
     """The largest share of a step, in any form, that heads with ``LEAST_DENSITY`` would save; and that in words."""
-    shares = {}
+    shares: dict[str, float] = {}
+    reasons: dict[str, None] = {}  # a set in order
     for form in FORMS & network.seconds.keys():
-        costs, _ = site_costs(network, form)
+        costs, refused = site_costs(network, form)
+        reasons |= dict.fromkeys(refused)
         saved = sum(max(cost.dense - cost.seconds(LEAST_DENSITY), 0.0) for cost in costs.values())
         shares[form] = saved / network.seconds[form]
     best = max(shares, key=lambda form: shares[form], default=None)
     if best is None or not shares[best]:
-        return 0.0, "no self-attention takes less time block-sparse here"
+        return 0.0, "; ".join(["no self-attention takes less time block-sparse here", *list(reasons)[:MOST_REASONS]])
     told = f"a quarter of all blocks would save {shares[best]:.0%} of a {best} step, less than {WORTH_LOOKING:.0%}"
     return shares[best], f"heads were not looked at: {told}"
 

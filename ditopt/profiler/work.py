@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -88,13 +89,27 @@ def counted_work(gm: fx.GraphModule, lists: Mapping[str, Tensor] | None = None) 
 
 
 def _listed_share(node: fx.Node, lists: Mapping[str, Tensor]) -> float:
-    """The share of all blocks that the lists of a block-sparse attention name; 1 where they are not at hand."""
-    counts = lists.get(str(node.args[4].target)) if isinstance(node.args[4], fx.Node) else None
+    """What lists of a block-sparse attention name of all blocks, with a rest's groups; 1 where they are not at hand.
+
+    Of lists that a call finds for itself it is what they have room for.
+    """
+    found = node.args[4]
+    if isinstance(found, fx.Node) and found.target is operator.getitem:  # the lists of drafts
+        maker = found.args[0]
+        assert isinstance(maker, fx.Node)
+        always, keep = (lists.get(str(each.target)) for each in (maker.args[3], maker.args[4]))  # type: ignore[union-attr]
+        if always is None or keep is None:
+            return 1.0
+        counts: Tensor | None = always.clamp(min=keep[None, :, None])
+    else:
+        counts = lists.get(str(found.target)) if isinstance(found, fx.Node) else None
     if counts is None:
         return 1.0
-    _, key, *_, key_block, _ = node.args
-    total = blocks(int(tensor_value(key).shape[-2]), int(key_block))  # type: ignore[arg-type]  # a node, a number
-    return float(counts.sum()) / (counts.numel() * total)
+    keys, key_block = int(tensor_value(node.args[1]).shape[-2]), int(node.args[6])  # type: ignore[arg-type]  # a node
+    share = float(counts.sum()) / (counts.numel() * blocks(keys, key_block))
+    rest, pool = (*node.args[8:], None, None, None, 0)[2:4]
+    heads = lists.get(str(rest.target)) if isinstance(rest, fx.Node) else None
+    return share if heads is None else share + float(heads.float().mean()) / int(pool)  # type: ignore[arg-type]
 
 
 def machine_rates(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, Any]:

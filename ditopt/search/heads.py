@@ -70,16 +70,24 @@ def growth_at(
     """
     order = list(network.tables["patterns"])
     at = order.index(site)
-    planted = [place for place, name in enumerate(order) if _planted(sensitivity.get(name))]
+    tables = {name: _table_of(sensitivity, name) for name in order}
+    planted = [place for place, name in enumerate(order) if _planted(tables[name])]
     if not planted:
         raise InputError("no error planted at an attention site moved anything; heads have no measured sensitivity")
     before = max((place for place in planted if place <= at), default=planted[0])
     behind = min((place for place in planted if place >= at), default=planted[-1])
     own = head if before == behind == at else None
-    near = (sensitivity[order[place]] for place in (before, behind))
+    near = [table for place in (before, behind) if (table := tables[order[place]]) is not None]
     first, last = (np.array([output_growth(table, step, error, own) for step in steps]) for table in near)
     share = (at - before) / (behind - before) if behind > before else 0.0
     return np.asarray(first ** (1 - share) * last**share)
+
+
+def _table_of(sensitivity: Mapping[str, Table], site: str) -> Table | None:
+    """The table of an attention site: its own, or that of the module that it is in."""
+    parts = site.split(".")
+    names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((sensitivity[name] for name in names if name in sensitivity), None)
 
 
 def _planted(table: Table | None) -> bool:

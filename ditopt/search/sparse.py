@@ -74,6 +74,10 @@ def site_costs(network: NetworkProfile, form: str) -> tuple[dict[str, SparseCost
             told = f"kernels take blocks of {block} queries, patterns are measured in blocks of {profiled}"
             reasons.append(f"{site}: {queries} tokens are too few: {told}")
             continue
+        patterns = network.tables.get("patterns", {})
+        if patterns and (site not in patterns or not patterns[site].facts.get("tried", True)):
+            reasons.append(f"{site}: no pattern was measured there")
+            continue
         if form not in table.labels["form"]:
             reasons.append(f"{site}: its attention was not timed in {form} steps")
             continue

@@ -14,6 +14,8 @@ from ditopt.search.sparse import SiteCandidates, head_candidates, price_of, spar
 
 PHASES = 3
 """Computed steps are divided into so many ranges, one after the other, at most: heads are decided for each."""
+MORE_STEPS = 3
+"""Schedules of up to so many further computed steps are tried with heads."""
 NEEDED_TABLES = frozenset({"patterns", "sensitivity", "latency"})
 """Of a profile, what tells the errors of heads and their seconds."""
 Allowed = Callable[[Solution], bool]

@@ -23,6 +23,7 @@ from ditopt.passes.prune import prune
 from ditopt.passes.sparse import list_names, pooled_tokens, rest_name, sparse_refusal
 from ditopt.profiler.head_edits import BlockMask, under_blocks
 from ditopt.profiler.interpret import Watched
+from ditopt.profiler.work import counted_work
 from ditopt.runtime.variants import PASSES, VariantCache
 from ditopt.sites import AttentionSite
 from tests.literal_rest import under_blocks_and_means
@@ -143,6 +144,21 @@ def test_a_head_with_a_rest_attends_to_the_means_of_what_is_not_listed(wan: Capt
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     lost = emulated(wan, attended)
     assert (found - lost).abs().max() > 1e-3, "the means matter"
+
+
+def test_work_of_attention_is_what_lists_and_means_take(cache: VariantCache) -> None:
+    attended = maps()
+    dense = counted_work(cache.graph(StepPlan()))["attention"]["flops"]
+    lists = inputs_of(attended)
+    one = 4 * 2 * 128 * 128 * 16  # two heads of 128 tokens and 16 channels, products with keys and values
+    shares = {site: float(kept.float().mean()) for site, kept in attended.items()}
+    found = counted_work(cache.graph(StepPlan(sparse=SPARSE)), lists)["attention"]
+    assert found["dtype"] == "float32"
+    assert found["flops"] == pytest.approx(dense - one * sum(1 - share for share in shares.values()), rel=1e-4)
+    pooled = counted_work(cache.graph(StepPlan(sparse=POOLED)), {**lists, **HEADS})["attention"]["flops"]
+    assert pooled - found["flops"] == pytest.approx(one / 2 / 8, rel=1e-3), "one of two heads, a pair for eight tokens"
+    unknown = counted_work(cache.graph(StepPlan(sparse=SPARSE)))["attention"]["flops"]
+    assert unknown == dense, "without the lists at hand it counts as dense"
 
 
 @pytest.mark.parametrize("tokens", [64, 70, 5])

@@ -188,3 +188,24 @@ def test_what_a_plan_saves_is_that_of_its_heads_in_the_steps_it_computes(network
     unknown = sparse_rules([HeadPattern("attn", 0, '{"pattern": "sink"}', (1,))])
     plan = plan.model_copy(update={"rules": unknown})
     assert planned_saving(plan, "net", network, {"attn": COST}, (1,)) == pytest.approx(2.0 - COST.seconds(1.0))
+
+
+def test_sites_without_patterns_are_left_out_and_told(network: NetworkProfile) -> None:
+    timed = {"attn": network.tables["latency"]["attn"], "elsewhere": network.tables["latency"]["attn"]}
+    found, (why,) = site_costs(replace(network, tables={**network.tables, "latency": timed}), "full")
+    assert list(found) == ["attn"] and why == "elsewhere: no pattern was measured there"
+    untried = replace(network.tables["patterns"]["attn"], facts={"elements": 16, "tried": False})
+    found, (why,) = site_costs(replace(network, tables={**network.tables, "patterns": {"attn": untried}}), "full")
+    assert not found and why == "attn: no pattern was measured there"
+
+
+def test_an_attention_inside_a_module_has_the_growth_that_was_planted_at_the_module(network: NetworkProfile) -> None:
+    inner = {"patterns": {"block.attn.core": network.tables["patterns"]["attn"]}}
+    sensitivity = {"block.attn": network.tables["sensitivity"]["attn"]}
+    nested = replace(network, tables={**inner, "sensitivity": sensitivity})
+    problem = SearchProblem.from_profile(network)
+    choice = HeadPattern("attn", 1, BAND, (1, 2))
+    there = replace(choice, site="block.attn.core")
+    assert heads_error(nested, problem, dense(problem), [there]) == pytest.approx(
+        heads_error(network, problem, dense(problem), [choice])
+    )
