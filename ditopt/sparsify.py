@@ -23,7 +23,7 @@ from ditopt.plan import Rule
 from ditopt.search import Solution
 from ditopt.search.solution import SparsePart
 from ditopt.search.sparse import site_costs
-from ditopt.search.with_heads import MORE_STEPS, NEEDED_TABLES, HeadsBeside, further_schedules
+from ditopt.search.with_heads import MORE_STEPS, HeadsBeside, further_schedules
 from ditopt.target import Target
 from ditopt.tune import Tuner
 
@@ -67,7 +67,7 @@ class Sparsify:
     reasons: list[str]
 
     def __call__(self, found: Found, tuner: Tuner) -> Found:
-        """The plan with sparse heads, not timed against dense yet; or ``found``.
+        """The plan with sparse heads, not timed against dense yet; or ``found``. The profile has ``NEEDED_TABLES``.
 
         For quality the fastest plan that meets the target is sought, for speed the one of least error that takes no
         longer than ``found``. Either way it has to take less time than ``found``, or err less, in generations that are
@@ -75,8 +75,6 @@ class Sparsify:
         """
         ((name, solution),) = found.solutions.items()
         network, problem = tuner.profile.networks[name], tuner.problem
-        if not network.tables.keys() >= NEEDED_TABLES:
-            return found
         if solution.draft.ranges:
             self.reasons.append("sparse: heads are not looked at in plans that predict ranges of blocks")
             return found

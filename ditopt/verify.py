@@ -21,6 +21,7 @@ from ditopt.profile import NetworkProfile, Profile
 from ditopt.profiler.run import TUNING_PROMPTS
 from ditopt.quality import LEVELS, compare
 from ditopt.search import Solution
+from ditopt.search.with_heads import NEEDED_TABLES
 from ditopt.sparsify import Sparsify
 from ditopt.target import Target
 from ditopt.tune import Tuner
@@ -71,7 +72,7 @@ class VerifiedSearch:
     techniques: tuple[str, ...]
     dtypes: tuple[str, ...] = ()
     second_order: bool = True
-    sparse: bool = True
+    sparse: bool = False
     reasons: list[str] = field(default_factory=list)
     dense_seconds: float = 0.0
     state_bytes: int = 0
@@ -118,7 +119,9 @@ class VerifiedSearch:
         """Let heads attend to less where that is faster at the target, or better at the speed."""
         if not self.sparse or len(found.solutions) != 1 or len(self._tuners) != 1:
             return found
-        (tuner,) = self._tuners.values()
+        ((name, tuner),) = self._tuners.items()
+        if not self.profile.networks[name].tables.keys() >= NEEDED_TABLES:
+            return found
         # where the speed asked for was out of reach, plans were searched for the PSNR beside it
         target = replace(self.target, speedup=None) if tuner.target.speedup is None else self.target
         sparsify = Sparsify(self.evaluator, target, self.held_out, self.reporter, self.max_variants, self.reasons)

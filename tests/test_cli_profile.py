@@ -210,7 +210,3 @@ def test_messages_say_what_the_file_is_and_what_does_not_go_together(toy: Path, 
     once = refused("search", toy, "--technique", "foo", "-o", plan)
     assert once.count(" reuse,") == 1
     assert toy.stat().st_mode & 0o777 == plan.stat().st_mode & 0o777
-
-
-def test_what_can_be_collected_is_what_collectors_there_are() -> None:
-    assert tuple(Collect) == COLLECTORS
