@@ -22,7 +22,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ from ditopt.quality import Quality, compare
 from ditopt.runtime.program import Compute
 from ditopt.search.joint import dense
 from ditopt.search.problem import SearchProblem
-from ditopt.search.sparse import head_candidates, planned_saving, price_of, site_costs, sparse_part
+from ditopt.search.sparse import head_candidates, planned_saving, price_that_saves, site_costs, sparse_part
 from ditopt.search.with_heads import PHASES
 from ditopt.techniques import Techniques
 
@@ -149,10 +149,6 @@ def oracle_quality(prepared: Prepared, name: str, network: NetworkProfile, plan:
     return compare(samples, [prepared.evaluator.references[pair] for pair in pairs])
 
 
-def _saves_less(seconds: float) -> Callable[[float, float], bool]:
-    return lambda saved, error: saved < seconds
-
-
 class Bench:
     """Plans of one prepared and profiled model, measured on ``pairs``; ``rows`` are what was found.
 
@@ -213,8 +209,7 @@ class Bench:
         in_kernel = sum(cost.seconds(1.0) for cost in self.costs.values()) * self.problem.steps
         for share in SHARES:
             needed = whole - share * in_kernel
-            price = price_of(candidates, _saves_less(needed)) / 1.02
-            part = sparse_part(candidates, price)
+            part = sparse_part(candidates, price_that_saves(candidates, needed))
             self.add("mix", f"{share:g}", part.rules, judged if share in oracles else 0)
 
     def singles(self, dense_first: Sequence[float]) -> None:

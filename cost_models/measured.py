@@ -21,8 +21,10 @@ def form_name(dtype: str | None = None, simplify: bool = False) -> str:
     return " ".join(words) or FULL
 
 
-FORMS = frozenset(form_name(dtype, simplify) for dtype in (None, *DTYPES) for simplify in (False, True))
-"""All ways to compute a step, by name."""
+FORMS: dict[str, tuple[str | None, bool]] = {
+    form_name(dtype, simplify): (dtype, simplify) for dtype in (None, *DTYPES) for simplify in (False, True)
+}
+"""All ways to compute a step by name: in which dtype, and whether simplified."""
 
 
 @dataclass(frozen=True)

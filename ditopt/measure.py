@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -62,6 +63,13 @@ class Evaluator:
             session.bind(plan if rules else None)
         return plan
 
+    def compile(self, rules: Sequence[Rule]) -> None:
+        """As ``bind``, with all graphs compiled that the plan needs."""
+        self.bind(rules)
+        for session in self.sessions.values():
+            for program in session.programs:
+                program.compile()
+
     def retarget(self, on: bool) -> None:
         """Whether calls of another schedule run by the rules of the nearest step; else they are dense."""
         for session in self.sessions.values():
@@ -83,15 +91,36 @@ class Evaluator:
 
         None in place of samples where a generation has NaN or infinite values. Compiling does not count.
         """
-        self.bind(rules)
-        for session in self.sessions.values():
-            for program in session.programs:
-                program.compile()
+        self.compile(rules)
         found: list[Tensor] | None = None
         began = time.perf_counter()
         with suppress(NonFiniteError):
             found = [self.adapter.checked_rollout(prompt, seed) for prompt, seed in pairs]
         return found, (time.perf_counter() - began) / max(len(pairs), 1)
+
+    def time_in_turn(
+        self,
+        contenders: Sequence[Sequence[Rule]],
+        pairs: Sequence[tuple[str, int]],
+        turns: int,
+        after: Callable[[], None] | None = None,
+    ) -> list[float]:
+        """Median seconds of a generation under each of several sets of rules, measured alternately.
+
+        A turn is one generation under each, of one of ``pairs``; ``after`` is called behind every one. Compiling does
+        not count.
+        """
+        spent: list[list[float]] = [[] for _ in contenders]
+        for turn in range(turns):
+            pair = pairs[turn % len(pairs)]
+            for rules, seconds in zip(contenders, spent, strict=True):
+                self.compile(rules)
+                began = time.perf_counter()
+                self.adapter.checked_rollout(*pair)
+                seconds.append(time.perf_counter() - began)
+                if after is not None:
+                    after()
+        return [statistics.median(seconds) for seconds in spent]
 
     def compare(self, samples: Sequence[Tensor] | None, pairs: Sequence[tuple[str, int]]) -> Quality:
         """Quality of samples of ``pairs`` against their references; ``FAILED`` where there are none."""

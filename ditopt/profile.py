@@ -262,11 +262,9 @@ def _joined_tables(
     found: dict[str, dict[str, Table]] = {}
     if not timed and LATENCY in one.tables:  # seconds of another device say nothing
         found[LATENCY] = dict(one.tables[LATENCY])
-    mine_left, theirs_left = (
-        {name: each for name, each in part.tables.items() if name not in found} for part in (one, two)
-    )
-    for collector in _in_both("tables of ", mine_left, theirs_left, left_out):
-        mine, theirs = one.tables[collector], two.tables[collector]
+    ones, twos = ({name: each for name, each in part.tables.items() if name not in found} for part in (one, two))
+    for collector in _in_both("tables of ", ones, twos, left_out):
+        mine, theirs = ones[collector], twos[collector]
         found[collector] = {}
         for site in _in_both(f"{collector} tables of ", mine, theirs, left_out):
             try:

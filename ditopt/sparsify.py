@@ -7,22 +7,17 @@ generations with such heads have in their slots.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ditopt.console import Reporter, Stage
-from ditopt.cost_models.measured import form_name
 from ditopt.errors import InputError
 from ditopt.measure import FAILED, Evaluator
 from ditopt.outcome import Found
-from ditopt.plan import Rule
 from ditopt.search import Solution
 from ditopt.search.solution import SparsePart
-from ditopt.search.sparse import site_costs
 from ditopt.search.with_heads import MORE_STEPS, HeadsBeside, further_schedules
 from ditopt.target import Target
 from ditopt.tune import Tuner
@@ -73,14 +68,12 @@ class Sparsify:
         longer than ``found``. Either way it has to take less time than ``found``, or err less, in generations that are
         timed in turn, with held-out prompts.
         """
-        ((name, solution),) = found.solutions.items()
-        network, problem = tuner.profile.networks[name], tuner.problem
+        (solution,) = found.solutions.values()
         if solution.draft.ranges:
             self.reasons.append("sparse: heads are not looked at in plans that predict ranges of blocks")
             return found
-        costs, told = site_costs(network, form_name(problem.dtype, problem.simplify))
-        self.reasons += [f"sparse: {reason}" for reason in told]
-        if not costs:
+        self.reasons += [f"sparse: {reason}" for reason in tuner.attention.reasons]
+        if not tuner.attention.costs:
             return found
         search = _Search(tuner, self.max_variants, self.target)
         in_hand = self.target.missing_db(found.quality) - tuner.missing_db(solution) + MARGIN_DB
@@ -92,7 +85,7 @@ class Sparsify:
                 self.reasons.append(f"sparse: {error}")
                 return found
             if not choices:
-                why = f"no choice of heads is {self._aim}, by what profile and tuning prompts tell"
+                why = f"no choice of heads is {self._wanted}, by what profile and tuning prompts tell"
                 self.reasons.append(f"sparse: {why}")
                 return found
             judged, missing = self._judged(found, choices)
@@ -105,7 +98,7 @@ class Sparsify:
         return found
 
     @property
-    def _aim(self) -> str:
+    def _wanted(self) -> str:
         return "faster at the target" if self.target.speedup is None else "better at that speed"
 
     def _choices(self, solution: Solution, search: _Search, in_hand: float, stage: Stage) -> list[Choice]:
@@ -141,7 +134,7 @@ class Sparsify:
                 )
                 short = max(short, missing)
                 continue
-            sparse, plain = self._in_turn(rules, found.rules)
+            sparse, plain = self.evaluator.time_in_turn([rules, found.rules], self.held_out, TURNS)
             if sparse > plain:
                 self.reasons.append(
                     f"sparse: a generation takes {sparse:.3g} s with these heads, {plain:.3g} s without"
@@ -154,20 +147,6 @@ class Sparsify:
             judged = replace(found, rules=rules, quality=quality, solutions={name: choice.solution}, seconds=None)
             return judged, short
         return None, short
-
-    def _in_turn(self, one: Sequence[Rule], two: Sequence[Rule]) -> tuple[float, float]:
-        """Median seconds of generations under two sets of rules, timed in turn."""
-        spent: tuple[list[float], list[float]] = ([], [])
-        for turn in range(TURNS):
-            for rules, times in zip((one, two), spent, strict=True):
-                self.evaluator.bind(rules)
-                for session in self.evaluator.sessions.values():
-                    for program in session.programs:
-                        program.compile()
-                began = time.perf_counter()
-                self.evaluator.adapter.checked_rollout(*self.held_out[turn % len(self.held_out)])
-                times.append(time.perf_counter() - began)
-        return statistics.median(spent[0]), statistics.median(spent[1])
 
 
 @dataclass
@@ -183,7 +162,7 @@ class _Search:
         tuner = self.tuner
         network = tuner.profile.networks[tuner.network]
         return HeadsBeside(
-            network, tuner.problem, base, tuner.attention_costs, lambda plan: tuner.variants(plan) <= self.max_variants
+            network, tuner.problem, base, tuner.attention.costs, lambda plan: tuner.variants(plan) <= self.max_variants
         )
 
     def for_quality(self, base: Solution, in_hand: float, limit: float) -> list[Choice]:
@@ -194,7 +173,7 @@ class _Search:
         spare = -(self.target.missing_db(quality) + in_hand)
         if spare <= 0:
             return []
-        allowed = self._allowed(in_hand) ** 2 - quality.rel_l2**2
+        allowed = self.tuner.allowed_error(self.target.limit(in_hand)) ** 2 - quality.rel_l2**2
         if allowed <= 0:  # the mean PSNR is met, but errors of prompts differ
             allowed = quality.rel_l2**2 * (10 ** (spare / 10) - 1)
         found, ratio = [], 1.0
@@ -212,13 +191,6 @@ class _Search:
                     break
             ratio = float(np.clip(actual / max(part.error, 1e-30), ratio / 8, 8 * ratio))
         return [each for each in found if each.seconds < limit]
-
-    def _allowed(self, in_hand: float) -> float:
-        """The relative error at which the target is met with so many dB in hand."""
-        if self.target.max_rel_error is not None:
-            return self.target.max_rel_error * 10 ** (-in_hand / 20)
-        assert self.target.min_psnr is not None
-        return 10 ** (-(self.target.min_psnr + in_hand) / 20) * self.tuner.peak_to_norm()
 
     def for_seconds(self, base: Solution, seconds: float) -> list[Choice]:
         """The choice of least error with which a schedule takes ``seconds`` at most, if there is one."""

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ditopt.console import Reporter, Stage
 from ditopt.cost_models.measured import form_name
-from ditopt.cost_models.sparse import SparseCost
 from ditopt.errors import NonFiniteError
 from ditopt.estimate import estimated_seconds
 from ditopt.forms import in_dtype, simplified
@@ -40,7 +39,7 @@ from ditopt.search.joint import from_kept
 from ditopt.search.refine import with_further_step
 from ditopt.search.rollouts import rules_key
 from ditopt.search.solution import SparsePart, form_rules
-from ditopt.search.sparse import site_costs
+from ditopt.search.sparse import AttentionCosts, site_costs
 from ditopt.sites import STEP
 from ditopt.steer import Steering
 from ditopt.target import Target
@@ -347,13 +346,17 @@ class Tuner:
 
     def _guess(self, limit: float) -> int | None:
         """A first number of kept steps: the least whose predicted error meets the limit."""
-        allowed = limit if self.target.max_rel_error is not None else 10 ** (limit / 20) * self.peak_to_norm()
+        allowed = self.allowed_error(limit)
         for count in range(max(2, self._least_kept), self.problem.steps):
             if solve_kept(self.problem, count, self.max_variants).predicted_error <= allowed:
                 return count
         return None
 
-    def peak_to_norm(self) -> float:
+    def allowed_error(self, limit: float) -> float:
+        """The relative error of samples at a limit of the target's error (``Target.limit``)."""
+        return limit if self.target.max_rel_error is not None else 10 ** (limit / 20) * self._peak_to_norm()
+
+    def _peak_to_norm(self) -> float:
         """Turns an RMSE relative to a peak of 1 into an error relative to the sample's norm."""
         entries = next(iter(self.evaluator.references.values())).numel()
         return float(entries**0.5 / max(self.profile.sample_norm, 1e-12))
@@ -440,13 +443,13 @@ class Tuner:
     def estimate(self, plan: Plan) -> float:
         """Seconds of this network in one generation under a plan, by the measured times of its variants."""
         network, ranges = self.profile.networks[self.network], self.evaluator.sessions[self.network].ranges()
-        return estimated_seconds(plan, self.network, network, ranges, lambda: self.attention_costs)
+        return estimated_seconds(plan, self.network, network, ranges, lambda: self.attention.costs)
 
     @cached_property
-    def attention_costs(self) -> dict[str, SparseCost]:
+    def attention(self) -> AttentionCosts:
         """What attention takes at the sites where it was timed, in the problem's form when this is first asked."""
         form = form_name(self.problem.dtype, self.problem.simplify)
-        return site_costs(self.profile.networks[self.network], form)[0]
+        return site_costs(self.profile.networks[self.network], form)
 
 
 def _faster(one: Trial | None, two: Trial | None) -> Trial | None:

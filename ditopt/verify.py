@@ -56,9 +56,8 @@ class VerifiedSearch:
     """Searches network after network for one target; ``reasons`` says what was missed, ``state_bytes`` of slots.
 
     ``second_order``: whether computed steps may have a share of that formula, ``sparse``: whether heads may attend to
-    less than all. ``dense_seconds``: of a dense generation,
-    where one was timed in this run; 0 where none was. ``rival_sample`` is what the first held-out prompt gives with
-    fewer steps.
+    less than all. ``dense_seconds``: of a dense generation, where one was timed in this run; 0 where none was.
+    ``rival_sample`` is what the first held-out prompt gives with fewer steps.
     """
 
     evaluator: Evaluator
@@ -331,21 +330,17 @@ class VerifiedSearch:
 
     def time_in_turn(self, rules: Sequence[Rule]) -> tuple[float, float]:
         """Median seconds of a generation under ``rules`` and dense, measured alternately."""
-        spent: dict[bool, list[float]] = {True: [], False: []}
         least, most = TIMED_GENERATIONS
         in_turn = sum(map(_full_seconds, self.profile.networks.values())) * 1.4
         turns = min(most, max(least, int(TIMED_SECONDS / max(in_turn, 1e-6))))
         with self.reporter.stage("timing dense and plan in turn", 2 * turns) as stage:
-            for turn in range(turns):
-                pair = self.held_out[turn % len(self.held_out)]
-                for planned in (True, False):
-                    self.evaluator.bind(rules if planned else ())
-                    began = time.perf_counter()
-                    self.evaluator.adapter.checked_rollout(*pair)
-                    spent[planned].append(time.perf_counter() - began)
-                    self._note_state()
-                    stage.advance()
-        return statistics.median(spent[True]), statistics.median(spent[False])
+
+            def after() -> None:
+                self._note_state()
+                stage.advance()
+
+            plan_seconds, dense_seconds = self.evaluator.time_in_turn([rules, ()], self.held_out, turns, after)
+        return plan_seconds, dense_seconds
 
     def fewer_steps(self, found: Found) -> list[Row]:
         """The honest rival: the same sampler with as many steps as the plan's time pays for (rounded up).

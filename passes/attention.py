@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import fx
 
-from ditopt.kernels.ops import POOLED_ON_GPU, SETTINGS
+from ditopt.kernels.ops import DRAFT_LISTS, POOLED_ON_GPU, SETTINGS
 from ditopt.passes._infra import tensor_value
 
 
@@ -32,6 +34,22 @@ def rest_refusal(node: fx.Node) -> str | None:
     """Why no kernel attends to means of what an attention call's pattern skips; None if one does."""
     device = tensor_value(node.args[0]).device.type  # type: ignore[arg-type]  # a node
     return special(node) or (None if device == "cpu" else POOLED_ON_GPU)
+
+
+def rest_of(node: fx.Node) -> tuple[object, object, object, object]:
+    """What a block-sparse attention was given behind its scale: pooled keys and values, heads with a rest, the pool."""
+    given = (*node.args[8:12], *(None, None, None, 0)[len(node.args[8:12]) :])
+    return given[0], given[1], given[2], given[3]
+
+
+def list_maker(node: fx.Node) -> fx.Node | None:
+    """The ``ditopt::draft_lists`` whose two results are the lists of a block-sparse attention; None: there is none."""
+    pair = [each for each in node.args[3:5] if isinstance(each, fx.Node) and each.target is operator.getitem]
+    makers = {each.args[0] for each in pair}
+    if [each.args[1] for each in pair] != [0, 1] or len(makers) != 1:
+        return None
+    (maker,) = makers
+    return maker if isinstance(maker, fx.Node) and maker.target is DRAFT_LISTS else None
 
 
 def _settings(node: fx.Node) -> dict[str, object]:

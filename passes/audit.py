@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import fx
 
 from ditopt.errors import AuditError
-from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, DRAFT_LISTS, FLASH_ATTENTION
+from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, FLASH_ATTENTION
 from ditopt.passes._infra import SITE, GraphIndex, SparseAttention, StepPlan, outputs, tensor_value
+from ditopt.passes.attention import list_maker, rest_of
 from ditopt.passes.cast import VIEWS, castable
 from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.features import user_outputs
@@ -98,12 +98,11 @@ def _check_sparse(gm: fx.GraphModule, plan: StepPlan, reasons: Sequence[str]) ->
 
 def _check_rest(node: fx.Node, wanted: SparseAttention) -> None:
     """Pooled operands of block-sparse attention are the plan's: means of its own keys and values, or none at all."""
-    given = (*node.args[8:], None, None, None, 0)[: max(4, len(node.args) - 8)]
-    heads, pool = given[2:4]
+    *given, heads, pool = rest_of(node)
     read = str(heads.target) if isinstance(heads, fx.Node) else None
     if (read, pool) != ((rest_name(wanted.site), wanted.pool) if wanted.pool else (None, 0)):
         raise AuditError(f"{wanted.site}: to be {wanted}, but its attention reads {read} in pools of {pool}")
-    for name, whole, means in zip(("keys", "values"), node.args[1:3], given, strict=False):
+    for name, whole, means in zip(("keys", "values"), node.args[1:3], given, strict=True):
         found = isinstance(means, fx.Node)
         if found != bool(wanted.pool) or (found and _source(whole) not in _sources_of_means(means)):
             what = f"to be {wanted}, but its attention has {'other' if found else 'no'} pooled {name}"
@@ -131,12 +130,8 @@ def _sources_of_means(node: object) -> set[object]:
 
 def _of_draft(node: fx.Node, wanted: SparseAttention) -> tuple[object, ...]:
     """What the lists of an attention call are made from, if it finds them of its own queries and keys."""
-    pair = [each for each in node.args[3:5] if isinstance(each, fx.Node) and each.target is operator.getitem]
-    makers = {each.args[0] for each in pair}
-    if [each.args[1] for each in pair] != [0, 1] or len(makers) != 1:
-        return node.args[3:5]
-    (maker,) = makers
-    if not isinstance(maker, fx.Node) or maker.target is not DRAFT_LISTS:
+    maker = list_maker(node)
+    if maker is None:
         return node.args[3:5]
     if maker.args[:2] != node.args[:2] or maker.args[6:] != node.args[5:8]:
         raise AuditError(f"{wanted.site}: finds its blocks by other queries, keys, sizes or another scale than its own")

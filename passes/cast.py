@@ -13,7 +13,7 @@ import operator
 import torch
 from torch import fx
 
-from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, DRAFT_LISTS
+from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION
 from ditopt.passes._infra import (
     OF_THE_CALL,
     GraphIndex,
@@ -25,6 +25,7 @@ from ditopt.passes._infra import (
     last_input,
     tensor_value,
 )
+from ditopt.passes.attention import list_maker
 
 aten = torch.ops.aten
 
@@ -54,7 +55,8 @@ def cast(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
         if node.target is ATTENTION:
             _narrow_mask(gm, node, dtype, narrowed)
         args = [_narrow(gm, arg, dtype, narrowed) if isinstance(arg, fx.Node) else arg for arg in node.args]
-        for maker in _list_makers(node):
+        maker = list_maker(node) if node.target is BLOCK_SPARSE_ATTENTION else None
+        if maker is not None:  # it has to read the operands as attention does
             maker.args = (*args[:2], *maker.args[2:])
         with gm.graph.inserting_before(node):
             product = call(gm, node.target, *args, **node.kwargs)  # type: ignore[arg-type]  # an operator
@@ -92,14 +94,6 @@ def castable(gm: fx.GraphModule) -> list[fx.Node]:
 def _result(product: fx.Node) -> fx.Node:
     """The node that is a product's value: block-sparse attention has it as the first of two."""
     return next(iter(product.users)) if product.target is BLOCK_SPARSE_ATTENTION else product
-
-
-def _list_makers(product: fx.Node) -> set[fx.Node]:
-    """What makes the lists of block-sparse attention of its operands; it has to read them as attention does."""
-    if product.target is not BLOCK_SPARSE_ATTENTION:
-        return set()
-    lists = (node for node in product.all_input_nodes if node.target is operator.getitem)
-    return {maker for node in lists for maker in node.all_input_nodes if maker.target is DRAFT_LISTS}
 
 
 def _narrow_mask(gm: fx.GraphModule, attention: fx.Node, dtype: torch.dtype, narrowed: dict[fx.Node, fx.Node]) -> None:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ditopt._torch import compile_counts
 from ditopt.decisions import Sparse
+from ditopt.measure import Evaluator
 from ditopt.optimizer import Optimizer
 from ditopt.outcome import Result
 from ditopt.plan import Plan
 from ditopt.profiler import take
 from ditopt.profiler.attention_timing import attention_latency
 from ditopt.report.explained import Explained, side_path
-from ditopt.sparsify import Sparsify
 from ditopt.target import Target
 from ditopt.verify import VerifiedSearch
 from tests.tiny import tiny_wan
@@ -54,7 +54,7 @@ def measured_as(patch: pytest.MonkeyPatch, in_turn: tuple[float, float]) -> None
         return tables, reasons
 
     patch.setattr("ditopt.profiler.detail.attention_latency", latency)
-    patch.setattr(Sparsify, "_in_turn", lambda self, one, two: in_turn)
+    patch.setattr(Evaluator, "time_in_turn", lambda self, *given: list(in_turn))
     patch.setattr(VerifiedSearch, "time_in_turn", lambda self, rules: FASTER)
 
 

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 import ditopt.kernels.block_sparse_attention.cpu
 import ditopt.kernels.flash_attention.cpu  # noqa: F401  # both register what is timed
-from ditopt.cost_models.measured import FORMS, form_name
-from ditopt.decisions import DTYPES
+from ditopt.cost_models.measured import FORMS
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kernel_blocks
 from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION, FLASH_ATTENTION, block_sparse_refusal
 from ditopt.kernels.patterns.candidates import block_for
@@ -40,12 +39,7 @@ def attention_latency(trace: Trace, forms: Sequence[str], per_step: float) -> tu
     found: dict[str, Table] = {}
     reasons: dict[str, None] = {}  # a set in order
     nodes = attention_nodes(trace)
-    wanted = {
-        form_name(dtype, simplify): (dtype, simplify)
-        for dtype in (None, *DTYPES)
-        for simplify in (False, True)
-        if form_name(dtype, simplify) in FORMS.intersection(forms)
-    }
+    wanted = {form: settings for form, settings in FORMS.items() if form in forms}
     for name, place in places_of(trace).items():
         if not place.own:
             continue

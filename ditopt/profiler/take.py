@@ -132,7 +132,7 @@ def add_sparse_tables(
     if geometry is None:
         reasons += [f"sparse: {reason}" for reason in run.reasons]
         return profile
-    networks, left_out = run(replace(profile, networks={name: network}), pairs[:SPARSE_PROMPTS])
+    networks, left_out = run(profile, pairs[:SPARSE_PROMPTS])
     reasons += [f"sparse: {reason}" for reason in left_out]
     tables = {**networks[name].tables, LATENCY: timed}
     evaluator = prepared.evaluator
@@ -144,7 +144,7 @@ def attention_share(network: NetworkProfile) -> tuple[float, str]:
     """The largest share of a step, in any form, that heads with ``LEAST_DENSITY`` would save; and that in words."""
     shares: dict[str, float] = {}
     reasons: dict[str, None] = {}  # a set in order
-    for form in FORMS & network.seconds.keys():
+    for form in FORMS.keys() & network.seconds.keys():
         costs, refused = site_costs(network, form)
         reasons |= dict.fromkeys(refused)
         saved = sum(max(cost.dense - cost.seconds(LEAST_DENSITY), 0.0) for cost in costs.values())

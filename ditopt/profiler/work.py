@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from ditopt.kernels.block_sparse_attention.lists import blocks
 from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, FLASH_ATTENTION
 from ditopt.passes._infra import StepPlan, tensor_value
+from ditopt.passes.attention import list_maker, rest_of
 from ditopt.profiler.timing import inputs_for, synchronise
 from ditopt.runtime.program import Program
 from ditopt.trace import PRODUCTS, attention_flops, product_flops
@@ -93,23 +93,23 @@ def _listed_share(node: fx.Node, lists: Mapping[str, Tensor]) -> float:
 
     Of lists that a call finds for itself it is what they have room for.
     """
-    found = node.args[4]
-    if isinstance(found, fx.Node) and found.target is operator.getitem:  # the lists of drafts
-        maker = found.args[0]
-        assert isinstance(maker, fx.Node)
-        always, keep = (lists.get(str(each.target)) for each in (maker.args[3], maker.args[4]))  # type: ignore[union-attr]
-        if always is None or keep is None:
-            return 1.0
-        counts: Tensor | None = always.clamp(min=keep[None, :, None])
-    else:
-        counts = lists.get(str(found.target)) if isinstance(found, fx.Node) else None
-    if counts is None:
+    maker = list_maker(node)
+    counts = _given(lists, node.args[4] if maker is None else maker.args[3])
+    keep = None if maker is None else _given(lists, maker.args[4])
+    if counts is None or (maker is not None and keep is None):
         return 1.0
+    if keep is not None:
+        counts = counts.clamp(min=keep[None, :, None])
     keys, key_block = int(tensor_value(node.args[1]).shape[-2]), int(node.args[6])  # type: ignore[arg-type]  # a node
     share = float(counts.sum()) / (counts.numel() * blocks(keys, key_block))
-    rest, pool = (*node.args[8:], None, None, None, 0)[2:4]
-    heads = lists.get(str(rest.target)) if isinstance(rest, fx.Node) else None
-    return share if heads is None else share + float(heads.float().mean()) / int(pool)  # type: ignore[arg-type]
+    *_, rest, pool = rest_of(node)
+    heads = _given(lists, rest)
+    return share if heads is None else share + float(heads.float().mean()) / int(pool)  # type: ignore[call-overload]
+
+
+def _given(lists: Mapping[str, Tensor], node: object) -> Tensor | None:
+    """The tensor that an input of the graph is given, if that is at hand."""
+    return lists.get(str(node.target)) if isinstance(node, fx.Node) else None
 
 
 def machine_rates(device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[str, Any]:

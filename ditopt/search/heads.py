@@ -68,19 +68,36 @@ def growth_at(
     Raises:
         InputError: no error that was planted at any attention site moved anything.
     """
+    return _near(network, sensitivity, site).growth(steps, error, head)
+
+
+@dataclass(frozen=True)
+class _Near:
+    """What was planted before and behind a site in depth, and how far it is on the way; ``own``: at the site itself."""
+
+    before: Table
+    behind: Table
+    share: float
+    own: bool
+
+    def growth(self, steps: Sequence[int], error: str, head: int) -> Array:
+        of_head = head if self.own else None
+        tables = (self.before, self.behind)
+        first, last = (np.array([output_growth(table, step, error, of_head) for step in steps]) for table in tables)
+        return np.asarray(first ** (1 - self.share) * last**self.share)
+
+
+def _near(network: NetworkProfile, sensitivity: Mapping[str, Table], site: str) -> _Near:
     order = list(network.tables["patterns"])
     at = order.index(site)
-    tables = {name: _table_of(sensitivity, name) for name in order}
-    planted = [place for place, name in enumerate(order) if _planted(tables[name])]
+    tables = ((place, _table_of(sensitivity, name)) for place, name in enumerate(order))
+    planted = {place: table for place, table in tables if table is not None and _planted(table)}
     if not planted:
         raise InputError("no error planted at an attention site moved anything; heads have no measured sensitivity")
-    before = max((place for place in planted if place <= at), default=planted[0])
-    behind = min((place for place in planted if place >= at), default=planted[-1])
-    own = head if before == behind == at else None
-    near = [table for place in (before, behind) if (table := tables[order[place]]) is not None]
-    first, last = (np.array([output_growth(table, step, error, own) for step in steps]) for table in near)
+    before = max((place for place in planted if place <= at), default=min(planted))
+    behind = min((place for place in planted if place >= at), default=max(planted))
     share = (at - before) / (behind - before) if behind > before else 0.0
-    return np.asarray(first ** (1 - share) * last**share)
+    return _Near(planted[before], planted[behind], share, before == behind == at)
 
 
 def _table_of(sensitivity: Mapping[str, Table], site: str) -> Table | None:
@@ -90,9 +107,9 @@ def _table_of(sensitivity: Mapping[str, Table], site: str) -> Table | None:
     return next((sensitivity[name] for name in names if name in sensitivity), None)
 
 
-def _planted(table: Table | None) -> bool:
+def _planted(table: Table) -> bool:
     """Whether a table holds what errors in self-attention grow by."""
-    if table is None or table.facts.get("kind") == "cross" or "to_output" not in table.measures:
+    if table.facts.get("kind") == "cross" or "to_output" not in table.measures:
         return False
     return not bool(np.isnan(table["to_output"].values).all())
 
@@ -135,9 +152,9 @@ def output_errors(
     squares = mixed(each.sum(axis=2) ** 2, (each**2).sum(axis=2)).mean(axis=0)
     labels = network.tables["patterns"][site].labels["candidate"]
     kinds = [LEFT_OUT if labels[candidate] == SKIP else PATTERN for candidate in candidates]
-    growth = np.empty(squares.shape)
+    near, growth = _near(network, sensitivity, site), np.empty(squares.shape)
     for row, head in enumerate(heads):
-        of_kind = {kind: growth_at(network, sensitivity, site, steps, kind, head) for kind in dict.fromkeys(kinds)}
+        of_kind = {kind: near.growth(steps, kind, head) for kind in dict.fromkeys(kinds)}
         growth[:, row] = np.stack([of_kind[kind] for kind in kinds], axis=1)
     return np.asarray(np.sqrt(squares) * growth)
 

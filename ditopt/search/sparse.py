@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ditopt.cost_models.sparse import SparseCost
 from ditopt.decisions import Sparse
@@ -61,7 +62,14 @@ class SiteCandidates:
         return tuple(found) if sum(each.gain(price) for each in found) > self.lost else ()
 
 
-def site_costs(network: NetworkProfile, form: str) -> tuple[dict[str, SparseCost], tuple[str, ...]]:
+class AttentionCosts(NamedTuple):
+    """What attention takes by site, and why sites have none."""
+
+    costs: dict[str, SparseCost]
+    reasons: tuple[str, ...]
+
+
+def site_costs(network: NetworkProfile, form: str) -> AttentionCosts:
     """What the sites take whose attention was timed in steps of a ``form`` (``form_name``), and why others have none.
 
     Raises:
@@ -88,7 +96,7 @@ def site_costs(network: NetworkProfile, form: str) -> tuple[dict[str, SparseCost
             found[site] = SparseCost.measured(dense, {float(density): each for density, each in times.items()})
         except InputError as error:
             reasons.append(f"{site}: {error}")
-    return found, tuple(reasons)
+    return AttentionCosts(found, tuple(reasons))
 
 
 def head_candidates(
@@ -164,6 +172,11 @@ def price_of(candidates: Sequence[SiteCandidates], fits: Callable[[float, float]
         middle = math.sqrt(low * high)
         low, high = (low, middle) if fits(*totals(candidates, middle)) else (middle, high)
     return high
+
+
+def price_that_saves(candidates: Sequence[SiteCandidates], seconds: float) -> float:
+    """The highest price, nearly, at which so many seconds are saved, if they can be."""
+    return price_of(candidates, lambda saved, error: saved < seconds) / 1.02  # past what it is found to
 
 
 def sparse_part(

@@ -10,7 +10,7 @@ from ditopt.cost_models.sparse import SparseCost
 from ditopt.profile import NetworkProfile
 from ditopt.search.problem import SearchProblem
 from ditopt.search.solution import Solution, SparsePart, signatures
-from ditopt.search.sparse import SiteCandidates, head_candidates, price_of, sparse_part, totals
+from ditopt.search.sparse import SiteCandidates, head_candidates, price_of, price_that_saves, sparse_part, totals
 
 PHASES = 3
 """Computed steps are divided into so many ranges, one after the other, at most: heads are decided for each."""
@@ -57,10 +57,7 @@ class HeadsBeside:
         """What errs least and saves so many seconds of a generation; None: nothing saves so much."""
         if seconds > self.most_saved:
             return None
-        found = []
-        for each in self.divisions:
-            price = price_of(each, lambda saved, error: saved < seconds) / 1.02
-            found.append(self._part(each, price))
+        found = (self._part(each, price_that_saves(each, seconds)) for each in self.divisions)
         return self._first(sorted((part for part in found if part.saved >= seconds), key=lambda part: part.error))
 
     def _part(self, candidates: Sequence[SiteCandidates], price: float) -> SparsePart:

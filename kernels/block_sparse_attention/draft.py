@@ -10,17 +10,8 @@ import torch
 from torch import Tensor
 
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, check_entries
+from ditopt.kernels.block_sparse_attention.pooled import pool_tokens
 from ditopt.kernels.ops import LIBRARY, draft_refusal
-
-
-def block_means(values: Tensor, block: int) -> Tensor:
-    """``[..., ceil(S / block), D]`` float32: means of ``[..., S, D]`` over blocks of tokens, a short last one's too."""
-    tokens = values.shape[-2]
-    whole = tokens // block * block
-    means: Tensor = values[..., :whole, :].unflatten(-2, (-1, block)).mean(-2, dtype=torch.float32)
-    if whole == tokens:
-        return means
-    return torch.cat([means, values[..., whole:, :].mean(-2, keepdim=True, dtype=torch.float32)], -2)
 
 
 def draft_scores(query: Tensor, key: Tensor, query_block: int, key_block: int, scale: float) -> Tensor:
@@ -29,8 +20,9 @@ def draft_scores(query: Tensor, key: Tensor, query_block: int, key_block: int, s
     What is no number counts as the largest there is, and what is infinite as the largest or smallest: NaN in a block is
     attended to, as dense attention does.
     """
-    means = block_means(key, key_block).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = scale * block_means(query, query_block) @ means.transpose(-2, -1)
+    of_queries, of_keys = pool_tokens(query, query_block, torch.float32), pool_tokens(key, key_block, torch.float32)
+    of_keys = of_keys.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = scale * of_queries @ of_keys.transpose(-2, -1)
     return scores.nan_to_num(nan=torch.finfo(scores.dtype).max)
 
 

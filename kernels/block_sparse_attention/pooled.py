@@ -52,13 +52,16 @@ class PooledRest:
         return cls(pool_tokens(key, pool), pool_tokens(value, pool), heads, pool)
 
 
-def pool_tokens(tokens: Tensor, pool: int) -> Tensor:
-    """``[B, H, L, D]`` -> ``[B, H, G, D]``: means of groups of ``pool`` tokens, the last of what there is."""
-    whole = tokens.shape[2] // pool * pool
-    parts = [tokens[:, :, :whole].unflatten(2, (-1, pool)).mean(3)] if whole else []
-    if whole < tokens.shape[2]:
-        parts.append(tokens[:, :, whole:].mean(2, keepdim=True))
-    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+def pool_tokens(tokens: Tensor, pool: int, dtype: torch.dtype | None = None) -> Tensor:
+    """``[..., L, D]`` -> ``[..., G, D]``: means of groups of ``pool`` tokens, the last of what there is.
+
+    They are of ``dtype``; None: of the tokens' own.
+    """
+    whole = tokens.shape[-2] // pool * pool
+    parts = [tokens[..., :whole, :].unflatten(-2, (-1, pool)).mean(-2, dtype=dtype)] if whole else []
+    if whole < tokens.shape[-2]:
+        parts.append(tokens[..., whole:, :].mean(-2, keepdim=True, dtype=dtype))
+    return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
 
 
 def check_pooled(rest: PooledRest, key: Tensor, value: Tensor, lists: BlockLists, heads: int) -> str | None:

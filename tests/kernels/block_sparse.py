@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ditopt.kernels.block_sparse_attention import reference
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks
@@ -12,6 +16,8 @@ from ditopt.kernels.block_sparse_attention.pooled import PooledRest
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Of a number, relative."""
 Operands = tuple[Tensor, Tensor, Tensor]
+Attend = Callable[[Operands, BlockLists, float], tuple[Tensor, Tensor]]
+"""An implementation: of operands, lists and a scale, in memory that held NaN."""
 
 
 def operands(
@@ -66,3 +72,29 @@ def check_against(
     finite = logs.isfinite()
     budget = (8 * largest + 40) * 2**-24 + (2**-13 if parts[0].dtype == torch.bfloat16 else 0.0)
     assert ((found.double() - logs)[finite].abs() <= budget).all()
+
+
+def check_empty_and_full_lists(attend: Attend) -> None:
+    """Queries without a listed key give zero and -inf, those with all keys dense attention."""
+    parts = operands((1, 2, 2, 200, 200, 32, 32))
+    attended = torch.ones(1, 2, 4, 4, dtype=torch.bool)
+    attended[0, 1, 2] = False
+    out, logs = attend(parts, BlockLists.from_map(attended, 64, 64), 0.2)
+    dense = F.scaled_dot_product_attention(*parts, scale=0.2)
+    assert (out[0, 1, 128:192] == 0).all() and (logs[0, 1, 128:192] == -math.inf).all()
+    dense[0, 1, 128:192] = 0
+    torch.testing.assert_close(out, dense, atol=2e-6, rtol=2e-5)
+
+
+def check_numbers_that_are_not_finite(attend: Attend, dtype: torch.dtype) -> None:
+    """NaN and infinity are where they are in float64, and only where lists name them."""
+    lists = BlockLists.from_map(torch.tensor([[[[True, False], [False, True]]]]), 64, 64)
+    for number, position in ((math.nan, 0), (math.nan, 1), (math.nan, 2), (math.inf, 2)):
+        parts = operands((1, 1, 1, 128, 128, 16, 16), dtype)
+        parts[position][0, 0, 7, 3] = number
+        out, logs = attend(parts, lists, 0.25)
+        query, key, value = (part.double() for part in parts)
+        exact, exact_logs = reference.block_sparse_attention(query, key, value, lists, 0.25)
+        assert torch.equal(logs.isnan(), exact_logs.isnan())
+        assert torch.equal(out.isnan(), exact.isnan()) and torch.equal(out.isinf(), exact.isinf())
+        assert out[0, 0, 64:].isfinite().all() and not out.isfinite().all()

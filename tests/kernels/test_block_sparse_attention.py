@@ -15,10 +15,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditopt._torch import has_bfloat16_dot_products
-from ditopt.kernels.block_sparse_attention import cpu, reference
+from ditopt.kernels.block_sparse_attention import cpu
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, check_entries
 from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION
-from tests.kernels.block_sparse import ROUNDING, Operands, check, drawn, operands
+from tests.kernels.block_sparse import (
+    ROUNDING,
+    Operands,
+    check,
+    check_empty_and_full_lists,
+    check_numbers_that_are_not_finite,
+    drawn,
+    operands,
+)
 from tests.kernels.layouts import LAYOUTS, laid_out
 
 
@@ -110,28 +118,12 @@ def test_it_is_as_near_to_float64_as_rounding_allows(
 
 
 def test_an_empty_list_gives_zero_and_a_full_one_dense_attention() -> None:
-    parts = operands((1, 2, 2, 200, 200, 32, 32))
-    attended = torch.ones(1, 2, 4, 4, dtype=torch.bool)
-    attended[0, 1, 2] = False
-    out, logs = attend(parts, BlockLists.from_map(attended, 64, 64), 0.2)
-    dense = F.scaled_dot_product_attention(*parts, scale=0.2)
-    assert (out[0, 1, 128:192] == 0).all() and (logs[0, 1, 128:192] == -math.inf).all()
-    dense[0, 1, 128:192] = 0
-    torch.testing.assert_close(out, dense, atol=2e-6, rtol=2e-5)
+    check_empty_and_full_lists(attend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numbers_that_are_not_finite_stay_where_lists_name_them(dtype: torch.dtype) -> None:
-    lists = BlockLists.from_map(torch.tensor([[[[True, False], [False, True]]]]), 64, 64)
-    for number, position in ((math.nan, 0), (math.nan, 1), (math.nan, 2), (math.inf, 2)):
-        parts = operands((1, 1, 1, 128, 128, 16, 16), dtype)
-        parts[position][0, 0, 7, 3] = number
-        out, logs = attend(parts, lists, 0.25)
-        query, key, value = (part.double() for part in parts)
-        exact, exact_logs = reference.block_sparse_attention(query, key, value, lists, 0.25)
-        assert torch.equal(logs.isnan(), exact_logs.isnan())
-        assert torch.equal(out.isnan(), exact.isnan()) and torch.equal(out.isinf(), exact.isinf())
-        assert out[0, 0, 64:].isfinite().all() and not out.isfinite().all()
+    check_numbers_that_are_not_finite(attend, dtype)
 
 
 def test_a_score_of_infinity_is_in_the_logarithm() -> None:

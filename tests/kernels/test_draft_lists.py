@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ditopt.kernels.block_sparse_attention.cpu import block_sparse_attention
-from ditopt.kernels.block_sparse_attention.draft import block_means, draft_lists, draft_map
+from ditopt.kernels.block_sparse_attention.draft import draft_lists, draft_map
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, check_entries
+from ditopt.kernels.block_sparse_attention.pooled import pool_tokens
 from ditopt.kernels.ops import DRAFT_LISTS
 
 INF = math.inf
@@ -184,7 +185,7 @@ def test_scores_at_the_ends_of_the_numbers_are_ranked() -> None:
 def test_means_are_of_the_tokens_that_there_are(dtype: torch.dtype, tokens: int) -> None:
     """Summed in float32, whatever the strides."""
     values = whole_numbers(2, tokens, 3, 8).to(dtype).transpose(1, 2)
-    found = block_means(values, 16)
+    found = pool_tokens(values, 16, torch.float32)
     expected = torch.stack([part.double().mean(-2) for part in values.split(16, dim=-2)], -2)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)

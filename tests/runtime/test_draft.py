@@ -30,6 +30,7 @@ from tests.runtime.test_sparse import (
     _fresh,
     call,
     distance,
+    joint,
     plan_of,
     rule,
     sparse,
@@ -39,7 +40,7 @@ from tests.runtime.test_sparse import (
     wan_inputs,
 )
 from tests.tiny import tiny_wan
-from tests.trace.models import CASES, capture, compiled, interpreted
+from tests.trace.models import capture, compiled, interpreted
 
 __all__ = ["_fresh", "structure", "wan"]  # fixtures
 
@@ -187,16 +188,7 @@ def test_it_goes_with_a_dtype_simplified_and_predicted_steps() -> None:
 
 @pytest.mark.parametrize("name", ["Flux", "CogVideoX"])
 def test_text_stays_dense_in_joint_attention(name: str) -> None:
-    geometry = {"Flux": Geometry(1, 16, 16, 6, text_first=True), "CogVideoX": Geometry(2, 8, 8, 6, text_first=True)}[
-        name
-    ]
-    model, inputs = CASES[name].make()
-    grid = torch.cartesian_prod(torch.arange(1), torch.arange(16), torch.arange(16)).float()
-    larger = {
-        "Flux": {"hidden_states": torch.randn(1, 256, 4), "img_ids": grid},
-        "CogVideoX": {"hidden_states": torch.randn(1, 2, 4, 16, 16)},
-    }
-    inputs |= larger[name]
+    model, inputs, geometry = joint(name)
     with interpreted():
         found = capture(model, inputs).program.variants.trace
         plan = plan_of(found.structure, rule("*", "1-5", sparse("draft", keep=0.3), "0"), tokens=geometry)

@@ -251,8 +251,8 @@ def test_it_goes_with_a_dtype_and_simplified_steps(structure: str) -> None:
             assert 1e-5 < distance(found, expected) < 1e-2
 
 
-@pytest.mark.parametrize("name", ["Flux", "CogVideoX"])
-def test_text_stays_dense_in_joint_attention(name: str) -> None:
+def joint(name: str) -> tuple[nn.Module, dict[str, Any], Geometry]:
+    """A model with text and video in one sequence, inputs of several blocks of tokens, and how these lie."""
     geometry = {"Flux": Geometry(1, 16, 16, 6, text_first=True), "CogVideoX": Geometry(2, 8, 8, 6, text_first=True)}[
         name
     ]
@@ -263,6 +263,12 @@ def test_text_stays_dense_in_joint_attention(name: str) -> None:
         "CogVideoX": {"hidden_states": torch.randn(1, 2, 4, 16, 16)},
     }
     inputs |= larger[name]
+    return model, inputs, geometry
+
+
+@pytest.mark.parametrize("name", ["Flux", "CogVideoX"])
+def test_text_stays_dense_in_joint_attention(name: str) -> None:
+    model, inputs, geometry = joint(name)
     with interpreted():
         found = capture(model, inputs).program.variants.trace
         plan = plan_of(found.structure, rule("*", "1-5", sparse("temporal", rows=1, columns=1), "0"), tokens=geometry)
