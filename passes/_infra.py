@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -42,12 +43,19 @@ class Prediction:
         return self.history + int(self.latents)
 
 
+class Ordered(Enum):
+    """Whether a site's tokens are put into another order around attention: not, in one, or in one for each head."""
+
+    NOT, SITE, HEADS = range(3)
+
+
 @dataclass(frozen=True)
 class SparseAttention:
     """The attention ``site`` attends to listed blocks of keys; lists have room for ``width`` of them.
 
     Where ``pool`` is not 0, an input says which heads attend to the other blocks, too, by means of so many tokens.
     ``draft``: the lists that are given are only what is always kept; the graph finds more blocks in every call.
+    ``order``: whether blocks are of tokens in an order that is an input.
     """
 
     site: str
@@ -56,6 +64,7 @@ class SparseAttention:
     width: int
     pool: int = 0
     draft: bool = False
+    order: Ordered = Ordered.NOT
 
 
 @dataclass(frozen=True)

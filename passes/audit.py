@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import fx
 
 from ditopt.errors import AuditError
 from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, FLASH_ATTENTION
-from ditopt.passes._infra import SITE, GraphIndex, SparseAttention, StepPlan, outputs, tensor_value
+from ditopt.passes._infra import SITE, GraphIndex, Ordered, SparseAttention, StepPlan, outputs, tensor_value
 from ditopt.passes.attention import list_maker, rest_of
 from ditopt.passes.cast import VIEWS, castable
 from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.features import user_outputs
 from ditopt.passes.second_order import SECOND_ORDER
 from ditopt.passes.simplify import simplifiable
-from ditopt.passes.sparse import MEANS, draft_names, list_names, rest_name
+from ditopt.passes.sparse import MEANS, draft_names, list_names, order_names, rest_name
 from ditopt.sites import STEP
+
+aten = torch.ops.aten
 
 ATTENTIONS = (ATTENTION, FLASH_ATTENTION, BLOCK_SPARSE_ATTENTION)
 
@@ -90,6 +92,7 @@ def _check_sparse(gm: fx.GraphModule, plan: StepPlan, reasons: Sequence[str]) ->
         if read != names or sizes != (wanted.query_block, wanted.key_block, wanted.width):
             raise AuditError(f"{wanted.site}: to be {wanted}, but its attention reads {', '.join(read)} in {sizes}")
         _check_rest(node, wanted)
+        _check_order(gm, node, wanted)
     planned = {wanted.site for wanted in plan.sparse}
     for node in calls:
         if node.target is BLOCK_SPARSE_ATTENTION and node.meta.get(SITE) not in planned:
@@ -107,6 +110,54 @@ def _check_rest(node: fx.Node, wanted: SparseAttention) -> None:
         if found != bool(wanted.pool) or (found and _source(whole) not in _sources_of_means(means)):
             what = f"to be {wanted}, but its attention has {'other' if found else 'no'} pooled {name}"
             raise AuditError(f"{wanted.site}: {what}")
+
+
+def _check_order(gm: fx.GraphModule, node: fx.Node, wanted: SparseAttention) -> None:
+    """Operands are gathered by the site's own order if the plan has one, and all that reads the result by its inverse.
+
+    Else none is gathered by any order of the plan's.
+    """
+    names = {str(each.target): each for each in gm.graph.find_nodes(op="placeholder")}
+    there, back = (names.get(name) for name in order_names(wanted.site))
+    ordered = wanted.order is not Ordered.NOT
+    for name, operand in zip(("queries", "keys", "values"), node.args[:3], strict=True):
+        by = _gathered_by(_source(operand))
+        if ordered and (by is None or by is not there):
+            raise AuditError(
+                f"{wanted.site}: to be {wanted}, but its {name} are not in the order of {order_names(wanted.site)[0]}"
+            )
+        if not ordered and by is not None and str(by.target).startswith(order_names("")[0]):
+            raise AuditError(f"{wanted.site}: its {name} are in the order of {by.target}, but not by the plan")
+    readers = _readers(use for use in node.users if use.args[1] == 0)
+    if ordered and (back is None or not readers or any(_gathered_by(each) is not back for each in readers)):
+        raise AuditError(
+            f"{wanted.site}: to be {wanted}, but its result is not put back by {order_names(wanted.site)[1]}"
+        )
+
+
+def _gathered_by(node: object) -> fx.Node | None:
+    """The graph input by which a value's tokens (dimension 2) are gathered; None where they are not."""
+    if not isinstance(node, fx.Node):
+        return None
+    index: object = None
+    if node.target is aten.index.Tensor:
+        given = node.args[1]
+        index = given[2] if isinstance(given, Sequence) and [*given[:2]] == [None, None] and len(given) == 3 else None
+    elif node.target is aten.gather.default and node.args[1] == 2:
+        index = node.args[2]
+    while isinstance(index, fx.Node) and index.target in (*VIEWS, aten.expand.default):
+        index = index.args[0]
+    return index if isinstance(index, fx.Node) and index.op == "placeholder" else None
+
+
+def _readers(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """What reads values, behind conversions and views of them."""
+    found: list[fx.Node] = []
+    waiting = list(nodes)
+    while waiting:
+        for user in waiting.pop().users:
+            (waiting if _source(user) is not user else found).append(user)
+    return found
 
 
 def _source(node: object) -> object:

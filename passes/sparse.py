@@ -3,7 +3,8 @@
 Lists are inputs of the graph, of the same shape in all steps, so that one graph serves steps with other patterns. Where
 heads find blocks in the call itself, how many is an input too, and ``ditopt::draft_lists`` makes the lists. The numbers
 are those of attention under the blocks' mask; where heads have a rest, the graph takes means of keys and values, and a
-further input says which heads read them.
+further input says which heads read them. Where tokens have another order, operands are gathered into it right before
+all that, and the result back, by inputs too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ditopt.kernels.ops import (
     ATTENTION,
@@ -24,11 +25,13 @@ from ditopt.kernels.ops import (
 from ditopt.passes._infra import (
     SITE,
     GraphIndex,
+    Ordered,
     PassResult,
     SparseAttention,
     StepPlan,
     add_input,
     call,
+    contiguous,
     in_memory_order,
     replace_each,
     tensor_value,
@@ -57,6 +60,11 @@ def draft_names(site: str) -> tuple[str, str]:
     return f"keep_{word(site)}", f"mass_{word(site)}"
 
 
+def order_names(site: str) -> tuple[str, str]:
+    """The inputs that say which token stands at each place, and what undoes it: ``[S]`` or ``[H, S]``, int64."""
+    return f"order_{word(site)}", f"back_{word(site)}"
+
+
 def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
     """Replace the attention of every site of ``plan.sparse``; the reasons say why one stays, which no audit passes."""
     wanted = {each.site: each for each in plan.sparse}
@@ -74,25 +82,56 @@ def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
         names = list_names(found.site)
         inputs = [add_input(gm, *each) for each in zip(names, (lists.indices, lists.counts), strict=True)]
         settings = (found.query_block, found.key_block, scale_of(node))
+        operands: list[fx.Node] = list(node.args[:3])  # type: ignore[arg-type]  # nodes
+        order = [add_input(gm, *each) for each in zip(order_names(found.site), _order(node, found), strict=False)]
+        if order:
+            operands = [gathered(gm, each, order[0], tensor_value(operands[0]).shape[1]) for each in operands]
         if found.draft:
-            inputs = _draft_lists(gm, node, found, inputs)
+            inputs = _draft_lists(gm, operands, found, inputs, scale_of(node))
         pooled: tuple[object, ...] = ()
         if rest is not None:
-            means = [pooled_tokens(gm, each, found.pool) for each in node.args[1:3]]  # type: ignore[arg-type]  # nodes
+            means = [pooled_tokens(gm, each, found.pool) for each in operands[1:]]
             pooled = (*means, add_input(gm, rest_name(found.site), rest.heads), found.pool)
-        both = call(gm, BLOCK_SPARSE_ATTENTION, *node.args[:3], *inputs, *settings, *pooled)
-        return in_memory_order(gm, call(gm, operator.getitem, both, 0), tensor_value(node))
+        both = call(gm, BLOCK_SPARSE_ATTENTION, *operands, *inputs, *settings, *pooled)
+        result = call(gm, operator.getitem, both, 0)
+        if order:
+            result = gathered(gm, result, order[1], tensor_value(result).shape[1])
+        return in_memory_order(gm, result, tensor_value(node))
 
     return PassResult(gm, bool(wanted) and replace_each(gm, write), tuple(reasons))
 
 
-def _draft_lists(gm: fx.GraphModule, node: fx.Node, wanted: SparseAttention, lists: list[fx.Node]) -> list[fx.Node]:
+def gathered(gm: fx.GraphModule, tokens: fx.Node, order: fx.Node, heads: int) -> fx.Node:
+    """``[B, Hkv, S, D]`` with its tokens in an order: ``[S]`` of all heads, or ``[heads, S]``, which gives as many."""
+    batch, own, _, depth = tensor_value(tokens).shape
+    if tensor_value(order).ndim == 1:
+        return call(gm, aten.index.Tensor, tokens, [None, None, order])
+    if own != heads:  # heads of queries that share one have it in orders of their own
+        shared = call(
+            gm, aten.expand.default, call(gm, aten.unsqueeze.default, tokens, 2), [-1, -1, heads // own, -1, -1]
+        )
+        tokens = call(gm, aten.view.default, contiguous(gm, shared), [batch, heads, -1, depth])
+    index = call(gm, aten.unsqueeze.default, call(gm, aten.unsqueeze.default, order, 0), 3)
+    return call(gm, aten.gather.default, tokens, 2, call(gm, aten.expand.default, index, [batch, -1, -1, depth]))
+
+
+def _order(node: fx.Node, wanted: SparseAttention) -> tuple[Tensor, ...]:
+    """What describes the inputs of ``order_names``; nothing where tokens stay."""
+    if wanted.order is Ordered.NOT:
+        return ()
+    query = tensor_value(node.args[0])  # type: ignore[arg-type]  # a node
+    sizes = query.shape[2:3] if wanted.order is Ordered.SITE else query.shape[1:3]
+    return query.new_empty(sizes, dtype=torch.int64), query.new_empty(sizes, dtype=torch.int64)
+
+
+def _draft_lists(
+    gm: fx.GraphModule, operands: list[fx.Node], wanted: SparseAttention, lists: list[fx.Node], scale: float
+) -> list[fx.Node]:
     """The lists that an attention call finds for itself: those that are given, and more."""
     keep = tensor_value(lists[0]).new_empty(tensor_value(lists[0]).shape[1:2])
     limits = zip(draft_names(wanted.site), (keep, keep.new_empty(keep.shape, dtype=torch.float32)), strict=True)
     inputs = [*lists, *(add_input(gm, *each) for each in limits)]
-    settings = (wanted.query_block, wanted.key_block, scale_of(node))
-    both = call(gm, DRAFT_LISTS, *node.args[:2], *inputs, *settings)
+    both = call(gm, DRAFT_LISTS, *operands[:2], *inputs, wanted.query_block, wanted.key_block, scale)
     return [call(gm, operator.getitem, both, place) for place in range(2)]
 
 

@@ -23,9 +23,11 @@ from ditopt.kernels.ops import ATTENTION
 from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.draft import OWN, Draft
+from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.passes._infra import SITE, SparseAttention, tensor_value
-from ditopt.passes.sparse import draft_names, list_names, rest_name
+from ditopt.passes.sparse import draft_names, list_names, order_names, rest_name
 from ditopt.plan import Plan, Rule
+from ditopt.runtime.token_orders import order_of, site_orders
 from ditopt.sites import AttentionSite
 from ditopt.trace import Trace, block_of
 
@@ -101,7 +103,7 @@ class AttentionSites:
 
         Raises:
             PlanMismatchError: a rule names a site or head that is not there, or a pattern that is unknown, is given
-                parameters or a rest that it has not, or is for self-attention only and the site is none.
+                parameters, a rest or an order that it has not, or is for self-attention only and the site is none.
         """
         for number, rule in enumerate(plan.rules):
             if rule.for_heads and fnmatchcase(network, rule.network):
@@ -132,6 +134,10 @@ class AttentionSites:
                     f"{told}: {place.site.name} is no self-attention of the latents' tokens; a rest is for that only, "
                     "as text is not pooled"
                 )
+            if not place.own and choice.order is not None:
+                raise PlanMismatchError(
+                    f"{told}: {place.site.name} is no self-attention of the latents' tokens; an order is for that only"
+                )
 
     def steps(
         self, plan: Plan, network: str, inside: Callable[[int, str | None], bool]
@@ -158,6 +164,8 @@ class AttentionSites:
             of_steps = _lists(place, geometry, decided, notes)
             rests = _rests(place, {step: decided[step] for step in of_steps})
             limits = _limits(place, {step: decided[step] for step in of_steps})
+            block = kernel_blocks(place.site.queries, place.site.keys)[1]
+            ordered, orders = site_orders({step: decided[step] for step in of_steps}, geometry, block, place.device)
             for step, lists in of_steps.items():
                 pool, heads = rests[step]
                 width = int(lists.indices.shape[-1])
@@ -165,7 +173,8 @@ class AttentionSites:
                 if limits:
                     inputs |= zip(draft_names(name), limits[step], strict=True)
                 inputs |= {rest_name(name): heads} if pool else {}
-                wanted = SparseAttention(name, lists.query_block, lists.key_block, width, pool, bool(limits))
+                inputs |= zip(order_names(name), orders[step], strict=True) if orders else ()
+                wanted = SparseAttention(name, lists.query_block, lists.key_block, width, pool, bool(limits), ordered)
                 found[step].append((wanted, inputs))
         steps = (
             SparseStep(
@@ -323,15 +332,19 @@ def _map(
     """
     size = blocks(site.queries, query_block), blocks(site.keys, key_block)
     if isinstance(decision, Sparse) and geometry is not None:
-        pattern = _pattern(decision)
+        pattern, order = _pattern(decision), order_of(decision)
         if isinstance(pattern, Draft):
-            every = pattern.everything(size[1])
-            return torch.ones(size, dtype=torch.bool) if every else _pattern_map(OWN, geometry, query_block, key_block)
-        return _pattern_map(pattern, geometry, query_block, key_block)
+            if pattern.everything(size[1]):
+                return torch.ones(size, dtype=torch.bool)
+            pattern = OWN
+        return _pattern_map(pattern, geometry, query_block, key_block, order)
     skipped = isinstance(decision, Sparse) and decision.settings["pattern"] == "skip"
     return torch.full(size, not skipped)
 
 
 @functools.lru_cache(maxsize=64)
-def _pattern_map(pattern: Pattern, geometry: Geometry, query_block: int, key_block: int) -> Tensor:
-    return torch.from_numpy(pattern.block_map(geometry, query_block, key_block))
+def _pattern_map(
+    pattern: Pattern, geometry: Geometry, query_block: int, key_block: int, order: TokenOrder | None
+) -> Tensor:
+    there = None if order is None else order.of_video(geometry, key_block)
+    return torch.from_numpy(pattern.block_map(geometry, query_block, key_block, there))

@@ -1,4 +1,4 @@
-"""What a sparse decision asks for: the blocks that a pattern keeps, and what becomes of the others."""
+"""What a sparse decision asks for: the blocks that a pattern keeps, what becomes of the others, the order of tokens."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.draft import Draft
+from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.kernels.patterns.registry import choice_from_data, pattern_to_data
+from ditopt.kernels.patterns.whole import Everything, Nothing
 
-REST, POOLED = "rest", "pooled"
+REST, POOLED, ORDER = "rest", "pooled", "order"
 LEAST_POOL = 4
 """Groups have a power of two tokens, so many at least."""
 
@@ -45,26 +47,42 @@ class Pooled:
 
 @dataclass(frozen=True)
 class SparseChoice:
-    """A pattern, and the ``rest`` of what it keeps; None: that is lost."""
+    """A pattern, and the ``rest`` of what it keeps; None: that is lost.
+
+    Blocks are of tokens in an ``order`` of the video; None: in raster order.
+    """
 
     pattern: Pattern | Draft
     rest: Pooled | None = None
+    order: TokenOrder | None = None
+
+    @property
+    def in_any_order(self) -> bool:
+        """Whether it means the same in every order of the tokens: all of them, or none but text."""
+        return isinstance(self.pattern, Everything) or (isinstance(self.pattern, Nothing) and self.rest is None)
 
     @classmethod
     def from_data(cls, data: Any) -> SparseChoice:
-        """What the mapping of a sparse decision asks for: ``{pattern: temporal, rows: 1, rest: {pooled: 16}}``.
+        """What the mapping of a sparse decision asks for: ``{pattern: draft, keep: 0.25, rest: pooled, order: tiles}``.
 
         Raises:
-            ValueError: the pattern is unknown, or a parameter or the rest does not validate.
+            ValueError: the pattern is unknown, or a parameter, the rest or the order does not validate.
         """
         settings = dict(data) if isinstance(data, dict) else data
-        written = settings.pop(REST, None) if isinstance(settings, dict) else None
-        return cls(choice_from_data(settings), None if written is None else _rest(written))
+        rest, order = (settings.pop(key, None) if isinstance(settings, dict) else None for key in (REST, ORDER))
+        return cls(
+            choice_from_data(settings),
+            None if rest is None else _rest(rest),
+            None if order is None else TokenOrder.from_data(order),
+        )
 
     def to_data(self) -> dict[str, Any]:
         """The mapping that describes it."""
-        data = pattern_to_data(self.pattern)
-        return data if self.rest is None else {**data, REST: self.rest.to_data()}
+        beside = {REST: self.rest, ORDER: self.order}
+        return {
+            **pattern_to_data(self.pattern),
+            **{key: value.to_data() for key, value in beside.items() if value is not None},
+        }
 
 
 def _rest(written: Any) -> Pooled:

@@ -18,7 +18,16 @@ from ditopt.geometry import Geometry
 from ditopt.kernels.patterns._infra import Integers, Pattern
 from ditopt.kernels.patterns.band import Band
 from ditopt.kernels.patterns.draft import OWN, Draft
-from ditopt.kernels.patterns.orders import by_pixel, by_tile, inverse
+from ditopt.kernels.patterns.orders import (
+    ORDERS,
+    TokenOrder,
+    by_hilbert,
+    by_pixel,
+    by_tile,
+    compact_tile,
+    inverse,
+    spread,
+)
 from ditopt.kernels.patterns.radial import Radial
 from ditopt.kernels.patterns.registry import (
     DYNAMIC,
@@ -140,11 +149,75 @@ def test_maps_are_what_the_definition_says(
     np.testing.assert_array_equal(found, by_tokens(pattern, geometry, *blocks, permutation))
 
 
+@given(geometry=geometries, tile=st.tuples(*3 * [st.integers(1, 3)]), block=st.sampled_from([4, 16, 64]))
+def test_orders_are_permutations_that_leave_text_where_it_is(
+    geometry: Geometry, tile: tuple[int, int, int], block: int
+) -> None:
+    for order in (TokenOrder("tiles", tile), *map(TokenOrder, ORDERS)):
+        video, sequence = order.of_video(geometry, block), order.of_sequence(geometry, block)
+        np.testing.assert_array_equal(np.sort(video), np.arange(geometry.video))
+        np.testing.assert_array_equal(video[inverse(video)], np.arange(geometry.video))
+        text = slice(0, geometry.text) if geometry.text_first else slice(geometry.video, None)
+        np.testing.assert_array_equal(sequence[text], np.arange(geometry.tokens)[text])
+        before = geometry.text if geometry.text_first else 0
+        np.testing.assert_array_equal(sequence[before : before + geometry.video], before + video)
+
+
+def steps_between(order: Integers, geometry: Geometry) -> Integers:
+    """How far apart, along all axes together, neighbours in the sequence are."""
+    found: Integers = np.abs(np.diff(np.stack(np.unravel_index(order, geometry.sizes)), axis=1)).sum(0)
+    return found
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (1, 16, 16), (4, 4, 1), (1, 1, 32), (2, 1, 2), (1, 1, 1)])
+def test_neighbours_on_a_hilbert_curve_touch(sizes: tuple[int, int, int]) -> None:
+    assert (steps_between(by_hilbert(Geometry(*sizes)), Geometry(*sizes)) == 1).all()
+
+
+@pytest.mark.parametrize("sizes", [(6, 28, 28), (21, 30, 52), (5, 7, 11)])
+def test_a_hilbert_curve_keeps_its_order_where_it_leaves_the_geometry(sizes: tuple[int, int, int]) -> None:
+    """What is left is the enclosing cube's curve, and nearly all neighbours touch."""
+    geometry, side = Geometry(*sizes), 1 << (max(sizes) - 1).bit_length()
+    cube = Geometry(side, side, side)
+    whole = np.stack(np.unravel_index(by_hilbert(cube), cube.sizes))
+    inside = whole[:, (whole < np.reshape(sizes, (3, 1))).all(0)]
+    found = by_hilbert(geometry)
+    np.testing.assert_array_equal(np.stack(np.unravel_index(found, sizes)), inside)
+    assert (steps_between(found, geometry) > 1).mean() < 0.1
+
+
 @given(geometry=geometries, tile=st.tuples(*3 * [st.integers(1, 3)]))
-def test_orders_are_permutations(geometry: Geometry, tile: tuple[int, int, int]) -> None:
-    for order in (by_pixel(geometry), by_tile(geometry, tile)):
-        np.testing.assert_array_equal(np.sort(order), np.arange(geometry.video))
-        np.testing.assert_array_equal(order[inverse(order)], np.arange(geometry.video))
+def test_tiles_are_whole_and_walked_to_and_fro(geometry: Geometry, tile: tuple[int, int, int]) -> None:
+    places = np.stack(np.unravel_index(by_tile(geometry, tile), geometry.sizes)) // np.reshape(tile, (3, 1))
+    moves = np.abs(np.diff(places, axis=1)).sum(0)
+    counts = [-(-size // extent) for size, extent in zip(geometry.sizes, tile, strict=True)]
+    assert moves.max(initial=0) <= 1 and moves.sum() == np.prod(counts) - 1, "every tile once, the next one beside it"
+
+
+@pytest.mark.parametrize(
+    ("geometry", "tile"),
+    [
+        (Geometry(6, 28, 28), (4, 4, 4)),
+        (Geometry(1, 64, 64), (1, 8, 8)),
+        (Geometry(2, 32, 32), (2, 4, 8)),
+        (Geometry(1, 1, 4096), (1, 1, 64)),
+        (Geometry(1, 1, 9), (1, 1, 64)),
+    ],
+)
+def test_a_tile_is_as_near_to_cubic_as_the_geometry_allows(geometry: Geometry, tile: tuple[int, int, int]) -> None:
+    found = compact_tile(geometry, 64)
+    assert sorted(found) == sorted(tile) and found[0] == tile[0]
+    order = TokenOrder("tiles").of_video(geometry, 64)
+    np.testing.assert_array_equal(order, by_tile(geometry, found))
+
+
+def test_spread_is_the_mean_squared_distance_to_the_middle_of_a_block() -> None:
+    geometry = Geometry(2, 3, 4, text=3, text_first=True)
+    order = by_hilbert(geometry)
+    places = np.stack(np.unravel_index(order, geometry.sizes)).T
+    blocks = [places[:5], places[5:13], places[13:21], places[21:]]  # of 8, three of the first are text
+    squares = [((each - each.mean(0)) ** 2).sum() for each in blocks]
+    assert spread(order, geometry, 8) == pytest.approx(sum(squares) / 24)
 
 
 def test_orders_make_patterns_contiguous() -> None:

@@ -1,0 +1,67 @@
+"""The orders of tokens that a site's sparse heads ask for, as inputs of its graphs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ditopt.decisions import HeadDecision, Sparse
+from ditopt.geometry import Geometry
+from ditopt.kernels.patterns.choice import SparseChoice
+from ditopt.kernels.patterns.orders import TokenOrder, inverse
+from ditopt.passes._infra import Ordered
+
+Heads = tuple[HeadDecision, ...]
+
+
+def order_of(decision: HeadDecision) -> TokenOrder | None:
+    """The order that a head's blocks are in; None is raster order."""
+    return _choice(decision).order if isinstance(decision, Sparse) else None
+
+
+def site_orders(
+    decided: Mapping[int, Heads], geometry: Geometry | None, block: int, device: torch.device
+) -> tuple[Ordered, dict[int, tuple[Tensor, Tensor]]]:
+    """How the tokens of a site in blocks of ``block`` are ordered, in all steps alike; and by step in which order.
+
+    The latter are the order and what undoes it, int64: ``[S]`` where the heads of every step have one between them,
+    else ``[H, S]``. Heads that mean the same in every order go with the others. Where nobody asks for one there is
+    none, and a step in which nobody does has raster order.
+    """
+    asked = {heads: _asked(heads) for heads in dict.fromkeys(decided.values())}
+    if geometry is None or not any(map(any, asked.values())):
+        return Ordered.NOT, {}
+    form = Ordered.HEADS if any(len(set(orders)) > 1 for orders in asked.values()) else Ordered.SITE
+    found = {}
+    for heads, orders in asked.items():
+        rows = [_sequence(order, geometry, block) for order in (orders if form is Ordered.HEADS else orders[:1])]
+        pair = (torch.stack([row[place] for row in rows]).to(device) for place in range(2))
+        there, back = (each if form is Ordered.HEADS else each[0] for each in pair)
+        found[heads] = there, back
+    return form, {step: found[heads] for step, heads in decided.items()}
+
+
+def _asked(heads: Heads) -> tuple[TokenOrder | None, ...]:
+    """The order of every head; heads to which it is all one have that of the first to which it is not."""
+    bound = [isinstance(do, Sparse) and not _choice(do).in_any_order for do in heads]
+    orders = [order_of(do) for do in heads]
+    first = next((order for order, own in zip(orders, bound, strict=True) if own), None)
+    return tuple(order if own else first for order, own in zip(orders, bound, strict=True))
+
+
+@functools.lru_cache(maxsize=256)
+def _choice(decision: Sparse) -> SparseChoice:
+    return SparseChoice.from_data(decision.settings)
+
+
+@functools.lru_cache(maxsize=32)
+def _sequence(order: TokenOrder | None, geometry: Geometry, block: int) -> tuple[Tensor, Tensor]:
+    """``[S]`` each: the order of a sequence, and what undoes it."""
+    if order is None:
+        raster = torch.arange(geometry.tokens)
+        return raster, raster
+    there = order.of_sequence(geometry, block)
+    return torch.from_numpy(there), torch.from_numpy(inverse(there))
