@@ -5,8 +5,8 @@ device decomposes it out of sight. The pass ``lower_attention`` turns it back be
 ``flash`` has put ``ditopt::flash_attention`` in its place, of which ``refusal`` tells what its kernels do not take.
 ``ditopt::block_sparse_attention`` attends to listed blocks of keys only (``block_sparse_attention.lists``), and to the
 means of the others where it is given them (``block_sparse_attention.pooled``); its Triton kernel for CUDA tensors is
-imported when it is first called with some. ``ditopt::draft_lists`` makes such lists of the very queries and keys
-(``block_sparse_attention.draft``).
+imported when it is first called with some. ``ditopt::draft_lists`` makes such lists of the very queries, keys
+and values (``block_sparse_attention.draft``).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ditopt.kernels.block_sparse_attention.lists import QUERY_TASK, check
 from ditopt.kernels.block_sparse_attention.lists import BlockLists as BlockLists
 from ditopt.kernels.block_sparse_attention.pooled import PooledRest as PooledRest
 from ditopt.kernels.block_sparse_attention.pooled import check_pooled
+from ditopt.kernels.patterns.draft import SELECTORS, Selector
 
 LIBRARY = torch.library.Library("ditopt", "DEF")
 LIBRARY.define(
@@ -37,7 +38,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "draft_lists(Tensor query, Tensor key, Tensor indices, Tensor counts, Tensor keep, Tensor mass, int query_block, "
-    "int key_block, float scale) -> (Tensor, Tensor)"
+    "int key_block, float scale, Tensor? value=None, Tensor? by=None, str selectors='means') -> (Tensor, Tensor)"
 )
 
 SETTINGS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
@@ -191,6 +192,9 @@ def _fake_draft_lists(
     query_block: int,
     key_block: int,
     scale: float,
+    value: Tensor | None = None,
+    by: Tensor | None = None,
+    selectors: str = "means",
 ) -> tuple[Tensor, Tensor]:
     rows = (query.shape[0], *counts.shape[1:])
     return indices.new_empty((*rows, indices.shape[-1])), counts.new_empty(rows)
@@ -200,16 +204,41 @@ torch.library.register_fake("ditopt::draft_lists", _fake_draft_lists, lib=LIBRAR
 
 
 def draft_refusal(
-    query: Tensor, key: Tensor, lists: BlockLists, keep: Tensor, mass: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    lists: BlockLists,
+    keep: Tensor,
+    mass: Tensor,
+    scale: float,
+    value: Tensor | None = None,
+    by: Tensor | None = None,
+    selectors: str = "means",
 ) -> str | None:
     """Why ``ditopt::draft_lists`` does not take these operands; None if it does."""
-    mismatch = _mismatch(query, key, key, scale)
+    named = selectors_of(selectors)
+    if not named or len(set(named)) < len(named) or not {*named} <= {*SELECTORS}:
+        return f"selectors {selectors!r}; name some of {', '.join(SELECTORS)}, once each, with commas between them"
+    if "error" in named and value is None:
+        return "blocks are chosen by the error of their means, but no values are given"
+    mismatch = _mismatch(query, key, key if value is None else value, scale)
     if mismatch is not None:
         return mismatch
-    for name, each, dtype in (("keep", keep, torch.int32), ("mass", mass, torch.float32)):
+    if len(named) > 1 and by is None:
+        return f"blocks are chosen by {selectors}, but nothing says which head's by which"
+    of_heads = [("keep", keep, torch.int32), ("mass", mass, torch.float32)]
+    for name, each, dtype in (*of_heads, *([("by", by, torch.int32)] if by is not None else [])):
         if each.shape != query.shape[1:2] or each.dtype != dtype:
             return f"{name} is {list(each.shape)} of {each.dtype}, not [{query.shape[1]}] of {dtype}, one for each head"
     return check(lists, query.shape[0], query.shape[1], query.shape[2])
+
+
+def selectors_of(written: str) -> tuple[Selector, ...]:
+    """The selectors that ``ditopt::draft_lists`` was given.
+
+    >>> selectors_of("means,error")
+    ('means', 'error')
+    """
+    return tuple(written.split(","))  # type: ignore[arg-type]  # ``draft_refusal`` looks at them
 
 
 def _elsewhere(*parts: Tensor, kernels: tuple[str, ...] = ("cpu",)) -> str | None:

@@ -54,7 +54,8 @@ class SparseAttention:
     """The attention ``site`` attends to listed blocks of keys; lists have room for ``width`` of them.
 
     Where ``pool`` is not 0, an input says which heads attend to the other blocks, too, by means of so many tokens.
-    ``draft``: the lists that are given are only what is always kept; the graph finds more blocks in every call.
+    ``draft``: the lists that are given are only what is always kept; the graph finds more blocks in every call, ``by``
+    these selectors (``patterns.draft.SELECTORS``); where there are several, an input says which head's by which.
     ``order``: whether blocks are of tokens in an order that is an input.
     """
 
@@ -65,6 +66,7 @@ class SparseAttention:
     pool: int = 0
     draft: bool = False
     order: Ordered = Ordered.NOT
+    by: tuple[str, ...] = ("means",)
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,8 @@ def tensor_value(node: fx.Node) -> Tensor:
 def call(gm: fx.GraphModule, target: Callable[..., object], *args: object, **settings: object) -> fx.Node:
     """Insert a call at the current place and give it its ``meta["val"]``; arguments are nodes and constants."""
     node = gm.graph.call_function(target, args, settings)  # type: ignore[arg-type]  # what a graph may hold is not spelt out
-    values: Any = fx.map_arg(args, lambda arg: arg.meta["val"])  # type: ignore[type-var]  # the same
-    node.meta["val"] = target(*values, **settings)
+    values: Any = fx.map_arg((args, settings), lambda arg: arg.meta["val"])  # type: ignore[type-var]  # the same
+    node.meta["val"] = target(*values[0], **values[1])
     return node
 
 

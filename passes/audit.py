@@ -16,7 +16,7 @@ from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.features import user_outputs
 from ditopt.passes.second_order import SECOND_ORDER
 from ditopt.passes.simplify import simplifiable
-from ditopt.passes.sparse import MEANS, draft_names, list_names, order_names, rest_name
+from ditopt.passes.sparse import MEANS, draft_inputs, list_names, order_names, rest_name
 from ditopt.sites import STEP
 
 aten = torch.ops.aten
@@ -88,7 +88,7 @@ def _check_sparse(gm: fx.GraphModule, plan: StepPlan, reasons: Sequence[str]) ->
         lists = _of_draft(node, wanted) if wanted.draft else node.args[3:5]
         read = [str(each.target) for each in lists if isinstance(each, fx.Node)]
         sizes = (*node.args[5:7], tensor_value(node.args[3]).shape[-1])
-        names = [*list_names(wanted.site), *(draft_names(wanted.site) if wanted.draft else ())]
+        names = [*list_names(wanted.site), *draft_inputs(wanted)]
         if read != names or sizes != (wanted.query_block, wanted.key_block, wanted.width):
             raise AuditError(f"{wanted.site}: to be {wanted}, but its attention reads {', '.join(read)} in {sizes}")
         _check_rest(node, wanted)
@@ -180,13 +180,18 @@ def _sources_of_means(node: object) -> set[object]:
 
 
 def _of_draft(node: fx.Node, wanted: SparseAttention) -> tuple[object, ...]:
-    """What the lists of an attention call are made from, if it finds them of its own queries and keys."""
+    """What the lists of an attention call are made from, if it finds them of its own operands by its selectors."""
     maker = list_maker(node)
     if maker is None:
         return node.args[3:5]
-    if maker.args[:2] != node.args[:2] or maker.args[6:] != node.args[5:8]:
-        raise AuditError(f"{wanted.site}: finds its blocks by other queries, keys, sizes or another scale than its own")
-    return maker.args[2:6]
+    value, by, selectors = maker.args[9:] or (None, None, "means")
+    own = (*node.args[:2], *node.args[5:8], node.args[2] if "error" in wanted.by else None)
+    if (*maker.args[:2], *maker.args[6:9], value) != own:
+        told = "finds its blocks by other queries, keys, values, sizes or another scale than its own"
+        raise AuditError(f"{wanted.site}: {told}")
+    if selectors != ",".join(wanted.by):
+        raise AuditError(f"{wanted.site}: to be {wanted}, but its blocks are chosen by {selectors}")
+    return (*maker.args[2:6], *([] if by is None else [by]))
 
 
 def _check_second_order(gm: fx.GraphModule) -> None:

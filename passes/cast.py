@@ -57,7 +57,8 @@ def cast(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
         args = [_narrow(gm, arg, dtype, narrowed) if isinstance(arg, fx.Node) else arg for arg in node.args]
         maker = list_maker(node) if node.target is BLOCK_SPARSE_ATTENTION else None
         if maker is not None:  # it has to read the operands as attention does
-            maker.args = (*args[:2], *maker.args[2:])
+            values = () if len(maker.args) < 10 else (maker.args[9] and args[2], *maker.args[10:])
+            maker.args = (*args[:2], *maker.args[2:9], *values)
         with gm.graph.inserting_before(node):
             product = call(gm, node.target, *args, **node.kwargs)  # type: ignore[arg-type]  # an operator
             narrow = product if result is node else call(gm, operator.getitem, product, 0)

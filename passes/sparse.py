@@ -65,6 +65,18 @@ def order_names(site: str) -> tuple[str, str]:
     return f"order_{word(site)}", f"back_{word(site)}"
 
 
+def selector_name(site: str) -> str:
+    """The input that says by what each head of a site chooses its blocks: ``[H]`` int32, places in ``SELECTORS``."""
+    return f"by_{word(site)}"
+
+
+def draft_inputs(wanted: SparseAttention) -> tuple[str, ...]:
+    """The inputs beside its lists that a site reads whose heads find blocks in a call; none where they do not."""
+    if not wanted.draft:
+        return ()
+    return (*draft_names(wanted.site), *([selector_name(wanted.site)] if len(wanted.by) > 1 else []))
+
+
 def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
     """Replace the attention of every site of ``plan.sparse``; the reasons say why one stays, which no audit passes."""
     wanted = {each.site: each for each in plan.sparse}
@@ -129,9 +141,13 @@ def _draft_lists(
 ) -> list[fx.Node]:
     """The lists that an attention call finds for itself: those that are given, and more."""
     keep = tensor_value(lists[0]).new_empty(tensor_value(lists[0]).shape[1:2])
-    limits = zip(draft_names(wanted.site), (keep, keep.new_empty(keep.shape, dtype=torch.float32)), strict=True)
-    inputs = [*lists, *(add_input(gm, *each) for each in limits)]
-    both = call(gm, DRAFT_LISTS, *operands[:2], *inputs, wanted.query_block, wanted.key_block, scale)
+    described = (keep, keep.new_empty(keep.shape, dtype=torch.float32), keep)
+    keep_node, mass, *codes = (add_input(gm, *each) for each in zip(draft_inputs(wanted), described, strict=False))
+    chosen: tuple[object, ...] = ()
+    if wanted.by != ("means",):
+        chosen = (operands[2] if "error" in wanted.by else None, codes[0] if codes else None, ",".join(wanted.by))
+    settings = (wanted.query_block, wanted.key_block, scale)
+    both = call(gm, DRAFT_LISTS, *operands[:2], *lists, keep_node, mass, *settings, *chosen)
     return [call(gm, operator.getitem, both, place) for place in range(2)]
 
 

@@ -9,27 +9,34 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ditopt.geometry import Geometry
-from ditopt.kernels.block_sparse_attention.draft import draft_map, draft_scores
+from ditopt.kernels.block_sparse_attention.draft import draft_map
 from ditopt.kernels.block_sparse_attention.lists import blocks
-from ditopt.kernels.patterns.draft import OWN, Draft
+from ditopt.kernels.block_sparse_attention.selectors import draft_scores
+from ditopt.kernels.patterns.draft import OWN, Draft, Selector
 from ditopt.kernels.patterns.registry import pattern_to_data
 from ditopt.measures import Numbers
 from ditopt.profiler.rows import Operands
 
-TRIED = (Draft(keep=0.5), Draft(keep=0.25), Draft(keep=0.125), Draft(mass=0.9))
+TRIED = (
+    *(Draft(keep=0.5), Draft(keep=0.25), Draft(keep=0.125), Draft(mass=0.9)),
+    *(Draft(by="error", keep=0.5), Draft(by="error", keep=0.25), Draft(by="error", keep=0.125)),
+)
+"""None by mass: found anew in every call, its blocks cost as much as attention to all of them."""
 
 
 @dataclass(frozen=True)
 class Drafts:
     """Dynamic patterns for a site: their names, and in blocks of ``block`` tokens what they keep.
 
-    ``always`` ``[Qb, Kb]`` is kept in any case; ``keep`` and ``mass`` ``[D]`` are the limits that ``draft_map`` takes.
+    ``always`` ``[Qb, Kb]`` is kept in any case; ``keep`` and ``mass`` ``[D]`` are the limits that ``draft_map`` takes;
+    ``by`` are what scores them.
     """
 
     names: tuple[str, ...]
@@ -37,6 +44,7 @@ class Drafts:
     always: Tensor
     keep: Tensor
     mass: Tensor
+    by: tuple[Selector, ...]
 
 
 @lru_cache(maxsize=8)
@@ -44,13 +52,14 @@ def drafts_of(geometry: Geometry, block: int) -> Drafts:
     """Those of ``TRIED`` that leave something out, and of those with room for as many blocks only the first."""
     count = blocks(geometry.tokens, block)
     always = torch.from_numpy(OWN.block_map(geometry, block))
-    found: dict[tuple[int, bool], Draft] = {}
+    found: dict[tuple[int, bool, Selector], Draft] = {}
     for each in TRIED:
         if not (each.everything(count) or always.all()):
-            found.setdefault((each.room(count), each.mass is None), each)
+            found.setdefault((each.room(count), each.mass is None, each.by), each)
     names = tuple(json.dumps(pattern_to_data(each), sort_keys=True) for each in found.values())
     mass = [torch.inf if each.mass is None else each.mass for each in found.values()]
-    return Drafts(names, block, always, torch.tensor([room for room, _ in found]), torch.tensor(mass))
+    rooms = torch.tensor([room for room, _, _ in found])
+    return Drafts(names, block, always, rooms, torch.tensor(mass), tuple(each.by for each in found.values()))
 
 
 class DraftReader:
@@ -74,14 +83,22 @@ class DraftReader:
         """``[Qb, D, Kb]`` boolean: the blocks of a head."""
         assert self._call is not None, "no call was started"
         if self._latest is None or self._latest[0] != head:
-            operands, index = self._call
-            query, key = operands.query[index, head], operands.key[index, operands.group(head)]
-            block = self.drafts.block
-            scores = draft_scores(query[None, None], key[None, None], block, block, operands.scale)
-            limits = (each.to(query.device) for each in (self.drafts.always, self.drafts.keep, self.drafts.mass))
-            self._latest = head, draft_map(scores, *limits)[0].transpose(0, 1)
+            self._latest = head, self._find(*self._call, head)
             self._shares.append(self._latest[1].float().mean((0, 2)).cpu())
         return self._latest[1]
+
+    def _find(self, operands: Operands, index: int, head: int) -> Tensor:
+        group, drafts = operands.group(head), self.drafts
+        parts = (operands.query[index, head], *(each[index, group] for each in (operands.key, operands.value)))
+        query, key, value = (part[None, None] for part in parts)
+        always = drafts.always.to(query.device)
+        found = [always.new_empty(1, 0, *always.shape)]
+        for by, places in groupby(range(len(drafts.by)), drafts.by.__getitem__):
+            here = [*places]
+            limits = (each[here].to(query.device) for each in (drafts.keep, drafts.mass))
+            scores = draft_scores(query, key, drafts.block, drafts.block, operands.scale, value, None, (by,))
+            found.append(draft_map(scores, always, *limits))
+        return torch.cat(found, 1)[0].transpose(0, 1)
 
     @property
     def density(self) -> Numbers:

@@ -25,8 +25,9 @@ from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.draft import OWN, Draft
 from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.passes._infra import SITE, SparseAttention, tensor_value
-from ditopt.passes.sparse import draft_names, list_names, order_names, rest_name
+from ditopt.passes.sparse import draft_inputs, list_names, order_names, rest_name
 from ditopt.plan import Plan, Rule
+from ditopt.runtime.selectors import selectors_of_steps
 from ditopt.runtime.token_orders import order_of, site_orders
 from ditopt.sites import AttentionSite
 from ditopt.trace import Trace, block_of
@@ -164,17 +165,20 @@ class AttentionSites:
             of_steps = _lists(place, geometry, decided, notes)
             rests = _rests(place, {step: decided[step] for step in of_steps})
             limits = _limits(place, {step: decided[step] for step in of_steps})
+            selectors = selectors_of_steps({step: decided[step] for step in limits})
             block = kernel_blocks(place.site.queries, place.site.keys)[1]
             ordered, orders = site_orders({step: decided[step] for step in of_steps}, geometry, block, place.device)
             for step, lists in of_steps.items():
                 pool, heads = rests[step]
                 width = int(lists.indices.shape[-1])
                 inputs = dict(zip(list_names(name), (lists.indices, lists.counts), strict=True))
-                if limits:
-                    inputs |= zip(draft_names(name), limits[step], strict=True)
                 inputs |= {rest_name(name): heads} if pool else {}
                 inputs |= zip(order_names(name), orders[step], strict=True) if orders else ()
-                wanted = SparseAttention(name, lists.query_block, lists.key_block, width, pool, bool(limits), ordered)
+                wanted = SparseAttention(name, lists.query_block, lists.key_block, width, pool, order=ordered)
+                if limits:
+                    by, codes = selectors[step]
+                    wanted = replace(wanted, draft=True, by=by)
+                    inputs |= zip(draft_inputs(wanted), (*limits[step], codes.to(place.device)), strict=False)
                 found[step].append((wanted, inputs))
         steps = (
             SparseStep(
@@ -275,7 +279,7 @@ def _rests(place: Place, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dic
 
 
 def _limits(place: Place, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dict[int, tuple[Tensor, Tensor]]:
-    """By step what heads find in a call, as ``draft_names`` says; nothing where no head does in any step.
+    """By step what heads find in a call, ``keep`` and ``mass``; nothing where no head does in any step.
 
     With it in all steps if in one: a graph serves them all, and static heads find nothing.
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ditopt.cost_models.sparse import SparseCost
-from ditopt.decisions import Sparse
+from ditopt.decisions import Decision, Sparse
 from ditopt.errors import InputError
 from ditopt.plan import Plan, Rule, format_steps
 from ditopt.profile import LATENCY, NetworkProfile
@@ -23,6 +23,8 @@ from ditopt.search.solution import Draft, Explanation, Rival, SparsePart
 LOWEST_PRICE, HIGHEST_PRICE = 1e-9, 1e15
 """Of a squared relative error, in seconds: at the one whatever saves time is taken, at the other nothing that errs."""
 DENSE = "dense"
+MASS = "mass"
+"""Of what a head may need beside its lists: that all pairs are scored, to choose blocks by their true mass."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,16 @@ class SiteCandidates:
         if not found and best:  # one of them is what it takes to run in the kernel
             found = [max(best, key=lambda each: each.gain(price))]
         return tuple(found) if sum(each.gain(price) for each in found) > self.lost else ()
+
+
+def extras_of(decision: Decision) -> frozenset[str]:
+    """What a head needs that its site computes once a step: what blocks are found by, what skipped ones count by."""
+    settings = decision.settings if isinstance(decision, Sparse) else {}
+    found = {str(settings.get("by", "means"))} if settings.get("pattern") == "draft" else set()
+    rest = settings.get("rest")
+    if rest is not None:
+        found.add(next(iter(rest)) if isinstance(rest, Mapping) else str(rest))
+    return frozenset(found)
 
 
 class AttentionCosts(NamedTuple):

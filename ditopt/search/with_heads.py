@@ -10,7 +10,16 @@ from ditopt.cost_models.sparse import SparseCost
 from ditopt.profile import NetworkProfile
 from ditopt.search.problem import SearchProblem
 from ditopt.search.solution import Solution, SparsePart, signatures
-from ditopt.search.sparse import SiteCandidates, head_candidates, price_of, price_that_saves, sparse_part, totals
+from ditopt.search.sparse import (
+    MASS,
+    SiteCandidates,
+    extras_of,
+    head_candidates,
+    price_of,
+    price_that_saves,
+    sparse_part,
+    totals,
+)
 
 PHASES = 3
 """Computed steps are divided into so many ranges, one after the other, at most: heads are decided for each."""
@@ -69,9 +78,14 @@ class HeadsBeside:
 
 
 def count_graphs(problem: SearchProblem, solution: Solution) -> int:
-    """Number of distinct graphs that a plan needs with its sparse heads: a site in some step may be sparse or not."""
+    """Number of distinct graphs that a plan needs with its sparse heads.
+
+    A site in some step may be sparse or not, and choose blocks by their true mass or not.
+    """
+    of_steps = [[rule for rule in solution.sparse.rules if step in rule.steps] for step in range(problem.steps)]
     sparse = [
-        frozenset(rule.sites for rule in solution.sparse.rules if step in rule.steps) for step in range(problem.steps)
+        (frozenset(rule.sites for rule in rules), frozenset(rule.sites for rule in rules if MASS in extras_of(rule.do)))
+        for rules in of_steps
     ]
     return len(set(zip(signatures(problem, solution.draft), sparse, strict=True)))
 

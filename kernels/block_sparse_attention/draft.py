@@ -1,7 +1,7 @@
-"""``ditopt::draft_lists``: lists of blocks that are found in the call itself, from means of its queries and keys.
+"""``ditopt::draft_lists``: lists of blocks that are found in the call itself, from its queries, keys and values.
 
-The draft of an attention map is the map of these means (DraftAttention, arXiv 2505.14708): the blocks that score
-highest in it are attended to. Plain torch, for any device; nothing waits for the host.
+The draft of an attention map is a score for each of its blocks (``selectors``): those that score highest are attended
+to. Plain torch, for any device; nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -10,20 +10,9 @@ import torch
 from torch import Tensor
 
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, check_entries
-from ditopt.kernels.block_sparse_attention.pooled import pool_tokens
-from ditopt.kernels.ops import LIBRARY, draft_refusal
-
-
-def draft_scores(query: Tensor, key: Tensor, query_block: int, key_block: int, scale: float) -> Tensor:
-    """``[B, H, Qb, Kb]`` float32: scores of the blocks of ``[B, H, S, D]`` and ``[B, Hkv, L, D]`` by their means.
-
-    What is no number counts as the largest there is, and what is infinite as the largest or smallest: NaN in a block is
-    attended to, as dense attention does.
-    """
-    of_queries, of_keys = pool_tokens(query, query_block, torch.float32), pool_tokens(key, key_block, torch.float32)
-    of_keys = of_keys.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = scale * of_queries @ of_keys.transpose(-2, -1)
-    return scores.nan_to_num(nan=torch.finfo(scores.dtype).max)
+from ditopt.kernels.block_sparse_attention.selectors import draft_scores
+from ditopt.kernels.ops import LIBRARY, draft_refusal, selectors_of
+from ditopt.kernels.patterns.draft import SELECTORS
 
 
 def draft_map(scores: Tensor, always: Tensor, keep: Tensor, mass: Tensor) -> Tensor:
@@ -52,6 +41,9 @@ def draft_lists(
     query_block: int,
     key_block: int,
     scale: float,
+    value: Tensor | None = None,
+    by: Tensor | None = None,
+    selectors: str = "means",
 ) -> tuple[Tensor, Tensor]:
     """Lists for ``ditopt::block_sparse_attention``: those that are given, and of each head what ``draft_map`` adds.
 
@@ -60,23 +52,39 @@ def draft_lists(
     ``draft_map``, with at most W blocks. A head with ``keep`` 0 has the lists that are given. The result is
     ``[B, H, Qb, W]`` and ``[B, H, Qb]`` int32, in ascending order; behind a list's count there is 0.
 
+    ``selectors`` are all that some head's blocks are chosen by, with commas between them; no other is computed. Where
+    there are several, ``by`` ``[H]`` int32 is every head's place in ``patterns.draft.SELECTORS``. ``error`` reads
+    ``value`` ``[B, Hkv, L, E]``.
+
     Raises:
         ValueError: shapes or dtypes do not fit; on processors also: an entry of a list is wrong.
     """
     lists = BlockLists(indices, counts, query_block, key_block)
     width, key_blocks = indices.shape[-1], blocks(key.shape[-2], key_block)
-    refused = draft_refusal(query, key, lists, keep, mass, scale)
+    refused = draft_refusal(query, key, lists, keep, mass, scale, value, by, selectors)
     if refused is None and indices.device.type == "cpu":
-        refused = check_entries(lists, key.shape[-2])
+        refused = check_entries(lists, key.shape[-2]) or _check_codes(by, selectors)
     if refused is not None:
         raise ValueError(f"ditopt::draft_lists: {refused}")
-    scores = draft_scores(query, key, query_block, key_block, scale)
+    scores = draft_scores(query, key, query_block, key_block, scale, value, by, selectors_of(selectors))
     attended = draft_map(scores, lists.to_map(key_blocks), keep.clamp(max=width), mass)
     places = attended.cumsum(-1, dtype=torch.int32)
     to = torch.where(attended, places - 1, width).long()  # what is not attended to goes behind the lists, and off
     numbers = torch.arange(key_blocks, dtype=torch.int32, device=indices.device).expand(attended.shape)
     found = indices.new_zeros((*attended.shape[:-1], width + 1)).scatter(-1, to, numbers)
     return found[..., :width].contiguous(), places[..., -1].contiguous()
+
+
+def _check_codes(by: Tensor | None, selectors: str) -> str | None:
+    """What is wrong with heads' codes; None if nothing is, or they are not read."""
+    known = [SELECTORS.index(each) for each in selectors_of(selectors)]
+    wrong = (
+        [] if by is None or len(known) == 1 else [head for head, code in enumerate(by.tolist()) if code not in known]
+    )
+    if not wrong:
+        return None
+    told = ", ".join(f"{SELECTORS[code]} ({code})" for code in known)
+    return f"head {wrong[0]} is to choose by {int(by[wrong[0]])}; what is computed is {told}"  # type: ignore[index]
 
 
 LIBRARY.impl("draft_lists", draft_lists, "CompositeExplicitAutograd")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -13,13 +13,20 @@ from ditopt.kernels.patterns.band import Band
 OWN = Band(width=0)
 """What a head attends to whatever the scores: the blocks of the query's own tokens, and text as under any pattern."""
 Share = Annotated[float, Field(gt=0, lt=1)]
+Selector = Literal["means", "mass", "error"]
+SELECTORS: tuple[Selector, ...] = get_args(Selector)
+"""By what blocks are chosen; a head's code is the place of its selector here."""
+COSTLY: tuple[Selector, ...] = ("mass",)
+"""Selectors that score all pairs of queries and keys: only steps in which a head asks for one compute it."""
 
 
 class Draft(BaseModel):
-    """Of every block of queries the blocks of keys whose means score highest, those of ``OWN`` before all others.
+    """Of every block of queries the blocks of keys that score highest, those of ``OWN`` before all others.
 
-    ``keep`` is their share of all blocks of keys, rounded up. Or they are as few as hold the share ``mass`` of the
-    softmax of these scores, and no more than the share ``most`` of all blocks.
+    ``by`` says what scores them: the ``means`` of queries and keys; the true ``mass`` of attention (block sums of the
+    map, as AdaSpa); or the ``error`` that is made where means stand for the block (as PISA and SVG-EAR). ``keep`` is
+    their share of all blocks of keys, rounded up. Or they are as few as hold the share ``mass`` of the softmax of these
+    scores, and no more than the share ``most`` of all blocks.
     """
 
     model_config = Pattern.model_config
@@ -28,6 +35,7 @@ class Draft(BaseModel):
     keep: Share | None = None
     mass: Share | None = None
     most: Annotated[float, Field(gt=0, le=1)] = 0.5
+    by: Selector = "means"
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Draft:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -40,22 +41,72 @@ def called(query: Tensor, key: Tensor, lists: BlockLists, keep: list[int], mass:
     return found.to_map(-(-key.shape[2] // lists.key_block))
 
 
-def literal(
-    query: Tensor, key: Tensor, always: Tensor, sizes: tuple[int, int], keep: list[int], mass: list[float], scale: float
-) -> list[Any]:
-    """The definition, one block after the other, in Python's numbers."""
+def scores_of_means(
+    query: Tensor, key: Tensor, value: Tensor, sizes: tuple[int, int], scale: float
+) -> list[list[float]]:
+    """By block of queries and of keys of one head, in Python's numbers."""
 
     def means(tokens: list[list[float]], block: int) -> list[list[float]]:
         parts = [tokens[at : at + block] for at in range(0, len(tokens), block)]
         return [[sum(column) / len(part) for column in zip(*part, strict=True)] for part in parts]
 
+    of_keys = means(key.tolist(), sizes[1])
+    return [
+        [scale * sum(a * b for a, b in zip(of_query, each, strict=True)) for each in of_keys]
+        for of_query in means(query.tolist(), sizes[0])
+    ]
+
+
+def scores_of_mass(
+    query: Tensor, key: Tensor, value: Tensor, sizes: tuple[int, int], scale: float
+) -> list[list[float]]:
+    """Of one head: the logarithm of what each block of the full map holds, mean over its rows."""
+    full = torch.softmax(scale * query.double() @ key.double().T, -1)
+    return [
+        [math.log(float(part.sum(1).mean())) for part in rows.split(sizes[1], 1)] for rows in full.split(sizes[0], 0)
+    ]
+
+
+def scores_of_error(
+    query: Tensor, key: Tensor, value: Tensor, sizes: tuple[int, int], scale: float
+) -> list[list[float]]:
+    """Of one head: the scores of means, and for each block of keys ``log |sum (k - k_mean) v^T|``, key by key."""
+    sizes_of = []
+    for keys, values in zip(key.double().split(sizes[1], 0), value.double().split(sizes[1], 0), strict=True):
+        left = torch.zeros(key.shape[1], value.shape[1], dtype=torch.float64)
+        for one, other in zip(keys, values, strict=True):
+            left += torch.outer(one - keys.mean(0), other)
+        norm = math.sqrt(sum(each**2 for each in left.flatten().tolist()))
+        sizes_of.append(math.log(norm) if norm else -math.inf)
+    return [
+        [score + size for score, size in zip(row, sizes_of, strict=True)]
+        for row in scores_of_means(query, key, value, sizes, scale)
+    ]
+
+
+LITERAL = {"means": scores_of_means, "mass": scores_of_mass, "error": scores_of_error}
+
+
+def literal(
+    query: Tensor,
+    key: Tensor,
+    always: Tensor,
+    sizes: tuple[int, int],
+    keep: list[int],
+    mass: list[float],
+    scale: float,
+    value: Tensor | None = None,
+    by: Sequence[str] | None = None,
+) -> list[Any]:
+    """The definition, one block after the other; ``by`` is what each head's blocks are chosen by."""
+    value = key if value is None else value
     found: list[Any] = []
     for sample in range(query.shape[0]):
         for head in range(query.shape[1]):
             group = head // (query.shape[1] // key.shape[1])
-            of_keys = means(key[sample, group].tolist(), sizes[1])
-            for row, of_query in enumerate(means(query[sample, head].tolist(), sizes[0])):
-                scores = [scale * sum(a * b for a, b in zip(of_query, each, strict=True)) for each in of_keys]
+            scored = LITERAL["means" if by is None else by[head]]
+            of_head = scored(query[sample, head], key[sample, group], value[sample, group], sizes, scale)
+            for row, scores in enumerate(of_head):
                 forced = always[sample if len(always) > 1 else 0, head, row].tolist()
                 weights = [math.exp(score - max(scores)) for score in scores]
                 best = sorted(range(len(scores)), key=lambda at: (not forced[at], -scores[at], at))

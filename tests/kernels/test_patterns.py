@@ -331,7 +331,7 @@ def test_a_draft_that_has_room_for_all_keeps_everything() -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({}, r"^pattern {.*}: exactly one of keep and mass is needed, e\.g\. .*; draft has keep, mass, most$"),
+        ({}, r"^pattern {.*}: exactly one of keep and mass is needed, e\.g\. .*; draft has keep, mass, most, by$"),
         ({"keep": 0.5, "mass": 0.5}, "exactly one of keep and mass is needed"),
         ({"keep": 0}, "keep: Input should be greater than 0; draft has"),
         ({"keep": 1}, "keep: Input should be less than 1"),

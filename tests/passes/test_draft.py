@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from ditopt.errors import AuditError
 from ditopt.kernels.block_sparse_attention.lists import BlockLists
 from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION, DRAFT_LISTS
+from ditopt.kernels.patterns.draft import SELECTORS
 from ditopt.passes._infra import PassManager, SparseAttention, StepPlan
 from ditopt.passes.audit import audit
-from ditopt.passes.sparse import draft_names, list_names
+from ditopt.passes.sparse import draft_inputs, draft_names, list_names
 from ditopt.runtime.variants import PASSES, VariantCache
 from tests.kernels.test_draft_lists import literal
 from tests.passes.test_sparse import (
@@ -132,9 +133,9 @@ def turned_round(gm: fx.GraphModule) -> None:
         (without_operator, r"blocks\.1\.attn1: to be .*draft=True.*, but its attention reads indices_blocks_1_attn1"),
         (half_of_it, r"blocks\.1\.attn1: to be .*, but its attention reads .*getitem.*, counts_blocks_1_attn1"),
         (turned_round, r"blocks\.1\.attn1: to be .*, but its attention reads .*getitem"),
-        (of_the_other_site, r"blocks\.2\.attn1: finds its blocks by other queries, keys, sizes or another scale"),
+        (of_the_other_site, r"blocks\.2\.attn1: finds its blocks by other queries, keys, values, sizes"),
         (other_keys, r"blocks\.1\.attn1: finds its blocks by other queries, keys"),
-        (other_scale, r"blocks\.1\.attn1: finds its blocks by other queries, keys, sizes or another scale"),
+        (other_scale, r"blocks\.1\.attn1: finds its blocks by other queries, keys, values, sizes"),
         (other_limits, r"blocks\.1\.attn1: to be .*reads indices_blocks_1_attn1, counts_blocks_1_attn1, keep_blocks_2"),
     ],
 )  # fmt: skip
@@ -151,6 +152,33 @@ def test_an_audit_refuses_drafts_that_no_plan_asked_for(cache: VariantCache) -> 
     gm = cache.graph(StepPlan(sparse=DRAFTS))
     with pytest.raises(AuditError, match=r"blocks\.1\.attn1: to be .*draft=False.*, but its attention reads .*getitem"):
         audit(gm, StepPlan(sparse=SPARSE), cache.index, {})
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_an_audit_refuses_other_selectors_or_values(cache: VariantCache, dtype: str | None) -> None:
+    plan = StepPlan(sparse=tuple(replace(each, by=("means", "error")) for each in DRAFTS), dtype=dtype)
+
+    def rewrite() -> tuple[fx.GraphModule, fx.Node]:
+        gm = PassManager(PASSES).run(cache.trace.gm, plan, cache.index)
+        audit(gm, plan, cache.index, {})
+        return gm, drafts(gm)[0]
+
+    gm, maker = rewrite()
+    assert maker.args[9] is attention(gm)[0].args[2] and maker.args[11] == "means,error"
+    maker.args = (*maker.args[:11], "means,mass")
+    with pytest.raises(AuditError, match=r"blocks\.1\.attn1: to be .*, but its blocks are chosen by means,mass"):
+        audit(gm, plan, cache.index, {})
+    gm, maker = rewrite()
+    maker.args = (*maker.args[:9], maker.args[1], *maker.args[10:])
+    with pytest.raises(AuditError, match=r"blocks\.1\.attn1: finds its blocks by other queries, keys, values"):
+        audit(gm, plan, cache.index, {})
+    gm, maker = rewrite()
+    maker.args = (*maker.args[:10], drafts(gm)[1].args[10], *maker.args[11:])
+    with pytest.raises(AuditError, match=r"blocks\.1\.attn1: to be .*mass_blocks_1_attn1, by_blocks_2_attn1"):
+        audit(gm, plan, cache.index, {})
+    alone = StepPlan(sparse=DRAFTS, dtype=dtype)
+    with pytest.raises(AuditError, match=r"blocks\.1\.attn1: finds its blocks by other queries, keys, values"):
+        audit(rewrite()[0], alone, cache.index, {})
 
 
 def test_sizes_are_those_of_the_site(cache: VariantCache) -> None:
@@ -172,7 +200,11 @@ class Grouped(nn.Module):
         return (self.blocks[0](hidden_states + timestep),)
 
 
-def test_grouped_heads_and_samples_find_blocks_of_their_own() -> None:
+BY = (None, ("error", "means", "mass", "error"), ("mass",) * 4)
+
+
+@pytest.mark.parametrize("by", BY)
+def test_grouped_heads_and_samples_find_blocks_of_their_own(by: tuple[str, ...] | None) -> None:
     """The last block of keys is short."""
     x, scale = 1.5 * torch.randn(2, 4, 120, 8, generator=torch.Generator().manual_seed(0)), 8**-0.5
     with interpreted():
@@ -181,11 +213,14 @@ def test_grouped_heads_and_samples_find_blocks_of_their_own() -> None:
         lists = BlockLists.from_map(always, 64, 16, 8)
         keep, mass = [3, 0, 8, 5], [math.inf, math.inf, 0.6, math.inf]
         given = (lists.indices, lists.counts, torch.tensor(keep, dtype=torch.int32), torch.tensor(mass))
-        names = (*list_names("blocks.0"), *draft_names("blocks.0"))
-        plan = StepPlan(sparse=(SparseAttention("blocks.0", 64, 16, 8, draft=True),))
-        (out,), _ = found.run(plan, dict(zip(names, given, strict=True)))
+        named = tuple(each for each in SELECTORS if by is None or each in by)[: None if by else 1]
+        wanted = SparseAttention("blocks.0", 64, 16, 8, draft=True, by=named)
+        codes = [SELECTORS.index(each) for each in by or ("means",) * 4]
+        inputs = (*given, torch.tensor(codes, dtype=torch.int32))
+        names = (*list_names("blocks.0"), *draft_inputs(wanted))
+        (out,), _ = found.run(StepPlan(sparse=(wanted,)), dict(zip(names, inputs, strict=False)))
     torch._dynamo.reset()
-    kept = torch.tensor(literal(x, x[:, :2], always, (64, 16), keep, mass, scale)).view(2, 4, 2, 8)
+    kept = torch.tensor(literal(x, x[:, :2], always, (64, 16), keep, mass, scale, x[:, 2:], by)).view(2, 4, 2, 8)
     assert not torch.equal(kept[0], kept[1])
     mask = kept.repeat_interleave(64, -2).repeat_interleave(16, -1)[..., :120, :120]
     keys, values = (part.repeat_interleave(2, 1) for part in (x[:, :2], x[:, 2:]))

@@ -23,7 +23,10 @@ from tests.profiler.test_pattern_errors import attend, heads_weight, measured, n
 
 LABELS = tuple(
     pattern_text({"pattern": "draft", **settings})
-    for settings in ({"keep": 0.5}, {"keep": 0.25}, {"keep": 0.125}, {"mass": 0.9})
+    for settings in (
+        *({"keep": 0.5}, {"keep": 0.25}, {"keep": 0.125}, {"mass": 0.9}),
+        *({"by": "error", "keep": 0.5}, {"by": "error", "keep": 0.25}, {"by": "error", "keep": 0.125}),
+    )
 )
 LINE = Geometry(2, 3, 7)
 BEFORE = Geometry(3, 3, 4, text=6, text_first=True)  # the second block holds text and video
@@ -39,7 +42,7 @@ def dynamic(table: Table) -> dict[str, int]:
 def kept(x: Tensor, heads: tuple[int, int], geometry: Geometry, block: int, name: str) -> Tensor:
     """``[H, Qb, Kb]``: the blocks that a draft keeps of every head, by the definition."""
     settings = json.loads(name)
-    query, key, _ = x[:1].double().split((heads[0], heads[1], heads[1]), 1)
+    query, key, value = x[:1].double().split((heads[0], heads[1], heads[1]), 1)
     own = torch.eye(geometry.tokens, dtype=torch.bool)
     text = slice(0, geometry.text) if geometry.text_first else slice(geometry.video, None)
     own[text], own[:, text] = True, True
@@ -49,7 +52,9 @@ def kept(x: Tensor, heads: tuple[int, int], geometry: Geometry, block: int, name
     room = math.ceil(settings.get("keep", 0.5) * parts.shape[1])
     limits = [room] * heads[0], [settings.get("mass", math.inf)] * heads[0]
     always = parts.expand(1, heads[0], -1, -1)
-    return torch.tensor(literal(query, key, always, (block, block), *limits, 8**-0.5)).view(always.shape[1:])
+    by = [settings.get("by", "means")] * heads[0]
+    found = literal(query, key, always, (block, block), *limits, 8**-0.5, value, by)
+    return torch.tensor(found).view(always.shape[1:])
 
 
 def expanded(blocks: Tensor, block: int, tokens: int) -> Tensor:
@@ -109,8 +114,8 @@ def test_what_no_call_was_seen_of_has_the_density_that_it_has_room_for() -> None
     ("geometry", "names"),
     [
         (Geometry(4, 16, 16), LABELS),
-        (Geometry(1, 1, 8), (LABELS[0], LABELS[3])),  # one block of two is half of them, a quarter and an eighth
-        (Geometry(1, 1, 12), (LABELS[0], LABELS[1], LABELS[3])),
+        (Geometry(1, 1, 8), (LABELS[0], *LABELS[3:5])),  # one block of two is half of them, a quarter and an eighth
+        (Geometry(1, 1, 12), (*LABELS[:2], *LABELS[3:6])),
         (Geometry(1, 1, 4), ()),
     ],
 )

@@ -18,7 +18,7 @@ from ditopt.errors import PlanMismatchError
 from ditopt.geometry import Geometry
 from ditopt.kernels.block_sparse_attention.lists import blocks, kernel_blocks
 from ditopt.kernels.patterns.registry import pattern_from_data
-from ditopt.passes.sparse import draft_names, list_names
+from ditopt.passes.sparse import draft_names, list_names, selector_name
 from ditopt.plan import Plan, Rule
 from ditopt.profiler.interpret import Edit, Watched
 from ditopt.runtime.program import Program
@@ -84,9 +84,9 @@ def under_plan(decided: list[Any], geometry: Geometry) -> Edit:
                 if settings["pattern"] == "draft":
                     share = settings.get("keep", settings.get("most", 0.5))
                     keep, mass = [int(np.ceil(share * key_blocks - 1e-9))], [settings.get("mass", np.inf)]
-                    one, other = (part[sample, head][None, None] for part in (query, key))
-                    own = always(geometry, sizes)[None, None]
-                    kept = torch.tensor(literal(one, other, own, sizes, keep, mass, scale))
+                    one, other, third = (part[sample, head][None, None] for part in (query, key, values))
+                    own, by = always(geometry, sizes)[None, None], [settings.get("by", "means")]
+                    kept = torch.tensor(literal(one, other, own, sizes, keep, mass, scale, third, by))
                 else:
                     kept = torch.from_numpy(pattern_from_data(settings).block_map(geometry, *sizes))
                 mask = kept.repeat_interleave(sizes[0], 0)[:tokens].repeat_interleave(sizes[1], 1)[:, :tokens]
@@ -158,6 +158,38 @@ def test_what_a_step_reads_says_how_much_its_heads_find(wan: nn.Module, structur
     assert [keeps[step, second] for step in range(1, 5)] == [[4, 0], [4, 0], [0, 5], [0, 0]]
     inf = float("inf")
     assert masses[3, first] == [0.3, inf] and masses[3, second] == [inf, 0.9] and masses[1, first] == [inf, inf]
+
+
+BY = (
+    rule("blocks.*.attn1", "1-4", sparse("draft", keep=0.25, by="error")),
+    rule("blocks.0.attn1", "1,3", sparse("draft", keep=0.4), "1"),
+    rule("blocks.0.attn1", "3", sparse("draft", mass=0.6, by="mass"), "0"),
+    rule("blocks.1.attn1", "4", sparse("skip"), "0-1"),
+)
+"""Heads of a site differ in what they choose by; the true mass is asked for in one step, at one site."""
+
+
+def test_heads_choose_their_blocks_by_what_the_plan_says(wan: nn.Module, structure: str, tmp_path: Path) -> None:
+    plan, inputs = plan_of(structure, *BY), wan_inputs()
+    plan.save(tmp_path / "plan.yaml")
+    assert Plan.load(tmp_path / "plan.yaml").rules == plan.rules
+    session = Session.from_options({"plan": tmp_path / "plan.yaml", "check_passes": True})
+    before = None
+    for step, found, arguments in steps_of(session, compiled(wan, session=session), inputs):
+        (program,) = session.programs
+        expected = emulated(program, plan, step, arguments, FRAMES)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        before = compile_counts() if step == 3 else before  # three graphs: dense, with and without the true mass
+    assert compile_counts() == before, "no graph break and no recompilation"
+    assert program.bound is not None and len(program.variants.compiled) == 3
+    first, second = zip(*(step.variant.sparse for step in program.bound.steps[1:5]), strict=True)
+    assert [each.by for each in first] == [("means", "error")] * 2 + [("means", "mass", "error"), ("means", "error")]
+    assert {each.by for each in second} == {("error",)}, (
+        "a site that needs one takes no codes, also where none is dynamic"
+    )
+    codes = [program.bound.steps[step].lists[selector_name("blocks.0.attn1")].tolist() for step in (1, 2, 3)]
+    assert codes == [[2, 0], [2, 2], [1, 0]]
+    assert not any(selector_name("blocks.1.attn1") in step.lists for step in program.bound.steps)
 
 
 def test_a_share_that_rounds_up_to_all_blocks_is_dense(wan: nn.Module, structure: str) -> None:

@@ -8,10 +8,10 @@ from itertools import product
 
 import pytest
 
-from ditopt.decisions import Sparse
+from ditopt.decisions import Sparse, pattern_text
 from ditopt.geometry import Geometry
 from ditopt.offline import NO_HEADS, OfflineSearch
-from ditopt.plan import Plan
+from ditopt.plan import Plan, Rule, parse_steps
 from ditopt.plan_text import write_yaml
 from ditopt.predicted import Predicted, predicted_plan
 from ditopt.profile import NetworkProfile, Profile
@@ -99,6 +99,25 @@ def test_heads_need_no_more_graphs_than_are_allowed(network: NetworkProfile) -> 
     free, base = beside(network)
     whole = free.saving(free.most_saved)
     assert whole is not None and count_graphs(problem, base.with_sparse(whole)) == 1, "sparse in all steps"
+
+
+def test_steps_that_score_all_pairs_need_a_graph_of_their_own(network: NetworkProfile) -> None:
+    """Heads by means and by error share one, whichever of them a step has."""
+    problem = SearchProblem.from_profile(network)
+    base = from_kept(problem, range(STEPS))
+
+    def graphs(*by: tuple[str, str]) -> int:
+        """Of rules for steps, with what their drafts choose blocks by."""
+        rules = tuple(
+            Rule(sites="attn", heads=(0,), steps=parse_steps(steps),
+                 do=Sparse(pattern=pattern_text({"pattern": "draft", "keep": 0.25, "by": each})))
+            for steps, each in by
+        )  # fmt: skip
+        return count_graphs(problem, base.with_sparse(SparsePart(rules, 1.0, 0.0)))
+
+    assert graphs(("0-7", "means")) == graphs(("0-3", "means"), ("4-7", "error")) == graphs(("0-7", "mass")) == 1
+    assert graphs(("0-3", "mass"), ("4-7", "error")) == graphs(("0-3", "mass"), ("0-7", "error")) == 2
+    assert graphs(("2-3", "mass"), ("4-7", "error")) == 3, "and dense ones"
 
 
 def test_further_schedules_end_with_the_whole_one() -> None:
