@@ -27,6 +27,7 @@ def optimize(
     pipe_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     techniques: Sequence[str] | None = None,
+    recipe: str | None = None,
     max_variants: int = 8,
     budget: int | None = None,
     on_mismatch: str = "error",
@@ -50,7 +51,9 @@ def optimize(
         pipe_kwargs: what the pipeline is called with later: steps, guidance, size.
         seed: of the first prompt's noise; prompt i uses ``seed + i``.
         techniques: kinds of decision to consider; default all (``reuse``, ``forecast``, ``fit``, ``ranges``,
-            ``simplify``, ``precision``, ``second_order`` and ``sparse``).
+            ``simplify``, ``precision``, ``second_order`` and ``sparse``, which alone computes every step).
+        recipe: the name of a published system (``ditopt recipes`` lists them) to which sparse heads are restricted; its
+            own techniques are all that is considered unless ``techniques`` name more.
         max_variants: the most distinct graphs to compile.
         budget: how many plans to try by real rollouts in the first search, a quarter more in each after it; plans that
             compute less than half of the steps count less, down to a third. Default: some minutes' worth, 4 to 16.
@@ -86,6 +89,7 @@ def optimize(
         on_mismatch=on_mismatch,
         resume=resume,
         quiet=quiet,
+        recipe=recipe,
     ).run()
     return model
 

@@ -1,4 +1,4 @@
-"""The ``ditopt`` command: optimize, show, explain, diff, report, bench, doctor; of profiles: ``cli_profile``.
+"""The ``ditopt`` command: optimize, recipes, show, explain, diff, report, bench, doctor; of profiles: ``cli_profile``.
 
 What the user did wrong ends in one line and exit code 2; ``diff`` exits with 1 where plans differ, ``doctor``
 where something is broken.
@@ -28,6 +28,7 @@ from ditopt.cli_inputs import (
     Precision,
     Prompts,
     Quality,
+    Recipe,
     Settings,
     Steps,
     Trust,
@@ -95,6 +96,7 @@ def optimize(
             help="reuse, forecast, fit, ranges, simplify, precision, second_order or sparse, repeatable; default: all"
         ),
     ] = None,
+    recipe: Recipe = None,
     budget: Annotated[
         int | None,
         typer.Option(
@@ -116,15 +118,26 @@ def optimize(
     from ditopt.api import check_prompts
     from ditopt.api import optimize as run
     from ditopt.outcome import check_writable
+    from ditopt.recipes import find_recipe
 
     check_prompts(texts)
+    find_recipe(recipe)
     check_writable(output)
     pipe = load_pipeline(model, trust_remote_code, dtype, device)
     run(
         pipe, texts, quality=wanted, max_rel_error=max_rel_error, min_psnr=min_psnr,
         target_speedup=target_speedup, plan_path=output, pipe_kwargs=settings, seed=seed, techniques=technique or None,
-        max_variants=max_variants, budget=budget, on_mismatch=on_mismatch.value, resume=resume,
+        recipe=recipe, max_variants=max_variants, budget=budget, on_mismatch=on_mismatch.value, resume=resume,
     )  # fmt: skip
+
+
+@command
+def recipes() -> None:
+    """List the published systems of sparse attention that `--recipe` restricts a search to."""
+    from ditopt.recipes import RECIPES
+
+    for recipe in RECIPES.values():
+        typer.echo(f"{recipe.name}: {recipe.source}\n  {recipe.restriction}\n  departs: {recipe.departs}")
 
 
 @command

@@ -49,6 +49,12 @@ Trust = Annotated[
     typer.Option(help="run pipeline code that lies with the model; default: yes for a local directory, no for the Hub"),
 ]
 Precision = Annotated[Dtype, typer.Option(help="of the weights")]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="restrict sparse heads to those of a published system; `ditopt recipes` lists them"
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="where to run; default: cuda if there is one, else cpu")]
 
 

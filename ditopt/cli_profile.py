@@ -20,6 +20,7 @@ from ditopt.cli_inputs import (
     Precision,
     Prompts,
     Quality,
+    Recipe,
     Settings,
     Steps,
     Trust,
@@ -140,6 +141,7 @@ def search(
     technique: Annotated[
         list[str] | None, typer.Option(help="as for `optimize`, repeatable; what needs rollouts is left out")
     ] = None,
+    recipe: Recipe = None,
     max_variants: Annotated[int, typer.Option(min=1, help="the most distinct graphs to compile")] = 8,
 ) -> None:
     """Find a plan in a profile alone, without the model: its figures are predicted, not measured."""
@@ -155,7 +157,7 @@ def search(
     check_output(output, "plan.yaml")
     loaded = Profile.load(profile)
     try:
-        searching = OfflineSearch(loaded, target, technique or None, max_variants)
+        searching = OfflineSearch(loaded, target, technique or None, max_variants, recipe)
     except ProfileError as error:
         raise ProfileError(f"{profile}: {error}") from None
     reporter = Reporter()

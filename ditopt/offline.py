@@ -19,10 +19,11 @@ from ditopt.geometry import Geometry
 from ditopt.plan import Rule
 from ditopt.predicted import Predicted, can_tell_psnr, psnr_of, psnr_to_relative_error
 from ditopt.profile import NetworkProfile, Profile
+from ditopt.recipes import find_recipe
 from ditopt.search import Measurement, SearchProblem, Solution, bisect_kept, lambda_range, least_kept, solve, solve_kept
 from ditopt.search.joint import from_kept
 from ditopt.search.rollouts import rules_key
-from ditopt.search.sparse import site_costs
+from ditopt.search.sparse import profiled_candidates, site_costs
 from ditopt.search.with_heads import MORE_STEPS, NEEDED_TABLES, HeadsBeside, count_graphs, further_schedules
 from ditopt.target import Target
 from ditopt.techniques import Techniques
@@ -44,7 +45,7 @@ class OfflineSearch:
     """The search for one target; ``reasons`` say what was left out, and ``missed`` of them what is short of the target.
 
     Raises:
-        InputError: a technique is unknown.
+        InputError: a technique or the recipe is unknown, or they contradict each other.
         ProfileError: the profile does not say what was profiled, lacks seconds, or what a PSNR is told from.
     """
 
@@ -52,17 +53,18 @@ class OfflineSearch:
     target: Target
     techniques: Sequence[str] | None = None
     max_variants: int = 8
+    recipe: str | None = None
     reasons: list[str] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.max_variants < 1:
             raise InputError(f"max_variants is {self.max_variants}; it must be at least 1")
-        self.chosen = Techniques.choose(self.techniques)
+        self.chosen = Techniques.choose(self.techniques, self.recipe)
         template = self.profile.template()
         if template is None:
             raise ProfileError("the profile does not say what was profiled (field plan is empty), so no plan fits it")
-        self.template = template
+        self.template = template.model_copy(update={"recipe": self.recipe})
         self.problems = {name: self._problem(name, part) for name, part in self.profile.networks.items()}
         seconds = [len(part.timesteps) * part.seconds["full"] for part in self.profile.networks.values()]
         self.dense_seconds = sum(seconds)
@@ -141,6 +143,8 @@ class OfflineSearch:
         Bisections from the middle, whatever the target: of two targets the stricter one then never ends at a smaller
         price or at fewer computed steps.
         """
+        if self.chosen.all_computed:
+            return self._with_heads(self._dense)
         found = [self._dense, self._cheapest_price(lambda at: at.error <= self._allowed)]
         if self._alone is not None:
             found += self._fewest_steps(*self._alone)
@@ -149,6 +153,8 @@ class OfflineSearch:
 
     def _for_speed(self, seconds: float) -> Predicted:
         """The best of what takes ``seconds`` at most; the fastest where nothing does."""
+        if self.chosen.all_computed:
+            return self._with_heads(self._dense, seconds)
         slower = self._index(lambda at: at.seconds > seconds)
         found = [self._dense, self._price(max(slower - 1, 0))]
         if self._alone is not None:
@@ -172,10 +178,12 @@ class OfflineSearch:
         if solution.draft.ranges:
             self.reasons.append("sparse: heads are not looked at in plans that predict ranges of blocks")
             return found
-        best = found
+        best, network = found, self.profile.networks[name]
 
         def is_better(made: Predicted) -> bool:
-            return made.seconds < best.seconds if seconds is None else made.error < best.error
+            if seconds is None:
+                return made.seconds < best.seconds
+            return made.error < best.error or best.seconds > seconds
 
         def allowed(plan: Solution) -> bool:
             return count_graphs(problem, plan) <= self.max_variants
@@ -185,7 +193,7 @@ class OfflineSearch:
 
         try:
             for base in further_schedules(solution, problem.steps, MORE_STEPS, start):
-                heads = HeadsBeside(self.profile.networks[name], problem, base, self._attention_costs, allowed)
+                heads = HeadsBeside(network, problem, base, self._attention_costs, allowed, find_recipe(self.recipe))
                 if seconds is None:
                     part = heads.within_error(self._allowed**2 - base.predicted_error**2)
                 else:
@@ -217,6 +225,11 @@ class OfflineSearch:
             return {}
         found, told = site_costs(network, form_name(problem.dtype, problem.simplify))
         self.reasons += [f"sparse: {reason}" for reason in told]
+        recipe = find_recipe(self.recipe)
+        if recipe is not None:
+            within, *lacking = recipe.told(profiled_candidates(network))
+            self.reasons.append(within)
+            self.missed += lacking
         return found
 
     @property

@@ -30,6 +30,7 @@ from ditopt.prepare import CannotDecideError, Preparation, as_it_was, seeded
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.observe import Pair, captured_once
 from ditopt.profiler.take import TABLES, add_sparse_tables, take_profile
+from ditopt.recipes import find_recipe
 from ditopt.runtime.graphs import Graphs
 from ditopt.target import Target
 from ditopt.techniques import Techniques
@@ -55,12 +56,13 @@ class Optimizer:
     on_mismatch: str = "error"
     resume: bool = True
     quiet: bool = False
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
         self.reporter = Reporter(self.quiet)
         self.timings: dict[str, float] = {}
         self.reasons: list[str] = []
-        self.chosen = Techniques.choose(self.techniques)
+        self.chosen = Techniques.choose(self.techniques, self.recipe)
         self.adapter: Adapter = adapt(self.model, self.rollout, self.pipe_kwargs)
         check_writable(None if self.plan_path is None else Path(self.plan_path))
 
@@ -130,6 +132,8 @@ class Optimizer:
             self.chosen.sparse,
             self.reasons,
             statistics.median(dense_seconds or [0.0]),
+            all_computed=self.chosen.all_computed,
+            recipe=find_recipe(self.recipe),
         )
         with self._timed("search and verify"):
             found = search()
@@ -184,6 +188,7 @@ class Optimizer:
                 evaluator.template,
             )
         plan = finished_plan(evaluator.template, found, rows, graphs, len(held_out), search.state_bytes)
+        plan = plan.model_copy(update={"recipe": self.recipe})
         for session in evaluator.sessions.values():  # what did not apply is told, not dropped
             for program in session.programs:
                 self.reasons += [*program.variants.trace.notes, *program.variants.reasons]
@@ -213,7 +218,8 @@ class Optimizer:
         """Nothing beats the dense compiled model: say so and leave that; the plan file gets no rules."""
         self.reasons.append(reason)
         if template is not None and self.plan_path is not None:
-            template.model_copy(update={"measured": {"dense": reason}}).save(self.plan_path)
+            said = {"measured": {"dense": reason}, "recipe": self.recipe}
+            template.model_copy(update=said).save(self.plan_path)
             write_side(Path(self.plan_path), {"reasons": self.reasons, "table": rows, "timings": self.timings})
         self.reporter.say(f"the dense compiled model stays: {reason}")
         return Result(None, list(rows), self.reasons, None, self.timings)

@@ -264,7 +264,8 @@ class Plan(_Part):
     """A plan: what to do where and when; what no rule names is dense, and later rules win.
 
     ``settings`` is what the pipeline was called with, ``geometry`` the shape of each network's latents (batch first),
-    ``tokens`` how the tokens of that lie, ``breaks`` which networks are several graphs.
+    ``tokens`` how the tokens of that lie, ``breaks`` which networks are several graphs, ``recipe`` what the search was
+    restricted to.
     """
 
     ditopt: Literal[1] = 1
@@ -277,6 +278,7 @@ class Plan(_Part):
     inputs: Inputs = Inputs()
     breaks: dict[str, Breaks] = {}
     target: dict[str, float | str] = {}
+    recipe: Annotated[str, Field(max_length=100)] | None = None
     predicted: dict[str, float] = {}
     measured: dict[str, Any] = {}
     rules: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES), BeforeValidator(_bounded)] = ()

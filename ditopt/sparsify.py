@@ -16,8 +16,10 @@ from ditopt.console import Reporter, Stage
 from ditopt.errors import InputError
 from ditopt.measure import FAILED, Evaluator
 from ditopt.outcome import Found
+from ditopt.recipes import Recipe
 from ditopt.search import Solution
 from ditopt.search.solution import SparsePart
+from ditopt.search.sparse import profiled_candidates
 from ditopt.search.with_heads import MORE_STEPS, HeadsBeside, further_schedules
 from ditopt.target import Target
 from ditopt.tune import Tuner
@@ -52,7 +54,10 @@ class Choice:
 
 @dataclass
 class Sparsify:
-    """Adds sparse heads to the plan of one network, judged on ``held_out``; says why not in ``reasons``."""
+    """Adds sparse heads to the plan of one network, judged on ``held_out``; says why not in ``reasons``.
+
+    A ``recipe`` restricts them. ``all_computed``: the plan computes every step, so that a speed is for heads to reach.
+    """
 
     evaluator: Evaluator
     target: Target
@@ -60,13 +65,15 @@ class Sparsify:
     reporter: Reporter
     max_variants: int
     reasons: list[str]
+    recipe: Recipe | None = None
+    all_computed: bool = False
 
     def __call__(self, found: Found, tuner: Tuner) -> Found:
         """The plan with sparse heads, not timed against dense yet; or ``found``. The profile has ``NEEDED_TABLES``.
 
         For quality the fastest plan that meets the target is sought, for speed the one of least error that takes no
-        longer than ``found``. Either way it has to take less time than ``found``, or err less, in generations that are
-        timed in turn, with held-out prompts.
+        longer than ``found``, or (``all_computed``) than the speed asks for. Either way it has to take less time than
+        ``found``, or err less, in generations that are timed in turn, with held-out prompts.
         """
         (solution,) = found.solutions.values()
         if solution.draft.ranges:
@@ -75,7 +82,9 @@ class Sparsify:
         self.reasons += [f"sparse: {reason}" for reason in tuner.attention.reasons]
         if not tuner.attention.costs:
             return found
-        search = _Search(tuner, self.max_variants, self.target)
+        if self.recipe is not None:
+            self.reasons += self.recipe.told(profiled_candidates(tuner.profile.networks[tuner.network]))
+        search = _Search(tuner, self.max_variants, self.target, self.recipe)
         in_hand = self.target.missing_db(found.quality) - tuner.missing_db(solution) + MARGIN_DB
         for _ in range(ROUNDS):
             try:
@@ -109,6 +118,8 @@ class Sparsify:
         for base in bases:
             if self.target.speedup is None:
                 best += search.for_quality(base, in_hand, WORTH * solution.predicted_seconds)
+            elif self.all_computed:
+                best += search.for_seconds(base, tuner.seconds_allowed(self.target.speedup))
             elif base is not solution:
                 wanted = tuner.quality_of(solution)
                 made = search.for_seconds(base, solution.predicted_seconds)
@@ -126,7 +137,7 @@ class Sparsify:
             rules = choice.solution.rules
             quality, _ = self.evaluator.quality(rules, self.held_out)
             missing = self.target.missing_db(quality)
-            better = self.target.error(quality) < self.target.error(found.quality)
+            better = self.all_computed or self.target.error(quality) < self.target.error(found.quality)
             if missing > 0 or (self.target.speedup is not None and not better):
                 self.reasons.append(
                     f"sparse: heads that the tuning prompts allow give the held-out ones {quality.psnr:.1f} dB, "
@@ -156,13 +167,19 @@ class _Search:
     tuner: Tuner
     max_variants: int
     target: Target
+    recipe: Recipe | None
 
     def beside(self, base: Solution) -> HeadsBeside:
         """The choices of heads beside a schedule."""
         tuner = self.tuner
         network = tuner.profile.networks[tuner.network]
         return HeadsBeside(
-            network, tuner.problem, base, tuner.attention.costs, lambda plan: tuner.variants(plan) <= self.max_variants
+            network,
+            tuner.problem,
+            base,
+            tuner.attention.costs,
+            lambda plan: tuner.variants(plan) <= self.max_variants,
+            self.recipe,
         )
 
     def for_quality(self, base: Solution, in_hand: float, limit: float) -> list[Choice]:

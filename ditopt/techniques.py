@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ditopt.decisions import DTYPES
 from ditopt.errors import InputError
+from ditopt.recipes import find_recipe
 from ditopt.search import TECHNIQUES
 from ditopt.search.space import candidates
 
@@ -20,7 +21,10 @@ COLLECTORS = ("attention", "patterns", "features", "tokens", "linear", "sensitiv
 
 @dataclass(frozen=True)
 class Techniques:
-    """A choice: the predictors of steps by name, and which of the others."""
+    """A choice: the predictors of steps by name, and which of the others.
+
+    ``all_computed``: no predictor is wanted, only sparse heads; ``predictors`` are not used then.
+    """
 
     predictors: tuple[str, ...]
     ranges: bool
@@ -28,16 +32,29 @@ class Techniques:
     dtypes: tuple[str, ...]
     second_order: bool
     sparse: bool
+    all_computed: bool = False
 
     @classmethod
-    def choose(cls, names: Sequence[str] | None) -> Techniques:
-        """Those called ``names``; None: all.
+    def choose(cls, names: Sequence[str] | None, recipe: str | None = None) -> Techniques:
+        """Those called ``names``; None: those of the recipe, or without one all.
 
         Raises:
-            InputError: a name is unknown.
+            InputError: a name or the recipe is unknown, or the names leave out what the recipe consists of.
         """
         chosen = ALL_TECHNIQUES if names is None else tuple(names)
+        wanted = find_recipe(recipe)
+        if wanted is not None:
+            lacking = [each for each in wanted.techniques if each not in chosen]
+            if lacking:
+                raise InputError(
+                    f"recipe {recipe} uses {', '.join(lacking)}, which techniques {', '.join(chosen)} leave out; name "
+                    "it, or give no techniques"
+                )
+            chosen = wanted.techniques if names is None else chosen
         predictors = tuple(name for name in chosen if name not in OTHERS)
+        all_computed = not predictors and SPARSE in chosen
+        if all_computed:
+            predictors = TECHNIQUES[:1]
         try:
             candidates(predictors)
         except InputError as error:
@@ -49,6 +66,7 @@ class Techniques:
             DTYPES if PRECISION in chosen else (),
             SECOND_ORDER in chosen,
             SPARSE in chosen,
+            all_computed,
         )
 
 

@@ -86,6 +86,8 @@ def _figures(plan: Plan) -> RenderableType:
 def _provenance(plan: Plan) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     _row(table, "target", figure(plan.target) if plan.target else "none")
+    if plan.recipe is not None:
+        _row(table, "recipe", plan.recipe)
     _row(table, "model", f"{plan.model.class_name}, {plan.model.blocks} blocks, {plan.model.structure}")
     _row(table, "sampler", f"{plan.sampler.class_name}, {plan.sampler.steps} steps, guidance {plan.sampler.guidance:g}")
     if plan.geometry:

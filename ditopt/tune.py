@@ -217,6 +217,18 @@ class Tuner:
         bound = whole_program(self.evaluator.sessions[self.network]).bound
         return 1 if bound is None else len(bound.variants)
 
+    def every_step(self) -> Solution:
+        """The plan that computes every step, in the problem's form, tried."""
+        self._choose_dtype()
+        self.stage_name = "dense"
+        made = from_kept(self.problem, range(self.problem.steps), max_variants=self.max_variants)
+        self._measure(made.rules)
+        return made
+
+    def seconds_allowed(self, speedup: float) -> float:
+        """Of all evaluations of a generation, at so many times the speed of dense ones."""
+        return self.problem.steps * self.profile.networks[self.network].seconds["full"] / speedup
+
     def find(self, margin_db: float) -> Solution | None:
         """The fastest plan found that meets the target with a margin, on the tuning prompts; None if none does."""
         with self.reporter.stage(f"search: {self.network}", self.budget) as self._bar:
@@ -317,7 +329,7 @@ class Tuner:
 
     def _for_speed(self, speedup: float) -> Solution | None:
         full, predicted = self.problem.seconds_full, self.problem.seconds_predicted
-        allowed = self.problem.steps * self.profile.networks[self.network].seconds["full"] / speedup
+        allowed = self.seconds_allowed(speedup)
         if predicted is None:
             return self._ranges_for_speed(allowed)
         count = int((allowed - self.problem.steps * predicted) / max(full - predicted, 1e-9))

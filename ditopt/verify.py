@@ -20,6 +20,7 @@ from ditopt.plan import Rule, cast_rules
 from ditopt.profile import NetworkProfile, Profile
 from ditopt.profiler.run import TUNING_PROMPTS
 from ditopt.quality import LEVELS, compare
+from ditopt.recipes import Recipe
 from ditopt.search import Solution
 from ditopt.search.with_heads import NEEDED_TABLES
 from ditopt.sparsify import Sparsify
@@ -56,8 +57,9 @@ class VerifiedSearch:
     """Searches network after network for one target; ``reasons`` says what was missed, ``state_bytes`` of slots.
 
     ``second_order``: whether computed steps may have a share of that formula, ``sparse``: whether heads may attend to
-    less than all. ``dense_seconds``: of a dense generation, where one was timed in this run; 0 where none was.
-    ``rival_sample`` is what the first held-out prompt gives with fewer steps.
+    less than all, as a ``recipe`` says where there is one; ``all_computed``: whether they are all that is looked for,
+    with every step computed. ``dense_seconds``: of a dense generation, where one was timed in this run; 0 where none
+    was. ``rival_sample`` is what the first held-out prompt gives with fewer steps.
     """
 
     evaluator: Evaluator
@@ -76,6 +78,8 @@ class VerifiedSearch:
     dense_seconds: float = 0.0
     state_bytes: int = 0
     rival_sample: Tensor | None = None
+    all_computed: bool = False
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         self._plan_seconds = math.inf
@@ -97,11 +101,23 @@ class VerifiedSearch:
 
     def __call__(self) -> Found | None:
         """The plan that met the target on the held-out prompts (for speed: the one that came nearest), or None."""
+        if self.all_computed:
+            found = self._every_step()
+            return found if found is not None and found.rules else None
         found = self._for_quality() if self.target.speedup is None else self._for_speed(self.target.speedup)
         both = self.target.speedup is not None and self.target.min_psnr is not None
         if both and (found is None or self.target.missing_db(found.quality) > 0):
             found = self._for_quality_instead()
         return None if found is None else self._aim(self._sparsify(found))
+
+    def _every_step(self) -> Found | None:
+        """Sparse heads beside a schedule that computes every step; without rules where none was good enough."""
+        if len(self._tuners) != 1:
+            return None
+        ((name, tuner),) = self._tuners.items()
+        solution = tuner.every_step()
+        quality, self._plan_seconds = self.evaluator.quality(solution.rules, self.held_out)
+        return self._sparsify(Found(solution.rules, quality, {name: solution}, self._tuners))
 
     def _for_quality_instead(self) -> Found | None:
         """Where no plan has the speed that was asked for at the PSNR beside it: the fastest that has the PSNR."""
@@ -123,7 +139,16 @@ class VerifiedSearch:
             return found
         # where the speed asked for was out of reach, plans were searched for the PSNR beside it
         target = replace(self.target, speedup=None) if tuner.target.speedup is None else self.target
-        sparsify = Sparsify(self.evaluator, target, self.held_out, self.reporter, self.max_variants, self.reasons)
+        sparsify = Sparsify(
+            self.evaluator,
+            target,
+            self.held_out,
+            self.reporter,
+            self.max_variants,
+            self.reasons,
+            self.recipe,
+            self.all_computed,
+        )
         return sparsify(found, tuner)
 
     def _aim(self, found: Found) -> Found:

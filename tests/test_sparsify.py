@@ -99,6 +99,25 @@ def test_heads_are_sparse_where_that_is_faster_and_a_new_compile_repeats_it(
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("target", [Target(min_psnr=40), Target(speedup=1.1)], ids=["quality", "speed"])
+def test_under_a_recipe_heads_are_what_it_allows_and_every_step_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Target
+) -> None:
+    monkeypatch.setenv("DITOPT_CACHE", str(tmp_path / "cache"))
+    measured_as(monkeypatch, FASTER)
+    path = tmp_path / "wan.plan.yaml"
+    made = Optimizer(tiny_wan(), PROMPTS, target, euler, path, budget=4, resume=False, quiet=True, recipe="radial")
+    result = made.run()
+    assert heads_of(result.plan) and heads_of(result.plan) == list(result.plan.rules), made.reasons  # type: ignore[union-attr]  # there is one
+    plan = Plan.load(path)
+    assert plan.recipe == "radial" and len(plan.kept_steps()) == STEPS and plan.target == target.to_data()
+    assert all(rule.heads == (0, 1) and 0 not in rule.steps for rule in plan.rules), "alike, and the first step dense"
+    assert {rule.do.settings["pattern"] for rule in heads_of(plan)} <= {"radial", "union"}
+    told = Explained.load(side_path(path)).reasons
+    assert any(reason.startswith("recipe radial (Radial Attention, arXiv 2506.19852)") for reason in told)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     ("in_turn", "error", "told"),
     [

@@ -93,7 +93,8 @@ def _common(plan: Plan | None, found: Explained, source: str, profile: Profile |
         "subtitle": subtitle,
         "found": found,
         "provenance": [
-            (part, key, value) for part in names for key, value in data.get(part, {}).items() if key not in long
+            *((part, key, value) for part in names for key, value in data.get(part, {}).items() if key not in long),
+            *([("recipe", "name", data["recipe"])] if "recipe" in data else []),
         ],
         "prompts": prompts,
         "roles": ROLES,

@@ -14,8 +14,10 @@ from typing import NamedTuple
 from ditopt.cost_models.sparse import SparseCost
 from ditopt.decisions import Decision, Sparse
 from ditopt.errors import InputError
+from ditopt.measures import Label
 from ditopt.plan import Plan, Rule, format_steps
 from ditopt.profile import LATENCY, NetworkProfile
+from ditopt.recipes import Recipe
 from ditopt.search.heads import HeadPattern, squared_errors
 from ditopt.search.problem import SearchProblem
 from ditopt.search.solution import Draft, Explanation, Rival, SparsePart
@@ -49,19 +51,31 @@ class SiteCandidates:
     """The heads of one site in some steps; ``heads`` are the candidates of each, beside dense.
 
     ``lost`` are the seconds of a generation that the block-sparse kernel takes longer than dense attention where every
-    head attends to everything; below 0 where it is the faster one.
+    head attends to everything; below 0 where it is the faster one. ``alike``: all heads have to do the same.
     """
 
     heads: tuple[tuple[HeadCandidate, ...], ...]
     lost: float
+    alike: bool = False
 
     def chosen(self, price: float) -> tuple[HeadCandidate, ...]:
         """The candidates of most gain together, one a head at most; none where dense attention is better."""
+        if self.alike:
+            return self._chosen_alike(price)
         best = [max(of_head, key=lambda each: each.gain(price)) for of_head in self.heads if of_head]
         found = [each for each in best if each.gain(price) > 0]
         if not found and best:  # one of them is what it takes to run in the kernel
             found = [max(best, key=lambda each: each.gain(price))]
         return tuple(found) if sum(each.gain(price) for each in found) > self.lost else ()
+
+    def _chosen_alike(self, price: float) -> tuple[HeadCandidate, ...]:
+        """Of what every head may do, that of most gain together."""
+        of_label: dict[Label, list[HeadCandidate]] = {}
+        for each in (each for of_head in self.heads for each in of_head):
+            of_label.setdefault(each.choice.candidate, []).append(each)
+        together = [made for made in of_label.values() if len(made) == len(self.heads)]
+        best = max(together, key=lambda made: sum(each.gain(price) for each in made), default=[])
+        return tuple(best) if sum(each.gain(price) for each in best) > max(self.lost, 0.0) else ()
 
 
 def extras_of(decision: Decision) -> frozenset[str]:
@@ -117,34 +131,44 @@ def head_candidates(
     draft: Draft,
     costs: Mapping[str, SparseCost],
     ranges: Iterable[Sequence[int]],
+    recipe: Recipe | None = None,
 ) -> tuple[SiteCandidates, ...]:
     """The candidates of all heads of the sites that have ``costs``, in every range of steps, worse ones left out.
 
     Of a range the steps count that ``draft`` computes. A candidate is worse than another that saves as much with as
     small an error, and than dense if it saves nothing; what was not measured in one of the steps is none. Densities are
-    those of the profile's blocks.
+    those of the profile's blocks. What a ``recipe`` does not allow, and steps that it keeps dense, are left out.
 
     Raises:
         KeyError: the profile has no tables of a site (``patterns``, ``sensitivity``).
         InputError: no error that was planted at any attention site moved anything.
     """
-    computed = [tuple(step for step in steps if step in draft.kept) for steps in ranges]
+    first = round(recipe.dense_first * problem.steps) if recipe is not None else 0
+    alike = recipe is not None and recipe.alike
+    computed = [tuple(step for step in steps if step in draft.kept and step >= first) for steps in ranges]
     found = []
     for site, cost in costs.items():
         table = network.tables["patterns"][site]
         labels, density = table.labels["candidate"], table["density"].values
+        allowed = [recipe is None or recipe.allows(str(label)) for label in labels]
         heads = range(table["error"].size("head"))
         for steps in filter(None, computed):
             errors = squared_errors(network, problem, draft, site, steps, heads, range(len(labels)))
             saved = (cost.dense / cost.efficiency / len(heads) * len(steps) * (1 - density)).tolist()
             of_heads = []
             for head, row in zip(heads, errors.tolist(), strict=True):
-                known = [at for at, error in enumerate(row) if not math.isnan(error)]
+                known = [at for at, error in enumerate(row) if allowed[at] and not math.isnan(error)]
                 each = (HeadCandidate(HeadPattern(site, head, labels[at], steps), saved[at], row[at]) for at in known)
-                of_heads.append(not_worse(each))
+                of_heads.append(tuple(each) if alike else not_worse(each))
             lost = (cost.seconds(1.0) - cost.dense) * len(steps)
-            found.append(SiteCandidates(tuple(of_heads), lost))
+            found.append(SiteCandidates(tuple(of_heads), lost, alike))
     return tuple(found)
+
+
+def profiled_candidates(network: NetworkProfile) -> tuple[str, ...]:
+    """The candidates that were measured at some site."""
+    tables = network.tables["patterns"].values()
+    return tuple(dict.fromkeys(str(label) for table in tables for label in table.labels["candidate"]))
 
 
 def not_worse(candidates: Iterable[HeadCandidate]) -> tuple[HeadCandidate, ...]:
@@ -218,7 +242,9 @@ def _explained(
             if each is not own:
                 told = f"saves {1e3 * each.saved:.3g} ms of a generation"
                 worth = each.gain(price)
-                if worth > gain:
+                if worth > gain and site.alike:
+                    why = f"{told}, but the site's heads do alike, and together they would gain less"
+                elif worth > gain:
                     why = f"{told}, but what the site would gain is less than the kernel costs it"
                 elif own is not None and each.saved < own.saved:
                     why = f"{told} only"

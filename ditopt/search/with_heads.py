@@ -8,6 +8,7 @@ import numpy as np
 
 from ditopt.cost_models.sparse import SparseCost
 from ditopt.profile import NetworkProfile
+from ditopt.recipes import Recipe
 from ditopt.search.problem import SearchProblem
 from ditopt.search.solution import Solution, SparsePart, signatures
 from ditopt.search.sparse import (
@@ -32,7 +33,7 @@ Allowed = Callable[[Solution], bool]
 
 
 class HeadsBeside:
-    """The choices of heads beside one schedule; ``costs`` are of the sites that may be sparse.
+    """The choices of heads beside one schedule; ``costs`` are of the sites that may be sparse, ``recipe`` says how.
 
     Raises:
         InputError: no error that was planted at any attention site moved anything.
@@ -45,12 +46,13 @@ class HeadsBeside:
         base: Solution,
         costs: Mapping[str, SparseCost],
         allowed: Allowed,
+        recipe: Recipe | None = None,
     ) -> None:
         self.base, self.network, self.allowed = base, problem.network, allowed
         kept = base.kept
         divisions = (np.array_split(kept, count) for count in range(1, min(PHASES, len(kept)) + 1))
         ranges = ([tuple(map(int, part)) for part in division] for division in divisions)
-        self.divisions = [head_candidates(network, problem, base.draft, costs, each) for each in ranges]
+        self.divisions = [head_candidates(network, problem, base.draft, costs, each, recipe) for each in ranges]
 
     @property
     def most_saved(self) -> float:

@@ -60,5 +60,5 @@ def _tried(geometry: Geometry) -> Iterator[Pattern]:
         Window(tile=(tile[0], math.ceil(rows / 8), math.ceil(columns / 8)), reach=(1, 1, 1)),
     ]
     yield from windows
-    sinks += [bands[0], bands[3], radials[0], windows[0], windows[1]]
+    sinks += [bands[0], bands[3], radials[0], Radial(width=1.0), windows[0], windows[1]]
     yield from (Union(of=(pattern, Sink(frames=1))) for pattern in sinks)

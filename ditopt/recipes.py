@@ -1,0 +1,164 @@
+"""Recipes: published systems of sparse attention as named restrictions of the search. Data; a paper is no code path.
+
+A recipe says which of the profiled candidates the search may choose, whether the heads of a site have to do alike, and
+how much of the schedule stays dense. What is chosen within that is told by the common price of error, as ever.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ditopt.errors import InputError
+
+ANY = "any"
+"""In a form: a setting that has to be there, whatever its value."""
+SAID = ("rest", "order", "by", "refresh")
+"""Settings that a candidate of a recipe has only where the form speaks of them; others, as widths, are free."""
+Form = Mapping[str, Any]
+"""Settings of candidates, as plans have them: ``{pattern: draft, keep: any, rest: {pooled: any}}``."""
+
+
+def fits(form: Form, settings: Mapping[str, Any]) -> bool:
+    """Whether a candidate with these settings is of a form.
+
+    >>> fits({"pattern": "band"}, {"pattern": "band", "width": 2.0})
+    True
+    >>> fits({"pattern": "band"}, {"pattern": "band", "width": 2.0, "rest": {"pooled": 16}})
+    False
+    """
+    if any(key in settings and key not in form for key in SAID):
+        return False
+    return all(key in settings and _alike(wanted, settings[key]) for key, wanted in form.items())
+
+
+def _alike(wanted: Any, found: Any) -> bool:
+    if wanted == ANY:
+        return True
+    if isinstance(wanted, Mapping):
+        written = {found: ANY} if isinstance(found, str) else found  # a word stands for itself without numbers
+        return isinstance(written, Mapping) and fits(wanted, written)
+    if isinstance(wanted, tuple):
+        return isinstance(found, list) and len(found) == len(wanted) and all(map(_alike, wanted, found))
+    return bool(wanted == found)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One published system.
+
+    Attributes:
+        name: what users call it.
+        system: the name that its authors gave it, ``arxiv`` their paper.
+        forms: of the candidates that the search may choose; dense is always among the choices.
+        alike: whether all heads of a site do the same in a step; else each has its own.
+        dense_first: the share of the schedule that stays dense, from its start.
+        techniques: all that the system consists of; where ``optimize`` is given others, they have to name these.
+        departs: how what runs here differs from what was published.
+    """
+
+    name: str
+    system: str
+    arxiv: str
+    forms: tuple[Form, ...]
+    alike: bool = False
+    dense_first: float = 0.0
+    techniques: tuple[str, ...] = ("sparse",)
+    departs: str = ""
+
+    @property
+    def source(self) -> str:
+        """The system and its paper."""
+        return f"{self.system}, arXiv {self.arxiv}"
+
+    @property
+    def restriction(self) -> str:
+        """What the search may choose, in words."""
+        heads = "the heads of a site alike" if self.alike else "each head its own"
+        first = f", the first {self.dense_first:.0%} of steps dense" if self.dense_first else ""
+        return f"{heads}{first}: dense, {', '.join(map(form_text, self.forms))}"
+
+    def allows(self, candidate: str) -> bool:
+        """Whether the search may choose a candidate, by its name in profiles (``pattern_text``)."""
+        settings = json.loads(candidate)
+        return any(fits(form, settings) for form in self.forms)
+
+    def missing(self, candidates: Iterable[str]) -> tuple[Form, ...]:
+        """The forms of which none of the ``candidates`` is."""
+        known = [json.loads(each) for each in candidates]
+        return tuple(form for form in self.forms if not any(fits(form, settings) for settings in known))
+
+    def told(self, candidates: Iterable[str]) -> tuple[str, ...]:
+        """What is to be said of a search among ``candidates``: what was left out, and what was not profiled."""
+        names = [*dict.fromkeys(candidates)]
+        outside = sum(not self.allows(each) for each in names)
+        found = [
+            f"recipe {self.name} ({self.source}): {outside} of {len(names)} profiled candidates are outside of it and "
+            f"were not considered; {self.restriction}"
+        ]
+        lacking = self.missing(names)
+        if lacking:
+            what = ", ".join(map(form_text, lacking))
+            found.append(f"recipe {self.name}: not among the profiled candidates, so not considered: {what}")
+        return tuple(found)
+
+
+def form_text(form: Form) -> str:
+    """A form as plans write it.
+
+    >>> form_text({"pattern": "draft", "mass": ANY, "rest": {"pooled": ANY}})
+    '{pattern: draft, mass: any, rest: {pooled: any}}'
+    """
+    return "{" + ", ".join(f"{key}: {_text(value)}" for key, value in form.items()) + "}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    return form_text(value) if isinstance(value, Mapping) else str(value)
+
+
+SINK: Form = {"pattern": "sink"}
+RECIPES: dict[str, Recipe] = {
+    each.name: each
+    for each in (
+        Recipe(
+            "sparse-vdit",
+            "Sparse-vDiT",
+            "2506.03065",
+            forms=(
+                {"pattern": "skip"},
+                {"pattern": "band"},
+                {"pattern": "temporal"},
+                {"pattern": "union", "of": ({"pattern": "band"}, SINK)},
+            ),
+            departs="errors are those behind the projection, grown to the sample; dense competes at its own loss (the "
+            "threshold epsilon is lambda); a mode has several widths; stripes are the first frame's, with a diagonal",
+        ),
+        Recipe(
+            "radial",
+            "Radial Attention",
+            "2506.19852",
+            forms=({"pattern": "radial"}, {"pattern": "union", "of": ({"pattern": "radial"}, SINK)}),
+            alike=True,
+            dense_first=0.24,
+            departs="blocks of 64, diagonals one token wider and kept in all frames; which sites are sparse is priced, "
+            "where the paper keeps the first block dense",
+        ),
+    )
+}
+
+
+def find_recipe(name: str | None) -> Recipe | None:
+    """The recipe called ``name``; None: no restriction.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name is None:
+        return None
+    if name not in RECIPES:
+        raise InputError(f"recipe {name!r} is unknown; choose from {', '.join(RECIPES)} (`ditopt recipes` says more)")
+    return RECIPES[name]
