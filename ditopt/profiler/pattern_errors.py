@@ -39,6 +39,8 @@ REMEMBERED = 1 << 19
 """So many values of a site's output are kept per step; of more, a share of the sampled rows."""
 WITH_REST = ("skip", "spatial", "temporal", "window", "band", "draft")
 """Patterns that are tried with a rest as well."""
+TO_FIRST_ORDER = ({"pattern": "skip"}, {"pattern": "draft", "by": "error"})
+"""Those of them that are tried with a rest to first order, too: they have these settings."""
 NOTHING = 1e-30
 """A row of which a pattern keeps less mass is taken to have lost all of it: its output is 0."""
 
@@ -63,30 +65,48 @@ def candidates_of(geometry: Geometry, block: int) -> Candidates:
 
 @dataclass(frozen=True)
 class Compensated:
-    """Candidates whose rest counts by means of ``pool`` tokens: names, and ``which`` of those without one they are."""
+    """Candidates whose rest counts by means of ``pool`` tokens: names, and ``which`` of those without one they are.
+
+    The last ``linear`` of them count it to first order.
+    """
 
     pool: int
     names: tuple[str, ...]
     which: tuple[int, ...]
+    linear: int = 0
 
 
 @lru_cache(maxsize=8)
 def compensated_of(names: tuple[str, ...], block: int, pool: int) -> Compensated:
-    """Of candidates called ``names``, in blocks of so many keys, those of ``WITH_REST`` with a rest."""
+    """Of candidates called ``names``, in blocks of so many keys, those of ``WITH_REST`` with a rest.
+
+    Behind them those of ``TO_FIRST_ORDER`` with one to first order.
+    """
     settings = [json.loads(name) for name in names]
-    which = tuple(at for at, each in enumerate(settings) if each["pattern"] in WITH_REST)
-    rest = Pooled(None if pool == block else pool).to_data()
-    return Compensated(pool, tuple(json.dumps({**settings[at], REST: rest}, sort_keys=True) for at in which), which)
+    which = [at for at, each in enumerate(settings) if each["pattern"] in WITH_REST]
+    further = [at for at in which if any(each.items() <= settings[at].items() for each in TO_FIRST_ORDER)]
+    rests = (Pooled(None if pool == block else pool, first_order=order).to_data() for order in (False, True))
+    found = [
+        json.dumps({**settings[at], REST: rest}, sort_keys=True)
+        for rest, places in zip(rests, (which, further), strict=True)
+        for at in places
+    ]
+    return Compensated(pool, tuple(found), (*which, *further), len(further))
 
 
 def error_moments(
-    sums: Tensor, kept: Tensor, weights: Tensor, pooled: tuple[Tensor, Sequence[int]] | None = None
+    sums: Tensor,
+    kept: Tensor,
+    weights: Tensor,
+    pooled: tuple[Tensor, Sequence[int]] | None = None,
+    linear: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """``[C, E, E]``: weighted second moments of the errors that patterns make in a head's output.
 
     ``sums`` ``[Kb, q * r, E + 1]`` are of q blocks of r rows (``Part.sums``), ``kept`` ``[q, C, Kb]``, ``weights``
     ``[q, r]``. What a pattern keeps of a row is scaled to sum to one. ``pooled``, sums as those of
     ``Part.pooled``, is what some of the patterns have of the blocks that they do not keep: further errors behind ``C``.
+    ``linear``, ``[q * r, E]`` as in ``Part``, is what the last so many of these have, times the mass of that.
     """
     key_blocks, _, width = sums.shape
     blocks = len(kept)
@@ -96,7 +116,11 @@ def error_moments(
     if pooled is not None:
         of_groups, which = pooled
         at = torch.tensor(which, device=sums.device) + 1
-        found.append(torch.baddbmm(found[0][:, at], 1 - picked[:, at], _by_query_block(of_groups, blocks)))
+        rests = torch.bmm(1 - picked[:, at], _by_query_block(of_groups, blocks))
+        if linear is not None:
+            behind = rests[:, len(which) - linear[1] :].view(blocks, linear[1], -1, width)
+            behind[..., :-1] += behind[..., -1:] * linear[0].view(blocks, 1, -1, width - 1)
+        found.append(rests.add_(found[0][:, at]))
     shape = (sum(each.shape[1] for each in found), blocks, sums.shape[1] // blocks, width - 1)
     outputs, begin = torch.empty(shape, device=sums.device), 0
     for each in found:
@@ -281,8 +305,10 @@ class PatternCollector(RowReader):
             shape = (place.entry.site.heads, len(site.names), width, width)
             site.errors[part.branch] = torch.zeros(shape, device=part.sums.device)
         weights = site.weights[part.blocks].to(part.sums.device)
-        pooled = None if site.compensated is None or part.pooled is None else (part.pooled, site.compensated.which)
-        site.errors[part.branch][part.head] += error_moments(part.sums, site.kept(part), weights, pooled)
+        pooled = linear = None
+        if site.compensated is not None and part.pooled is not None and part.linear is not None:
+            pooled, linear = (part.pooled, site.compensated.which), (part.linear, site.compensated.linear)
+        site.errors[part.branch][part.head] += error_moments(part.sums, site.kept(part), weights, pooled, linear)
 
     def finish(self, place: Place, step: int, branch: int) -> None:
         """Let go of the operands; outputs come with the node itself."""

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ditopt.geometry import Geometry
+from ditopt.kernels.block_sparse_attention.pooled import moments
 from ditopt.kernels.ops import SETTINGS
 from ditopt.kernels.patterns.candidates import block_for
 from ditopt.kernels.patterns.choice import LEAST_POOL
@@ -251,7 +252,7 @@ class Part:
     ``probabilities`` are ``[r, Lp]``, 0 past the last key; ``lse`` and ``entropy`` (nats) ``[r]``; ``mass`` by block of
     keys ``[r, Kb]``; ``sums`` of probabilities times values, and times 1 behind them, ``[Kb, r, E + 1]``, if some
     reader asked for them; and ``pooled`` the same, had the mean of each group of the place's ``pool`` tokens its
-    probability times its tokens.
+    probability times its tokens. ``linear`` ``[r, E]`` is what a rest to first order adds, were all mass in it.
     """
 
     step: int
@@ -265,6 +266,7 @@ class Part:
     mass: Tensor
     sums: Tensor | None
     pooled: Tensor | None = None
+    linear: Tensor | None = None
 
 
 class Reads(Enum):
@@ -347,7 +349,10 @@ def parts(place: Place, operands: Operands, step: int, branch: int, index: int, 
         keys = F.pad(operands.key[index, group].float(), (0, 0, 0, fill))
         ones = F.pad(operands.value[index, group].float(), (0, 1), value=1.0) if values else None
         by_block = F.pad(ones, (0, 0, 0, fill)).view(blocks, place.key_block, -1) if ones is not None else None
-        means = _means(keys, by_block, length, place.pool) if by_block is not None and place.pool else None
+        means = of_head = None
+        if by_block is not None and place.pool:
+            means = _means(keys, by_block, length, place.pool)
+            of_head = moments(keys[:length], operands.value[index, group].float(), place.pool)
         for first in range(0, sample.blocks, at_once):
             last = min(first + at_once, sample.blocks)
             where = slice(first * sample.each, last * sample.each)
@@ -358,11 +363,11 @@ def parts(place: Place, operands: Operands, step: int, branch: int, index: int, 
             split = found.view(-1, blocks, place.key_block)
             sums = torch.bmm(split.transpose(0, 1), by_block) if by_block is not None else None
             mass = sums[..., -1].T if sums is not None else split.sum(-1)
-            pooled = None
-            if means is not None:
+            pooled = linear = None
+            if means is not None and of_head is not None:
                 queries = operands.query[index, head, rows[where]].float() * operands.scale
-                pooled = _pooled_sums(queries, lse, *means)
-            yield Part(step, branch, head, slice(first, last), where, found, lse, entropy, mass, sums, pooled)
+                pooled, linear = _pooled_sums(queries, lse, *means), queries @ of_head
+            yield Part(step, branch, head, slice(first, last), where, found, lse, entropy, mass, sums, pooled, linear)
 
 
 def _means(keys: Tensor, by_block: Tensor, length: int, pool: int) -> tuple[Tensor, Tensor, Tensor]:

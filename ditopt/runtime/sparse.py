@@ -19,6 +19,7 @@ from ditopt.decisions import HeadDecision, Sparse
 from ditopt.errors import InputError, PlanMismatchError
 from ditopt.geometry import Geometry
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kernel_blocks
+from ditopt.kernels.block_sparse_attention.pooled import FIRST_ORDER, ZEROTH_ORDER
 from ditopt.kernels.ops import ATTENTION
 from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.choice import SparseChoice
@@ -248,7 +249,7 @@ def _lists(
 
 
 def _rests(place: Place, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dict[int, tuple[int, Tensor]]:
-    """By step the pool of a site's rests, 0 where no step has one, and which heads have one, ``[H]``.
+    """By step the pool of a site's rests, 0 where no step has one, and which heads have one, to which order, ``[H]``.
 
     A step without any is pooled as another step is, so that it needs no graph of its own.
 
@@ -258,12 +259,19 @@ def _rests(place: Place, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dic
     site = place.site
     _, key_block = kernel_blocks(site.queries, site.keys)
     asked: dict[tuple[HeadDecision, ...], tuple[int, ...]] = {}
+    orders = {}
     for heads in dict.fromkeys(decided.values()):
         rests = [SparseChoice.from_data(do.settings).rest if isinstance(do, Sparse) else None for do in heads]
         try:
             asked[heads] = tuple(rest.of(key_block) if rest is not None else 0 for rest in rests)
         except ValueError as error:
             raise PlanMismatchError(f"{site.name}: {error}") from None
+        orders[heads] = [0 if rest is None else FIRST_ORDER if rest.first_order else ZEROTH_ORDER for rest in rests]
+        if FIRST_ORDER in orders[heads] and place.device.type != "cpu":
+            raise PlanMismatchError(
+                f"{site.name}: there is no kernel for {place.device.type} that takes a rest to first order; write "
+                "pooled instead of taylor"
+            )
         several = sorted({*asked[heads]} - {0})
         if len(several) > 1:
             told = " and ".join(map(str, several))
@@ -272,8 +280,7 @@ def _rests(place: Place, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dic
             )
     coarsest = max((pool for pools in asked.values() for pool in pools), default=0)
     found = {
-        heads: (max(pools) or coarsest, _of_heads([int(pool > 0) for pool in pools], torch.int32, place))
-        for heads, pools in asked.items()
+        heads: (max(pools) or coarsest, _of_heads(orders[heads], torch.int32, place)) for heads, pools in asked.items()
     }
     return {step: found[heads] for step, heads in decided.items()}
 

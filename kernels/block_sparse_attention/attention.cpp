@@ -372,7 +372,7 @@ void check(const Sizes& s, const int32_t* indices, const int32_t* counts, int64_
 
 template <class F>
 void attend(const typename F::Element* query, const Rows<F>& all_keys, const Rows<F>& pooled, const int32_t* rest,
-            typename F::Element* out, float* lse, const int32_t* indices, const int32_t* counts, const Sizes& s,
+            typename F::Element* out, float* lse, float* kept, const int32_t* indices, const int32_t* counts, const Sizes& s,
             const int64_t* of_query, const int64_t* of_out, float scale, int threads) {
     typedef typename F::Element Element;
     const int words = int(s.depth / F::PACKED), channels = int(s.channels), out_words = channels / F::PACKED;
@@ -442,7 +442,15 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
                 in_chunks(all_keys, listed[at] * s.key_block, std::min<int64_t>(s.keys, (listed[next - 1] + 1) * s.key_block), nullptr);
                 at = next;
             }
+            const auto write_logs = [&](float* to, bool attended) {
+                to += (b * s.heads + head) * s.queries + first_query;
+                for (int q = 0; q < here; ++q) {
+                    const float most = state->largest[q];
+                    to[q] = !attended ? lowest : most == -lowest ? most : most * scale + std::log(state->sum[q]);
+                }
+            };
             if (has_rest(head)) {
+                if (kept) write_logs(kept, counts[list] > 0);
                 std::fill(bias.begin(), bias.end(), std::log(float(s.pool)) / scale);
                 bias.back() = std::log(float(s.keys - (s.groups - 1) * s.pool)) / scale;
                 const int64_t each = s.key_block / s.pool;
@@ -451,12 +459,7 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
                 in_chunks(pooled, 0, s.groups, bias.data());
             }
             const bool attended = counts[list] > 0 || has_rest(head);
-
-            float* logs = lse + (b * s.heads + head) * s.queries + first_query;
-            for (int q = 0; q < here; ++q) {
-                const float most = state->largest[q];
-                logs[q] = !attended ? lowest : most == -lowest ? most : most * scale + std::log(state->sum[q]);
-            }
+            write_logs(lse, attended);
             Element* to = out + b * of_out[0] + head * of_out[1] + first_query * of_out[2];
             for (int strip = 0; strip * STRIP < here; ++strip) {
                 float* made = result + strip * int64_t(channels) * STRIP;
@@ -492,11 +495,11 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
 extern "C" int ditopt_lanes() { return LANES; }
 
 // Sizes as in `Sizes`. Strides, in elements: of query, key, value, result, pooled keys and pooled values each batch, head,
-// row; the last dimension is dense. `lse` is [batch, heads, queries]; `rest` [heads] says which heads have one, and is not
-// read where there are no groups. `interleaved` and `pooled_interleaved` have room for the values in bfloat16, and are not
+// row; the last dimension is dense. `lse` is [batch, heads, queries]; so is `kept`, of listed keys alone, written for heads
+// with a rest, or null. `rest` [heads] says which heads have one, and is not read where there are no groups. `interleaved` and `pooled_interleaved` have room for the values in bfloat16, and are not
 // read otherwise. Returns 0; 1 if a list is wrong (`wrong` says which), 2 if no kernel for the element was compiled.
 extern "C" int ditopt_block_sparse_attention(const void* query, const void* key, const void* value, void* out, float* lse,
-                                             const int32_t* indices, const int32_t* counts, int32_t* interleaved,
+                                             float* kept, const int32_t* indices, const int32_t* counts, int32_t* interleaved,
                                              const void* pooled_key, const void* pooled_value, const int32_t* rest,
                                              int32_t* pooled_interleaved, const int64_t* sizes, const int64_t* strides,
                                              float scale, int element_bytes, int threads, int64_t* wrong) {
@@ -511,7 +514,7 @@ extern "C" int ditopt_block_sparse_attention(const void* query, const void* key,
                                s.keys, s.channels, s.key_heads, interleaved};
         const Rows<F> pooled{(const Element*)pooled_key, (const Element*)pooled_value, strides + 12, strides + 15,
                              s.groups, s.channels, s.key_heads, pooled_interleaved};
-        attend<F>((const Element*)query, all_keys, pooled, rest, (Element*)out, lse, indices, counts, s, strides, strides + 9,
+        attend<F>((const Element*)query, all_keys, pooled, rest, (Element*)out, lse, kept, indices, counts, s, strides, strides + 9,
                   scale, threads);
     };
     if (element_bytes == 4) {

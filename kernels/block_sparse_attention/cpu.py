@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ditopt._torch import has_bfloat16_dot_products, load_cpp
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, told
-from ditopt.kernels.block_sparse_attention.pooled import PooledRest
+from ditopt.kernels.block_sparse_attention.pooled import FIRST_ORDER, PooledRest, moments
 from ditopt.kernels.ops import LIBRARY, block_sparse_refusal
 
 SOURCE = Path(__file__).with_name("attention.cpp")
@@ -75,15 +75,17 @@ def block_sparse_attention(
         torch.empty(words * blocks(part.shape[2], 2), dtype=torch.int32) for part in (value, pooled_value)
     )
     width = indices.shape[-1]
+    first_order = (rest == FIRST_ORDER).nonzero().flatten().tolist()
+    kept = torch.empty_like(logs) if first_order else None
     blocked = (len(counts), width, query_block, key_block, pooled_key.shape[2], pool)
     sizes = (batch, heads, key_heads, queries, keys, depth, channels, *blocked)
     strides = [stride for part in (query, key, value, out, pooled_key, pooled_value) for stride in part.stride()[:3]]
     listed = (indices.contiguous(), counts.contiguous())
     of_rest = (pooled_key, pooled_value, rest.contiguous(), of_pooled)
-    tensors = (query, key, value, out, logs, *listed, interleaved, *of_rest)
+    tensors = (query, key, value, out, logs, kept, *listed, interleaved, *of_rest)
     wrong = (ctypes.c_int64 * 3)()
     failed = library(lanes).ditopt_block_sparse_attention(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+        *(ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors),
         (ctypes.c_int64 * len(sizes))(*sizes),
         (ctypes.c_int64 * len(strides))(*strides),
         ctypes.c_float(scale),
@@ -100,7 +102,23 @@ def block_sparse_attention(
             f"ditopt::block_sparse_attention: the compiler made no kernel for {dtype}, though the processor has the "
             "instructions; a newer one (GCC 12 or later) does"
         )
+    if kept is not None:
+        add_first_order(out, (query, key, value), -torch.expm1(kept - logs), first_order, pool, scale)
     return out.to(dtype), logs
+
+
+def add_first_order(
+    out: Tensor, parts: tuple[Tensor, Tensor, Tensor], shares: Tensor, heads: list[int], pool: int, scale: float
+) -> None:
+    """Add what ``moments`` tell to the result of ``heads``, whose rest has ``shares`` ``[B, H, S]`` of the softmax."""
+    query, key, value = parts
+    known: dict[int, Tensor] = {}
+    for head in heads:
+        group = head * key.shape[1] // query.shape[1]
+        if group not in known:
+            known[group] = moments(key[:, group], value[:, group], pool)
+        linear = query[:, head].float() @ known[group]
+        out[:, head] += (linear * (scale * shares[:, head, :, None])).to(out.dtype)
 
 
 @cache

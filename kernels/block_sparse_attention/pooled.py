@@ -1,7 +1,7 @@
 """Means of groups of keys and values: what stands for the blocks that a head's list does not name.
 
 Zeroth-order compensation as in SVG-EAR: a query that is as near to all keys of a group as to their
-mean gives the group the mass that it gives the mean, times the number of tokens.
+mean gives the group the mass that it gives the mean, times the number of tokens. And its first-order term as in PISA.
 """
 
 from __future__ import annotations
@@ -13,18 +13,23 @@ from torch import Tensor
 
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks
 
+ZEROTH_ORDER, FIRST_ORDER = 1, 2
+"""How heads count what their lists do not name: by means, or by how keys and values go together around them, too."""
+
 
 @dataclass(frozen=True, eq=False)
 class PooledRest:
     """Groups of ``pool`` consecutive tokens of the key sequence by their means.
 
     A group that lies in a block which the head's list does not name counts as one key, with the score
-    ``scale * query . key + log(tokens of the group)``.
+    ``scale * query . key + log(tokens of the group)``. Heads of ``FIRST_ORDER`` add to that what ``moments`` say, times
+    the share of the softmax that all these groups have.
 
     Attributes:
         key: ``[B, Hkv, G, D]``: means of keys; the last group may be short.
         value: ``[B, Hkv, G, E]``: means of values.
-        heads: ``[H]`` int32: 1 for heads that have a rest; those of 0 lose what their lists do not name.
+        heads: ``[H]`` int32: ``ZEROTH_ORDER`` or ``FIRST_ORDER`` for heads that have a rest; those of 0 lose what their
+            lists do not name.
         pool: tokens of a group; a divisor of the lists' key block.
     """
 
@@ -62,6 +67,18 @@ def pool_tokens(tokens: Tensor, pool: int, dtype: torch.dtype | None = None) -> 
     if whole < tokens.shape[-2]:
         parts.append(tokens[..., whole:, :].mean(-2, keepdim=True, dtype=dtype))
     return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
+
+
+def moments(key: Tensor, value: Tensor, pool: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``[..., L, D]``, ``[..., L, E]`` -> ``[..., D, E]``: mean over all keys of ``(k - mean of its group) v^T``.
+
+    To first order in ``k - mean``, a group adds ``exp(scale * q . mean) * scale * q H`` to the numerator and nothing to
+    the denominator, with ``H = sum (k - mean) v^T``. PISA (arXiv 2602.01077, its hybrid form) takes the sum of H over
+    all groups, of which each then has a part as large as its share of the mass: so there is one matrix for a head, and
+    the term is ``(mass of the rest) * scale * q H / L``.
+    """
+    means = pool_tokens(key, pool, dtype).repeat_interleave(pool, dim=-2)[..., : key.shape[-2], :]
+    return (key.to(dtype) - means).transpose(-2, -1) @ value.to(dtype) / key.shape[-2]
 
 
 def check_pooled(rest: PooledRest, key: Tensor, value: Tensor, lists: BlockLists, heads: int) -> str | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, check, check_entries
-from ditopt.kernels.block_sparse_attention.pooled import PooledRest, check_pooled
+from ditopt.kernels.block_sparse_attention.pooled import FIRST_ORDER, PooledRest, check_pooled, moments
 
 
 def block_sparse_attention(
@@ -17,7 +17,7 @@ def block_sparse_attention(
     ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]`` -> ``[B, H, S, E]`` and ``[B, H, S]``, in the operands'
     dtype (float64 for an oracle). A query without any listed key has a result of zero and a log of -inf. What is not
     listed does not matter, NaN included, but by its means where ``rest`` gives them to the head: these are further keys
-    of the softmax, each as often as it has tokens.
+    of the softmax, each as often as it has tokens, and to first order where it says so (``moments``).
 
     Raises:
         ValueError: lists do not fit the operands, or an entry is wrong.
@@ -29,6 +29,10 @@ def block_sparse_attention(
     if wrong is not None:
         raise ValueError(wrong)
     group = query.shape[1] // key.shape[1]
+    linear = None
+    if rest is not None:
+        of_heads = moments(key, value, rest.pool, key.dtype).repeat_interleave(group, dim=1)
+        linear = scale * query @ of_heads * (rest.heads == FIRST_ORDER)[:, None, None]
     key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
     keys = key.shape[2]
     listed = lists.to_map(blocks(keys, lists.key_block)).repeat_interleave(lists.query_block, dim=-2)[..., :queries, :]
@@ -49,4 +53,4 @@ def block_sparse_attention(
     else:  # zero times what is not finite would be NaN where it is not listed
         products = (shares[..., None] * value[:, :, None]).masked_fill(~attended[..., None], 0.0)
         out = products.sum(-2)
-    return out, logs
+    return (out if linear is None else out + shares[..., keys:].sum(-1, keepdim=True) * linear), logs

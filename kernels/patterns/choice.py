@@ -11,7 +11,7 @@ from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.kernels.patterns.registry import choice_from_data, pattern_to_data
 from ditopt.kernels.patterns.whole import Everything, Nothing
 
-REST, POOLED, ORDER = "rest", "pooled", "order"
+REST, POOLED, TAYLOR, ORDER = "rest", "pooled", "taylor", "order"
 LEAST_POOL = 4
 """Groups have a power of two tokens, so many at least."""
 
@@ -20,11 +20,14 @@ LEAST_POOL = 4
 class Pooled:
     """A rest that counts by the means of groups of ``tokens`` consecutive keys; None: of whole blocks.
 
+    ``first_order``: and by how keys and values go together around them (``taylor``).
+
     >>> Pooled().of(64), Pooled(16).of(64)
     (64, 16)
     """
 
     tokens: int | None = None
+    first_order: bool = False
 
     def of(self, key_block: int) -> int:
         """Tokens of a group, in blocks of so many keys.
@@ -35,14 +38,18 @@ class Pooled:
         tokens = key_block if self.tokens is None else self.tokens
         if key_block % tokens:
             raise ValueError(
-                f"groups of {tokens} tokens do not divide blocks of {key_block} keys; write {{pooled: {key_block}}} or "
-                f"less, or rest: {POOLED}, which is whole blocks"
+                f"groups of {tokens} tokens do not divide blocks of {key_block} keys; write "
+                f"{{{self._word}: {key_block}}} or less, or rest: {self._word}, which is whole blocks"
             )
         return tokens
 
     def to_data(self) -> str | dict[str, int]:
         """The word or mapping that describes it."""
-        return POOLED if self.tokens is None else {POOLED: self.tokens}
+        return self._word if self.tokens is None else {self._word: self.tokens}
+
+    @property
+    def _word(self) -> str:
+        return TAYLOR if self.first_order else POOLED
 
 
 @dataclass(frozen=True)
@@ -86,12 +93,13 @@ class SparseChoice:
 
 
 def _rest(written: Any) -> Pooled:
-    if written == POOLED:
-        return Pooled()
-    tokens = written.get(POOLED) if isinstance(written, dict) and len(written) == 1 else None
-    if type(tokens) is not int or tokens < LEAST_POOL or tokens & (tokens - 1):
+    word, tokens = written, None
+    if isinstance(written, dict) and len(written) == 1:
+        ((word, tokens),) = written.items()
+    sized = type(tokens) is int and tokens >= LEAST_POOL and not tokens & (tokens - 1)
+    if word not in (POOLED, TAYLOR) or not (sized or word is written):
         raise ValueError(
-            f"rest {written!r} is unknown; write {POOLED}, or {{{POOLED}: 16}} for means of 16 tokens, a power of two "
-            f"from {LEAST_POOL} on"
+            f"rest {written!r} is unknown; write {POOLED} or {TAYLOR}, or {{{POOLED}: 16}} for means of 16 tokens, a "
+            f"power of two from {LEAST_POOL} on"
         )
-    return Pooled(tokens)
+    return Pooled(tokens, first_order=word == TAYLOR)

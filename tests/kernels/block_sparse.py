@@ -53,8 +53,11 @@ def check_against(
     scale: float,
     rest: PooledRest | None = None,
     absolute: PooledRest | None = None,
+    further: Tensor | float = 0.0,
 ) -> None:
     """Against float64: what rounding allows; ``rest`` is in float64, ``absolute`` the same with its values' sizes.
+
+    ``further`` is the size of what is added behind, in float32, and rounded with the result once more.
 
     The result is rounded once, and numerators once where they are bfloat16. Float32 sums of ``depth`` products put an
     error into scores that is a few times their unit of rounding at the largest score, and so into every numerator; the
@@ -66,6 +69,7 @@ def check_against(
     rounding = ROUNDING[parts[0].dtype]
     largest = scale * float(query.norm(dim=-1).amax() * key.norm(dim=-1).amax())
     bound = 2.1 * rounding * size + (8 * largest + 40) * 2**-24 * size
+    bound = bound + 4 * rounding * further + (16 * largest + 80 + 2 * key.shape[-1]) * 2**-24 * further
     out, found = ours
     assert not out.isnan().any() and ((out.double() - exact).abs() <= bound + 1e-30).all()
     assert torch.equal(found.isinf(), logs.isinf())

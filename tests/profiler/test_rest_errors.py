@@ -12,10 +12,13 @@ from torch import Tensor
 from ditopt.decisions import Sparse, pattern_text
 from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.choice import SparseChoice
+from ditopt.kernels.patterns.draft import Draft
 from ditopt.kernels.patterns.registry import DYNAMIC, pattern_from_data
+from ditopt.kernels.patterns.whole import Nothing
 from ditopt.measures import Table
 from ditopt.profiler.rows import pool_size
 from ditopt.search.heads import SKIP
+from tests.literal_rest import mean_of_outer
 from tests.profiler.attention_rig import operands, planted
 from tests.profiler.test_draft_blocks import kept
 from tests.profiler.test_pattern_errors import attend, heads_weight, measured, norm, of_video, total
@@ -31,26 +34,34 @@ def rests(table: Table) -> dict[str, int]:
     return {name: at for at, name in enumerate(names) if "rest" in json.loads(name)}
 
 
-def with_means(x: Tensor, heads: tuple[int, int], attended: Tensor, block: int, pool: int) -> Tensor:
+def with_means(
+    x: Tensor, heads: tuple[int, int], attended: Tensor, block: int, pool: int, first_order: bool = False
+) -> Tensor:
     """``[H, S, E]``: attention to the keys of listed blocks ``[H, Qb, Kb]``, and to means of the others' groups."""
     query, key, value = (part[0].double() for part in x[:1].split((heads[0], heads[1], heads[1]), 1))
     out = torch.zeros(heads[0], *value.shape[1:], dtype=torch.float64)
     tokens = key.shape[1]
     for head in range(heads[0]):
         k, v = key[head * heads[1] // heads[0]], value[head * heads[1] // heads[0]]
+        linear = query[head] * 8**-0.5 @ mean_of_outer(k, v, pool)
         for row in range(tokens):
-            numerators, values = [], []
+            numerators, values, rest = [], [], []
             for first in range(0, tokens, pool):
                 group = slice(first, min(first + pool, tokens))
                 if attended[head, row // block, first // block]:
                     numerators += torch.exp(k[group] @ query[head, row] * 8**-0.5).tolist()
+                    rest += [0.0] * len(v[group])
                     values += list(v[group])
                 else:
                     count = group.stop - group.start
                     numerators.append(count * float(torch.exp(k[group].mean(0) @ query[head, row] * 8**-0.5)))
                     values.append(v[group].mean(0))
+                    rest.append(float(first_order))
             shares = torch.tensor(numerators, dtype=torch.float64)
-            out[head, row] = (shares / shares.sum()) @ torch.stack(values)
+            shares /= shares.sum()
+            out[head, row] = (
+                shares @ torch.stack(values) + shares @ torch.tensor(rest, dtype=shares.dtype) * linear[row]
+            )
     return out
 
 
@@ -72,7 +83,8 @@ def test_errors_are_those_of_attention_to_keys_and_means(geometry: Geometry, hea
         else:
             one = torch.from_numpy(pattern_from_data(written).block_map(geometry, block))
             attended = one.expand(heads[0], -1, -1)
-        error = with_means(x, heads, attended, block, pool)[:, video] - dense
+        first_order = "taylor" in json.dumps(json.loads(name)["rest"])
+        error = with_means(x, heads, attended, block, pool, first_order)[:, video] - dense
         expected = norm(error, weight) / total(dense, weight)
         np.testing.assert_allclose(table["error"].values[0, 0, 0, :, at], expected, atol=2e-5, err_msg=name)
         share = min(float(attended.float().mean()) + 1 / pool, 1.0)
@@ -84,6 +96,9 @@ def test_labels_are_those_of_decisions_that_have_one_pool() -> None:
     choices = [SparseChoice.from_data(Sparse(pattern=name).settings) for name in rests(table)]
     assert [pattern_text(choice.to_data()) for choice in choices] == list(rests(table))
     assert {choice.rest.of(16) for choice in choices if choice.rest is not None} == {4}
+    linear = [choice.pattern for choice in choices if choice.rest is not None and choice.rest.first_order]
+    assert len(linear) == 4 and isinstance(linear[0], Nothing)
+    assert [each.by for each in linear[1:] if isinstance(each, Draft)] == ["error"] * 3
 
 
 def test_keys_and_values_that_are_constant_within_groups_lose_nothing() -> None:

@@ -44,7 +44,7 @@ def emulated(program: Program, plan: Plan, step: int, arguments: list[Any], geom
     """The captured graph, node by node, with heads as the plan has them, written out."""
     trace, edits = program.variants.trace, {}
     for site in trace.sites:
-        masks = {}
+        masks, linear = {}, set()
         for head in range(site.heads if isinstance(site, AttentionSite) else 0):
             do = plan.head_decisions(site.name)[step].of(head + 1)[head]
             if isinstance(do, Sparse):
@@ -52,8 +52,9 @@ def emulated(program: Program, plan: Plan, step: int, arguments: list[Any], geom
                 assert isinstance(choice.pattern, Pattern)
                 kept = choice.pattern.block_map(geometry, 64, 64)
                 masks[head] = (BlockMask(kept, 64, 64), choice.rest.of(64) if choice.rest is not None else 0)
+                linear |= {head} if choice.rest is not None and choice.rest.first_order else set()
         if masks:
-            edits[trace.site_nodes[site.name]] = under_blocks_and_means(masks)
+            edits[trace.site_nodes[site.name]] = under_blocks_and_means(masks, linear)
     with torch.no_grad():
         found: Tensor = Watched(trace, edits=edits).run(*arguments)[0]
     return found
@@ -95,6 +96,27 @@ def test_a_compiled_plan_file_is_the_eager_model_with_means_written_out(
     ]
 
 
+def test_a_rest_to_first_order_is_another_number_of_an_input(wan: nn.Module, structure: str) -> None:
+    rules = (
+        rule("blocks.*.attn1", "1-4", sparse("spatial", rest={"taylor": 16})),
+        rule("blocks.0.attn1", "2", sparse("spatial", rest={"pooled": 16}), "0"),
+        rule("blocks.0.attn1", "3", sparse("skip", rest={"taylor": 16}), "1"),
+        rule("blocks.1.attn1", "3-4", sparse("spatial"), "0"),
+    )
+    plan = plan_of(structure, *rules)
+    session = Session(plan=plan, check_passes=True)
+    moved = []
+    with interpreted():
+        for step, found, arguments in steps_of(session, compiled(wan, session=session), wan_inputs()):
+            (program,) = session.programs
+            torch.testing.assert_close(found, emulated(program, plan, step, arguments, FRAMES), rtol=1e-4, atol=1e-5)
+            moved.append(float((found - call(wan, wan_inputs(), TIMES[step])).norm() / found.norm()))
+    assert min(moved[1:5]) > 1e-5
+    assert program.bound is not None and len({step.variant for step in program.bound.steps[1:5]}) == 1
+    heads = [program.bound.steps[step].lists[rest_name("blocks.0.attn1")].tolist() for step in range(1, 5)]
+    assert heads == [[2, 2], [1, 2], [2, 2], [2, 2]]
+
+
 def test_a_site_without_any_rest_has_no_means_in_its_graph(wan: nn.Module, structure: str) -> None:
     rules = (
         rule("blocks.0.attn1", "1-2", sparse("spatial")),
@@ -128,7 +150,7 @@ def test_it_goes_with_a_dtype(wan: nn.Module, structure: str) -> None:
     [
         (
             [rule("blocks.0.attn1", "1", sparse("spatial", rest="mean"))],
-            r"rule 0 \(blocks\.0\.attn1\): rest 'mean' is unknown; write pooled, or \{pooled: 16\} .* from 4 on",
+            r"rule 0 \(blocks\.0\.attn1\): rest 'mean' is unknown; write pooled or taylor, or \{pooled: 16\}",
         ),
         (
             [rule("blocks.0.attn1", "1", sparse("spatial", rest={"pooled": 24}))],
@@ -176,5 +198,5 @@ def test_a_decision_is_written_as_it_is_read(rest: Any) -> None:
     "rest", [16, True, {"pooled": 2}, {"pooled": True}, {"pooled": 16, "of": 2}, ["pooled"], "all"]
 )
 def test_other_rests_are_told(rest: Any) -> None:
-    with pytest.raises(ValueError, match=r"is unknown; write pooled, or \{pooled: 16\}"):
+    with pytest.raises(ValueError, match=r"is unknown; write pooled or taylor, or \{pooled: 16\}"):
         SparseChoice.from_data({"pattern": "skip", "rest": rest})
