@@ -6,7 +6,8 @@ device decomposes it out of sight. The pass ``lower_attention`` turns it back be
 ``ditopt::block_sparse_attention`` attends to listed blocks of keys only (``block_sparse_attention.lists``), and to the
 means of the others where it is given them (``block_sparse_attention.pooled``); its Triton kernel for CUDA tensors is
 imported when it is first called with some. ``ditopt::draft_lists`` makes such lists of the very queries, keys
-and values (``block_sparse_attention.draft``).
+and values (``block_sparse_attention.draft``), ``ditopt::cluster_order`` orders of queries and keys
+(``block_sparse_attention.clusters``).
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ LIBRARY.define(
 LIBRARY.define(
     "draft_lists(Tensor query, Tensor key, Tensor indices, Tensor counts, Tensor keep, Tensor mass, int query_block, "
     "int key_block, float scale, Tensor? value=None, Tensor? by=None, str selectors='means') -> (Tensor, Tensor)"
+)
+
+LIBRARY.define(
+    "cluster_order(Tensor query, Tensor key, Tensor order, Tensor clustered, int first, int last, int clusters, "
+    "int rounds) -> (Tensor, Tensor, Tensor)"
 )
 
 SETTINGS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
@@ -90,6 +96,7 @@ ATTENTION = torch.ops.ditopt.attention.default
 FLASH_ATTENTION = torch.ops.ditopt.flash_attention.default
 BLOCK_SPARSE_ATTENTION = torch.ops.ditopt.block_sparse_attention.default
 DRAFT_LISTS = torch.ops.ditopt.draft_lists.default
+CLUSTER_ORDER = torch.ops.ditopt.cluster_order.default
 
 
 def _fake_flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -201,6 +208,41 @@ def _fake_draft_lists(
 
 
 torch.library.register_fake("ditopt::draft_lists", _fake_draft_lists, lib=LIBRARY)
+
+
+def _fake_cluster_order(
+    query: Tensor, key: Tensor, order: Tensor, clustered: Tensor, first: int, last: int, clusters: int, rounds: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = [query.new_empty(query.shape[:3], dtype=torch.int64) for _ in range(3)]
+    return made[0], made[1], made[2]
+
+
+torch.library.register_fake("ditopt::cluster_order", _fake_cluster_order, lib=LIBRARY)
+
+
+def cluster_refusal(
+    query: Tensor, key: Tensor, order: Tensor, clustered: Tensor, first: int, last: int, clusters: int, rounds: int
+) -> str | None:
+    """Why ``ditopt::cluster_order`` does not take these operands; None if it does."""
+    mismatch = _mismatch(query, key, key, 1.0)
+    if mismatch is not None:
+        return mismatch
+    heads, tokens = query.shape[1:3]
+    if key.shape[2] != tokens:
+        return f"{tokens} queries and {key.shape[2]} keys; tokens are both"
+    for name, each, shape, dtype in (
+        ("order", order, (heads, tokens), torch.int64),
+        ("clustered", clustered, (heads,), torch.int32),
+    ):
+        if each.shape != shape or each.dtype != dtype:
+            return f"{name} is {list(each.shape)} of {each.dtype}, not {list(shape)} of {dtype}"
+    if not 0 <= first < last <= tokens:
+        return f"tokens from {first} up to {last} are to be ordered, of {tokens}"
+    if not 1 <= clusters <= last - first or rounds < 0:
+        return (
+            f"{clusters} clusters of {last - first} tokens in {rounds} rounds; at least 1 and at most as many as tokens"
+        )
+    return None
 
 
 def draft_refusal(

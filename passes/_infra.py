@@ -56,7 +56,8 @@ class SparseAttention:
     Where ``pool`` is not 0, an input says which heads attend to the other blocks, too, by means of so many tokens.
     ``draft``: the lists that are given are only what is always kept; the graph finds more blocks in every call, ``by``
     these selectors (``patterns.draft.SELECTORS``); where there are several, an input says which head's by which.
-    ``order``: whether blocks are of tokens in an order that is an input.
+    ``order``: whether blocks are of tokens in an order that is an input. ``clusters``: an input says of which heads the
+    call finds it, by clusters of the tokens from the first up to the last of these; others have that which is given.
     """
 
     site: str
@@ -67,6 +68,7 @@ class SparseAttention:
     draft: bool = False
     order: Ordered = Ordered.NOT
     by: tuple[str, ...] = ("means",)
+    clusters: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import fx
 
 from ditopt.errors import AuditError
-from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, FLASH_ATTENTION
+from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, CLUSTER_ORDER, FLASH_ATTENTION
 from ditopt.passes._infra import SITE, GraphIndex, Ordered, SparseAttention, StepPlan, outputs, tensor_value
 from ditopt.passes.attention import list_maker, rest_of
 from ditopt.passes.cast import VIEWS, castable
@@ -16,11 +17,20 @@ from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.features import user_outputs
 from ditopt.passes.second_order import SECOND_ORDER
 from ditopt.passes.simplify import simplifiable
-from ditopt.passes.sparse import MEANS, draft_inputs, list_names, order_names, rest_name
+from ditopt.passes.sparse import (
+    MEANS,
+    cluster_sizes,
+    clusters_name,
+    draft_inputs,
+    list_names,
+    order_names,
+    rest_name,
+)
 from ditopt.sites import STEP
 
 aten = torch.ops.aten
 
+EXPANSIONS = (aten.expand.default, aten.unsqueeze.default, aten.clone.default)
 ATTENTIONS = (ATTENTION, FLASH_ATTENTION, BLOCK_SPARSE_ATTENTION)
 
 
@@ -120,13 +130,16 @@ def _check_order(gm: fx.GraphModule, node: fx.Node, wanted: SparseAttention) -> 
     names = {str(each.target): each for each in gm.graph.find_nodes(op="placeholder")}
     there, back = (names.get(name) for name in order_names(wanted.site))
     ordered = wanted.order is not Ordered.NOT
-    for name, operand in zip(("queries", "keys", "values"), node.args[:3], strict=True):
+    orders: Sequence[fx.Node | None] = [there] * 3
+    if wanted.clusters is not None:
+        *orders, back = _cluster_orders(node, wanted, there, names.get(clusters_name(wanted.site)))
+    for name, operand, own in zip(("queries", "keys", "values"), node.args[:3], orders, strict=True):
         by = _gathered_by(_source(operand))
-        if ordered and (by is None or by is not there):
+        if ordered and (by is None or by is not own):
             raise AuditError(
                 f"{wanted.site}: to be {wanted}, but its {name} are not in the order of {order_names(wanted.site)[0]}"
             )
-        if not ordered and by is not None and str(by.target).startswith(order_names("")[0]):
+        if not ordered and by is not None and (by.op != "placeholder" or str(by.target).startswith(order_names("")[0])):
             raise AuditError(f"{wanted.site}: its {name} are in the order of {by.target}, but not by the plan")
     readers = _readers(use for use in node.users if use.args[1] == 0)
     if ordered and (back is None or not readers or any(_gathered_by(each) is not back for each in readers)):
@@ -135,8 +148,38 @@ def _check_order(gm: fx.GraphModule, node: fx.Node, wanted: SparseAttention) -> 
         )
 
 
+def _cluster_orders(
+    node: fx.Node, wanted: SparseAttention, there: fx.Node | None, heads: fx.Node | None
+) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None, fx.Node | None]:
+    """The orders of queries, keys and values, and what undoes the first, if clusters of these very ones make them."""
+    by = _gathered_by(_source(node.args[0]))
+    maker = by.args[0] if by is not None and by.target is operator.getitem else None
+    own = [_source(each.args[0]) for each in map(_source, node.args[:2]) if isinstance(each, fx.Node)]
+    if not isinstance(maker, fx.Node) or maker.target is not CLUSTER_ORDER:
+        return None, None, None, None
+    given = [_source(each) for each in maker.args[:2]]
+    # of heads that share keys these are expanded before they are gathered
+    same = given[0] is own[0] and given[1] in _sources_of_expanded(own[1])
+    if not same or maker.args[2:] != (there, heads, *(wanted.clusters or ()), *cluster_sizes(wanted)):
+        raise AuditError(f"{wanted.site}: to be {wanted}, but its clusters are of other queries, keys, heads or sizes")
+    of = {use.args[1]: use for use in maker.users}
+    return of.get(0), of.get(1), of.get(1), of.get(2)
+
+
+def _sources_of_expanded(node: object) -> set[object]:
+    """A value and what it repeats."""
+    found = {_source(node)}
+    while isinstance(node, fx.Node) and node.target in (*VIEWS, *EXPANSIONS):
+        node = node.args[0]
+        found.add(_source(node))
+    return found
+
+
 def _gathered_by(node: object) -> fx.Node | None:
-    """The graph input by which a value's tokens (dimension 2) are gathered; None where they are not."""
+    """The graph input, or the result of ``ditopt::cluster_order``, by which a value's tokens are gathered.
+
+    Tokens are dimension 2; None where they are not gathered.
+    """
     if not isinstance(node, fx.Node):
         return None
     index: object = None
@@ -147,7 +190,10 @@ def _gathered_by(node: object) -> fx.Node | None:
         index = node.args[2]
     while isinstance(index, fx.Node) and index.target in (*VIEWS, aten.expand.default):
         index = index.args[0]
-    return index if isinstance(index, fx.Node) and index.op == "placeholder" else None
+    if not isinstance(index, fx.Node):
+        return None
+    made = index.target is operator.getitem and getattr(index.args[0], "target", None) is CLUSTER_ORDER
+    return index if index.op == "placeholder" or made else None
 
 
 def _readers(nodes: Iterable[fx.Node]) -> list[fx.Node]:

@@ -4,7 +4,7 @@ Lists are inputs of the graph, of the same shape in all steps, so that one graph
 heads find blocks in the call itself, how many is an input too, and ``ditopt::draft_lists`` makes the lists. The numbers
 are those of attention under the blocks' mask; where heads have a rest, the graph takes means of keys and values, and a
 further input says which heads read them. Where tokens have another order, operands are gathered into it right before
-all that, and the result back, by inputs too.
+all that, and the result back, by inputs too, or by ``ditopt::cluster_order`` of the queries and keys.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from ditopt.kernels.ops import (
     ATTENTION,
     BLOCK_SPARSE_ATTENTION,
+    CLUSTER_ORDER,
     DRAFT_LISTS,
     BlockLists,
     PooledRest,
@@ -41,6 +42,8 @@ from ditopt.passes.attention import scale_of, special
 
 aten = torch.ops.aten
 
+ROUNDS = 3
+"""Of k-means, in every call anew."""
 MEANS = (aten.mean.dim, aten.view.default, aten.slice.Tensor, aten.cat.default)
 """What means of tokens are made of."""
 
@@ -77,6 +80,11 @@ def draft_inputs(wanted: SparseAttention) -> tuple[str, ...]:
     return (*draft_names(wanted.site), *([selector_name(wanted.site)] if len(wanted.by) > 1 else []))
 
 
+def clusters_name(site: str) -> str:
+    """The input that says which heads have their tokens in the order of clusters: ``[H]`` int32."""
+    return f"clusters_{word(site)}"
+
+
 def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
     """Replace the attention of every site of ``plan.sparse``; the reasons say why one stays, which no audit passes."""
     wanted = {each.site: each for each in plan.sparse}
@@ -97,7 +105,9 @@ def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
         operands: list[fx.Node] = list(node.args[:3])  # type: ignore[arg-type]  # nodes
         order = [add_input(gm, *each) for each in zip(order_names(found.site), _order(node, found), strict=False)]
         if order:
-            operands = [gathered(gm, each, order[0], tensor_value(operands[0]).shape[1]) for each in operands]
+            there, order[1] = _orders(gm, operands, found, order)
+            heads = tensor_value(operands[0]).shape[1]
+            operands = [gathered(gm, each, by, heads) for each, by in zip(operands, there, strict=True)]
         if found.draft:
             inputs = _draft_lists(gm, operands, found, inputs, scale_of(node))
         pooled: tuple[object, ...] = ()
@@ -113,8 +123,32 @@ def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
     return PassResult(gm, bool(wanted) and replace_each(gm, write), tuple(reasons))
 
 
+def _orders(
+    gm: fx.GraphModule, operands: list[fx.Node], wanted: SparseAttention, order: list[fx.Node]
+) -> tuple[list[fx.Node], fx.Node]:
+    """In which order queries, keys and values are, and what undoes that of queries; ``order`` are the inputs."""
+    if wanted.clusters is None:
+        return [order[0]] * 3, order[1]
+    query = tensor_value(operands[0])
+    heads = add_input(gm, clusters_name(wanted.site), query.new_empty(query.shape[1:2], dtype=torch.int32))
+    settings = (*wanted.clusters, *cluster_sizes(wanted))
+    three = call(gm, CLUSTER_ORDER, *operands[:2], order[0], heads, *settings)
+    of_queries, of_keys, back = (call(gm, operator.getitem, three, place) for place in range(3))
+    return [of_queries, of_keys, of_keys], back
+
+
+def cluster_sizes(wanted: SparseAttention) -> tuple[int, int]:
+    """How many clusters there are, one for every block of the tokens that are ordered, and rounds to find them in."""
+    assert wanted.clusters is not None
+    first, last = wanted.clusters
+    return -(-(last - first) // wanted.key_block), ROUNDS
+
+
 def gathered(gm: fx.GraphModule, tokens: fx.Node, order: fx.Node, heads: int) -> fx.Node:
-    """``[B, Hkv, S, D]`` with its tokens in an order: ``[S]`` of all heads, or ``[heads, S]``, which gives as many."""
+    """``[B, Hkv, S, D]`` with its tokens in an order: ``[S]`` of all heads, or one of each of so many ``heads``.
+
+    The latter are ``[heads, S]`` or ``[B, heads, S]``, and give as many.
+    """
     batch, own, _, depth = tensor_value(tokens).shape
     if tensor_value(order).ndim == 1:
         return call(gm, aten.index.Tensor, tokens, [None, None, order])
@@ -123,7 +157,8 @@ def gathered(gm: fx.GraphModule, tokens: fx.Node, order: fx.Node, heads: int) ->
             gm, aten.expand.default, call(gm, aten.unsqueeze.default, tokens, 2), [-1, -1, heads // own, -1, -1]
         )
         tokens = call(gm, aten.view.default, contiguous(gm, shared), [batch, heads, -1, depth])
-    index = call(gm, aten.unsqueeze.default, call(gm, aten.unsqueeze.default, order, 0), 3)
+    of_samples = order if tensor_value(order).ndim == 3 else call(gm, aten.unsqueeze.default, order, 0)
+    index = call(gm, aten.unsqueeze.default, of_samples, 3)
     return call(gm, aten.gather.default, tokens, 2, call(gm, aten.expand.default, index, [batch, -1, -1, depth]))
 
 

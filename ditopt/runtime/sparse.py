@@ -25,11 +25,12 @@ from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.draft import OWN, Draft
 from ditopt.kernels.patterns.orders import TokenOrder
+from ditopt.kernels.patterns.whole import Nothing
 from ditopt.passes._infra import SITE, SparseAttention, tensor_value
-from ditopt.passes.sparse import draft_inputs, list_names, order_names, rest_name
+from ditopt.passes.sparse import clusters_name, draft_inputs, list_names, order_names, rest_name
 from ditopt.plan import Plan, Rule
 from ditopt.runtime.selectors import selectors_of_steps
-from ditopt.runtime.token_orders import order_of, site_orders
+from ditopt.runtime.token_orders import clustered_heads, order_of, site_orders
 from ditopt.sites import AttentionSite
 from ditopt.trace import Trace, block_of
 
@@ -180,6 +181,11 @@ class AttentionSites:
                     by, codes = selectors[step]
                     wanted = replace(wanted, draft=True, by=by)
                     inputs |= zip(draft_inputs(wanted), (*limits[step], codes.to(place.device)), strict=False)
+                clustered = clustered_heads(decided[step])
+                if geometry is not None and any(clustered):
+                    before = geometry.text if geometry.text_first else 0
+                    wanted = replace(wanted, clusters=(before, before + geometry.video))
+                    inputs[clusters_name(name)] = _of_heads([int(each) for each in clustered], torch.int32, place)
                 found[step].append((wanted, inputs))
         steps = (
             SparseStep(
@@ -347,7 +353,7 @@ def _map(
         if isinstance(pattern, Draft):
             if pattern.everything(size[1]):
                 return torch.ones(size, dtype=torch.bool)
-            pattern = OWN
+            pattern = OWN if order is None or not order.is_found else Nothing()
         return _pattern_map(pattern, geometry, query_block, key_block, order)
     skipped = isinstance(decision, Sparse) and decision.settings["pattern"] == "skip"
     return torch.full(size, not skipped)

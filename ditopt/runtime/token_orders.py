@@ -29,12 +29,16 @@ def site_orders(
 
     The latter are the order and what undoes it, int64: ``[S]`` where the heads of every step have one between them,
     else ``[H, S]``. Heads that mean the same in every order go with the others. Where nobody asks for one there is
-    none, and a step in which nobody does has raster order.
+    none, and a step in which nobody does has raster order. Where a call finds the order of some head, heads have one
+    each, and that one's is raster order here.
     """
     asked = {heads: _asked(heads) for heads in dict.fromkeys(decided.values())}
     if geometry is None or not any(map(any, asked.values())):
         return Ordered.NOT, {}
-    form = Ordered.HEADS if any(len(set(orders)) > 1 for orders in asked.values()) else Ordered.SITE
+    several = any(len(set(orders)) > 1 for orders in asked.values()) or any(
+        any(clustered_heads(heads)) for heads in asked
+    )
+    form = Ordered.HEADS if several else Ordered.SITE
     found = {}
     for heads, orders in asked.items():
         rows = [_sequence(order, geometry, block) for order in (orders if form is Ordered.HEADS else orders[:1])]
@@ -50,6 +54,12 @@ def _asked(heads: Heads) -> tuple[TokenOrder | None, ...]:
     orders = [order_of(do) for do in heads]
     first = next((order for order, own in zip(orders, bound, strict=True) if own), None)
     return tuple(order if own else first for order, own in zip(orders, bound, strict=True))
+
+
+def clustered_heads(heads: Heads) -> tuple[bool, ...]:
+    """Of every head whether calls find the order of its queries and of its keys."""
+    orders = [order_of(do) if isinstance(do, Sparse) and not _choice(do).in_any_order else None for do in heads]
+    return tuple(order is not None and order.is_found for order in orders)
 
 
 @functools.lru_cache(maxsize=256)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
+import ditopt.kernels.block_sparse_attention.clusters
+
 # These register the operators that flash and sparse put into graphs.
 import ditopt.kernels.block_sparse_attention.cpu
 import ditopt.kernels.block_sparse_attention.draft

@@ -12,6 +12,8 @@ from ditopt.kernels.patterns.registry import choice_from_data, pattern_to_data
 from ditopt.kernels.patterns.whole import Everything, Nothing
 
 REST, POOLED, TAYLOR, ORDER = "rest", "pooled", "taylor", "order"
+WITHOUT_PLACES = (Draft, Everything, Nothing)
+"""Patterns that do not speak of where tokens are."""
 LEAST_POOL = 4
 """Groups have a power of two tokens, so many at least."""
 
@@ -73,15 +75,22 @@ class SparseChoice:
         """What the mapping of a sparse decision asks for: ``{pattern: draft, keep: 0.25, rest: pooled, order: tiles}``.
 
         Raises:
-            ValueError: the pattern is unknown, or a parameter, the rest or the order does not validate.
+            ValueError: the pattern is unknown, or a parameter, the rest or the order does not validate, or the pattern
+                is one of places and the order one that calls find.
         """
         settings = dict(data) if isinstance(data, dict) else data
         rest, order = (settings.pop(key, None) if isinstance(settings, dict) else None for key in (REST, ORDER))
-        return cls(
+        found = cls(
             choice_from_data(settings),
             None if rest is None else _rest(rest),
             None if order is None else TokenOrder.from_data(order),
         )
+        if found.order is not None and found.order.is_found and not isinstance(found.pattern, WITHOUT_PLACES):
+            raise ValueError(
+                f"order {order}: tokens of a block are alike there wherever they are, so that {settings['pattern']}, "
+                "which is a pattern of places, means nothing; draft and skip go with it"
+            )
+        return found
 
     def to_data(self) -> dict[str, Any]:
         """The mapping that describes it."""

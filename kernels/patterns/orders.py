@@ -1,7 +1,8 @@
 """Orders of the video's tokens in which blocks are compact, or a pattern's blocks few: permutations, what stands where.
 
 A further order is a function from a geometry and a block's tokens to a permutation of the video, and a line in
-``ORDERS``. Text stays where it is.
+``ORDERS``. Text stays where it is. ``clusters`` is none of these: calls find it by their queries and keys
+(``block_sparse_attention.clusters``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ditopt.geometry import Geometry
 from ditopt.kernels.patterns._infra import AXES, Integers
 
 Tile = tuple[int, int, int]
-TILES = "tiles"
+TILES, CLUSTERS = "tiles", "clusters"
 
 
 def by_pixel(geometry: Geometry) -> Integers:
@@ -109,19 +110,27 @@ ORDERS: dict[str, Callable[[Geometry, int], Integers]] = {
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """An order by its name in ``ORDERS``; ``tile`` (frames, rows, columns) is that of ``tiles``, None: as it fits."""
+    """An order by its name in ``ORDERS``, or ``clusters``.
+
+    ``tile`` (frames, rows, columns) is that of ``tiles``, None: as it fits.
+    """
 
     name: str
     tile: Tile | None = None
 
+    @property
+    def is_found(self) -> bool:
+        """Whether each call finds it, for its queries and for its keys; tokens stand in raster order before."""
+        return self.name == CLUSTERS
+
     @classmethod
     def from_data(cls, written: Any) -> TokenOrder:
-        """The order that a word (``tiles``) or a mapping (``{tiles: [4, 4, 4]}``) describes.
+        """The order that a word (``tiles``, ``clusters``) or a mapping (``{tiles: [4, 4, 4]}``) describes.
 
         Raises:
             ValueError: it is unknown, or a tile is no three sizes of at least 1.
         """
-        if isinstance(written, str) and written in ORDERS:
+        if isinstance(written, str) and written in (*ORDERS, CLUSTERS):
             return cls(written)
         if isinstance(written, dict) and list(written) == [TILES]:
             tile = written[TILES]
@@ -131,7 +140,8 @@ class TokenOrder:
                     f"{{{TILES}: [4, 4, 4]}}"
                 )
             return cls(TILES, (tile[0], tile[1], tile[2]))
-        raise ValueError(f"order {written!r} is unknown; write one of {', '.join(ORDERS)}, or {{{TILES}: [4, 4, 4]}}")
+        names = ", ".join([*ORDERS, CLUSTERS])
+        raise ValueError(f"order {written!r} is unknown; write one of {names}, or {{{TILES}: [4, 4, 4]}}")
 
     def to_data(self) -> str | dict[str, list[int]]:
         """The word or mapping that describes it."""
@@ -155,6 +165,8 @@ def _of_video(order: TokenOrder, geometry: Geometry, block: int) -> Integers:
         # Larger than the video a tile is all of it.
         limits = zip(order.tile, geometry.sizes, strict=True)
         found = by_tile(geometry, tuple(min(extent, size) for extent, size in limits))  # type: ignore[arg-type]  # three
+    elif order.is_found:
+        found = np.arange(geometry.video)
     else:
         found = ORDERS[order.name](geometry, block)
     found.setflags(write=False)

@@ -209,7 +209,7 @@ def test_at_another_size_it_is_the_order_of_the_tokens_there(wan: nn.Module, str
     [
         (
             rule("blocks.0.attn1", "1", sparse("spatial", order="tile")),
-            r"rule 0 \(blocks\.0\.attn1\): order 'tile' is unknown; write one of hilbert, pixels, tiles, or",
+            r"rule 0 \(blocks\.0\.attn1\): order 'tile' is unknown; write one of hilbert, pixels, tiles, clusters, or",
         ),
         (
             rule("blocks.0.attn1", "1", sparse("spatial", order={"tiles": [4, 4]})),
