@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ditopt.errors import InputError
+
+SHARED = ("means", "mass", "error", "pooled", "taylor")
+"""What heads may need that a site computes once a step: blocks found by each of three selectors, means of what is
+skipped, and the first-order term beside them."""
+Need = tuple[str, int]
+"""One of ``SHARED``, and once in how many steps."""
+
+
+def shared_seconds(prices: Mapping[str, float], needs: Iterable[Need]) -> float:
+    """What a site's needs take together: each as often as the head that needs it most often; unknown ones nothing.
+
+    >>> shared_seconds({"mass": 3.0, "means": 1.0}, [("mass", 3), ("mass", 6), ("means", 1)])
+    2.0
+    """
+    often: dict[str, int] = {}
+    for name, every in needs:
+        often[name] = min(every, often.get(name, every))
+    return sum(prices.get(name, 0.0) / every for name, every in often.items())
 
 
 @dataclass(frozen=True)
@@ -18,21 +36,26 @@ class SparseCost:
         dense: what dense attention takes.
         overhead: what block-sparse attention takes whatever its lists are: packing queries, writing results.
         efficiency: pairs of queries and keys a second beyond that, of those of dense attention.
+        shared: what each of ``SHARED`` takes by itself for all heads; what was not timed is left out.
 
     Raises:
-        InputError: dense attention takes no time, the overhead is negative, or the efficiency is not above 0.
+        InputError: dense attention takes no time, something else a negative one, or the efficiency is not above 0.
     """
 
     dense: float
     overhead: float
     efficiency: float
+    shared: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (self.dense > 0 and self.overhead >= 0 and self.efficiency > 0):
-            raise InputError(f"{self}: dense and efficiency have to be above 0, the overhead not below")
+        others = (self.overhead, *self.shared.values())
+        if not (self.dense > 0 and self.efficiency > 0 and all(each >= 0 for each in others)):
+            raise InputError(f"{self}: dense and efficiency have to be above 0, what else takes time not below")
 
     @classmethod
-    def measured(cls, dense: float, times: Mapping[float, float]) -> SparseCost:
+    def measured(
+        cls, dense: float, times: Mapping[float, float], shared: Mapping[str, float] | None = None
+    ) -> SparseCost:
         """The line of least squares through ``times``: seconds by density (0 to 1) of this site on this machine.
 
         Raises:
@@ -47,7 +70,7 @@ class SparseCost:
             raise InputError(
                 f"block-sparse attention takes no longer at higher densities: {dict(times)}; time it again"
             )
-        return cls(dense, max(0.0, float(overhead)), dense / float(slope))
+        return cls(dense, max(0.0, float(overhead)), dense / float(slope), dict(shared or {}))
 
     def seconds(self, density: float) -> float:
         """What it takes block-sparse; ``density`` is the mean share of blocks that heads attend to, 0 to 1."""

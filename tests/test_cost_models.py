@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ditopt.cost_models.measured import MeasuredCost
-from ditopt.cost_models.sparse import SparseCost
+from ditopt.cost_models.sparse import SparseCost, shared_seconds
 from ditopt.errors import InputError
 from ditopt.sites import STEP
 
@@ -49,6 +49,17 @@ def test_sparse_attention_costs_its_overhead_and_its_share_of_the_pairs() -> Non
     times = {density: cost.seconds(density) for density in (0.05, 0.25, 1.0)}
     found = SparseCost.measured(2.0, times)
     assert (found.overhead, found.efficiency) == pytest.approx((0.1, 0.8))
+    assert not found.shared and SparseCost.measured(2.0, times, {"means": 0.2}).shared == {"means": 0.2}
+
+
+def test_what_heads_share_is_paid_as_often_as_the_head_that_needs_it_most() -> None:
+    prices = {"mass": 6.0, "means": 0.5}
+    assert shared_seconds(prices, ()) == 0.0
+    assert shared_seconds(prices, {("mass", 3), ("means", 1)}) == pytest.approx(2.5)
+    assert shared_seconds(prices, {("mass", 3), ("mass", 2)}) == pytest.approx(3.0)
+    assert shared_seconds(prices, {("unknown", 1)}) == 0.0, "what was not timed"
+    with pytest.raises(InputError, match="what else takes time not below"):
+        SparseCost(1.0, 0.0, 1.0, {"means": -0.1})
 
 
 @pytest.mark.parametrize(

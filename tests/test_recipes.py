@@ -26,7 +26,8 @@ from ditopt.recipes import ANY, RECIPES, Recipe, find_recipe, fits, form_text
 from ditopt.report.explained import Explained, side_path
 from ditopt.search import SearchProblem
 from ditopt.search.joint import dense
-from ditopt.search.sparse import SiteCandidates, choose, head_candidates, sparse_part
+from ditopt.search.site_choice import SiteCandidates
+from ditopt.search.sparse import choose, head_candidates, sparse_part
 from ditopt.target import Target
 from ditopt.techniques import Techniques
 from tests.search.test_sparse import BAND, COST, HEADS, SPATIAL, STEPS, with_attention

@@ -1,4 +1,4 @@
-"""Times self-attention by itself, dense and block-sparse at several densities: the table ``latency``."""
+"""Times self-attention by itself, dense and block-sparse at several densities, and what heads share: ``latency``."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-import ditopt.kernels.block_sparse_attention.cpu
+import ditopt.kernels.block_sparse_attention.draft
 import ditopt.kernels.flash_attention.cpu  # noqa: F401  # both register what is timed
 from ditopt.cost_models.measured import FORMS
+from ditopt.cost_models.sparse import SHARED
+from ditopt.kernels.block_sparse_attention.cpu import add_first_order
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kernel_blocks
-from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION, FLASH_ATTENTION, block_sparse_refusal
+from ditopt.kernels.block_sparse_attention.pooled import pool_tokens
+from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION, DRAFT_LISTS, FLASH_ATTENTION, block_sparse_refusal
 from ditopt.kernels.patterns.candidates import block_for
+from ditopt.kernels.patterns.draft import SELECTORS
 from ditopt.measures import Measure, Table
 from ditopt.passes._infra import tensor_value
 from ditopt.passes.attention import scale_of, special
 from ditopt.passes.flash import flash_refusal
+from ditopt.profiler.rows import pool_size
 from ditopt.profiler.timing import time_in_turn, timed, warmed
 from ditopt.runtime.sparse import attention_nodes, places_of
 from ditopt.trace import Trace
@@ -32,8 +37,9 @@ def attention_latency(trace: Trace, forms: Sequence[str], per_step: float) -> tu
 
     ``dense`` ``[form]`` is what attention takes in a step of each of ``forms`` (``form_name``; those that are none are
     passed over); ``sparse`` ``[form, density]`` what block-sparse attention takes whose heads attend to the same share
-    of blocks. Operands are drawn: what attention takes does not depend on their values. ``per_step``: calls of the
-    network in a step. Sites of equal shapes are timed once.
+    of blocks; ``shared`` ``[form, need]`` what finding blocks by each selector, means of what is skipped, and their
+    first-order term take by themselves, for all heads (NaN: not there). Operands are drawn: what attention takes does
+    not depend on their values. ``per_step``: calls of the network in a step. Sites of equal shapes are timed once.
     """
     known: dict[object, dict[str, dict[str, float]]] = {}
     found: dict[str, Table] = {}
@@ -77,15 +83,48 @@ def _seconds(node: fx.Node, dtype: str | None, simplify: bool) -> dict[str, floa
     else:
         grouped = query.shape[1] != key.shape[1]
         dense = partial(F.scaled_dot_product_attention, query, key, value, scale=scale, enable_gqa=grouped)
-    contenders = {"dense": dense}
+    contenders: dict[str, Callable[[], Tensor]] = {"dense": dense}
     for share in DENSITIES:
         lists = even_lists(query.shape[1], query.shape[2], key.shape[2], share).to(query.device)
         refused = block_sparse_refusal(query, key, value, lists, scale)
         if refused is not None:
             raise ValueError(refused)
         contenders[f"{share:g}"] = partial(_sparse, query, key, value, lists, scale)
+    contenders |= _shared(query, key, value, scale)
     with torch.no_grad():
         return time_in_turn({name: warmed(timed(run)) for name, run in contenders.items()})
+
+
+def _shared(query: Tensor, key: Tensor, value: Tensor, scale: float) -> dict[str, Callable[[], Tensor]]:
+    """What heads share, by name: of ``SHARED`` all that there is for these operands."""
+    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+    width = blocks(keys, kernel_blocks(queries, keys)[1])
+    own = even_lists(heads, queries, keys, 1 / width)
+    lists = BlockLists.from_map(own.to_map(width), own.query_block, own.key_block, width).to(query.device)
+    keep = torch.full((heads,), max(1, width // 4), dtype=torch.int32, device=query.device)
+    limits = (keep, torch.full((heads,), torch.inf, device=query.device))
+    settings = (lists.query_block, lists.key_block, scale)
+    pool = pool_size(lists.key_block)
+
+    def find(by: str) -> Tensor:
+        found: Tensor = DRAFT_LISTS(query, key, lists.indices, lists.counts, *limits, *settings, value, None, by)[0]
+        return found
+
+    def means() -> Tensor:
+        pool_tokens(key, pool)
+        return pool_tokens(value, pool)
+
+    def first_order() -> Tensor:
+        add_first_order(out, (query, key, value), shares, [*range(heads)], pool, scale)
+        return out
+
+    found: dict[str, Callable[[], Tensor]] = {by: partial(find, by) for by in SELECTORS}
+    found["pooled"] = means
+    if query.device.type == "cpu":
+        out = query.new_zeros(query.shape[0], queries, heads, value.shape[3]).transpose(1, 2)
+        shares = torch.zeros(query.shape[:3])
+        found["taylor"] = first_order
+    return found
 
 
 def _drawn(like: Tensor, dtype: str | None) -> Tensor:
@@ -116,6 +155,11 @@ def even_lists(heads: int, queries: int, keys: int, share: float) -> BlockLists:
 def _table(seconds: dict[str, dict[str, float]], per_step: float, queries: int) -> Table:
     dense = np.array([of_form["dense"] for of_form in seconds.values()]) * per_step
     sparse = np.array([[of_form[f"{share:g}"] for share in DENSITIES] for of_form in seconds.values()]) * per_step
-    measures = {"dense": Measure(("form",), dense), "sparse": Measure(("form", "density"), sparse)}
+    shared = np.array([[of_form.get(need, np.nan) for need in SHARED] for of_form in seconds.values()]) * per_step
+    measures = {
+        "dense": Measure(("form",), dense),
+        "sparse": Measure(("form", "density"), sparse),
+        "shared": Measure(("form", "need"), shared, True),
+    }
     facts = {"queries": queries, "block_queries": kernel_blocks(queries, queries)[0], "profiled": block_for(queries)}
-    return Table(measures, {"form": tuple(seconds), "density": DENSITIES}, facts)
+    return Table(measures, {"form": tuple(seconds), "density": DENSITIES, "need": SHARED}, facts)

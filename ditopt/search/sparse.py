@@ -1,91 +1,31 @@
 """Sparse heads under a price of error: candidates of every head of a site in some steps, and the choice among them.
 
 Squared errors of heads add up (``heads``), and so do the seconds that they save, so each head is chosen by itself; what
-the block-sparse kernel costs beyond its lists is paid once by a site, in each step that has a sparse head.
+the block-sparse kernel costs beyond its lists is paid once by a site, in each step that has a sparse head, and so are
+finding blocks and pooling (``site_choice``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from ditopt.cost_models.sparse import SparseCost
-from ditopt.decisions import Decision, Sparse
+from ditopt.cost_models.sparse import Need, SparseCost, shared_seconds
+from ditopt.decisions import Sparse
 from ditopt.errors import InputError
-from ditopt.measures import Label
+from ditopt.measures import Table
 from ditopt.plan import Plan, Rule, format_steps
 from ditopt.profile import LATENCY, NetworkProfile
 from ditopt.recipes import Recipe
 from ditopt.search.heads import HeadPattern, squared_errors
 from ditopt.search.problem import SearchProblem
+from ditopt.search.site_choice import HeadCandidate, SiteCandidates, needs_of, not_worse, union
 from ditopt.search.solution import Draft, Explanation, Rival, SparsePart
 
 LOWEST_PRICE, HIGHEST_PRICE = 1e-9, 1e15
 """Of a squared relative error, in seconds: at the one whatever saves time is taken, at the other nothing that errs."""
 DENSE = "dense"
-MASS = "mass"
-"""Of what a head may need beside its lists: that all pairs are scored, to choose blocks by their true mass."""
-
-
-@dataclass(frozen=True)
-class HeadCandidate:
-    """A head under a pattern in some steps.
-
-    ``saved`` are seconds of a generation against the head being dense in the same kernel, ``error`` is the square of
-    the final sample's relative error.
-    """
-
-    choice: HeadPattern
-    saved: float
-    error: float
-
-    def gain(self, price: float) -> float:
-        """Seconds saved, less the error at a price (seconds per squared relative error)."""
-        return self.saved - price * self.error
-
-
-@dataclass(frozen=True, eq=False)
-class SiteCandidates:
-    """The heads of one site in some steps; ``heads`` are the candidates of each, beside dense.
-
-    ``lost`` are the seconds of a generation that the block-sparse kernel takes longer than dense attention where every
-    head attends to everything; below 0 where it is the faster one. ``alike``: all heads have to do the same.
-    """
-
-    heads: tuple[tuple[HeadCandidate, ...], ...]
-    lost: float
-    alike: bool = False
-
-    def chosen(self, price: float) -> tuple[HeadCandidate, ...]:
-        """The candidates of most gain together, one a head at most; none where dense attention is better."""
-        if self.alike:
-            return self._chosen_alike(price)
-        best = [max(of_head, key=lambda each: each.gain(price)) for of_head in self.heads if of_head]
-        found = [each for each in best if each.gain(price) > 0]
-        if not found and best:  # one of them is what it takes to run in the kernel
-            found = [max(best, key=lambda each: each.gain(price))]
-        return tuple(found) if sum(each.gain(price) for each in found) > self.lost else ()
-
-    def _chosen_alike(self, price: float) -> tuple[HeadCandidate, ...]:
-        """Of what every head may do, that of most gain together."""
-        of_label: dict[Label, list[HeadCandidate]] = {}
-        for each in (each for of_head in self.heads for each in of_head):
-            of_label.setdefault(each.choice.candidate, []).append(each)
-        together = [made for made in of_label.values() if len(made) == len(self.heads)]
-        best = max(together, key=lambda made: sum(each.gain(price) for each in made), default=[])
-        return tuple(best) if sum(each.gain(price) for each in best) > max(self.lost, 0.0) else ()
-
-
-def extras_of(decision: Decision) -> frozenset[str]:
-    """What a head needs that its site computes once a step: what blocks are found by, what skipped ones count by."""
-    settings = decision.settings if isinstance(decision, Sparse) else {}
-    found = {str(settings.get("by", "means"))} if settings.get("pattern") == "draft" else set()
-    rest = settings.get("rest")
-    if rest is not None:
-        found.add(next(iter(rest)) if isinstance(rest, Mapping) else str(rest))
-    return frozenset(found)
 
 
 class AttentionCosts(NamedTuple):
@@ -119,10 +59,19 @@ def site_costs(network: NetworkProfile, form: str) -> AttentionCosts:
         times = dict(zip(table.labels["density"], table["sparse"].at(form=at).values.tolist(), strict=True))
         try:
             dense = float(table["dense"].at(form=at).values)
-            found[site] = SparseCost.measured(dense, {float(density): each for density, each in times.items()})
+            known = {float(density): each for density, each in times.items()}
+            found[site] = SparseCost.measured(dense, known, _shared(table, at))
         except InputError as error:
             reasons.append(f"{site}: {error}")
     return AttentionCosts(found, tuple(reasons))
+
+
+def _shared(table: Table, at: int) -> dict[str, float]:
+    """Seconds of what heads share in a form, as far as it was timed; profiles of before have none."""
+    if "shared" not in table.measures:
+        return {}
+    seconds = table["shared"].at(form=at).values.tolist()
+    return {str(name): each for name, each in zip(table.labels["need"], seconds, strict=True) if not math.isnan(each)}
 
 
 def head_candidates(
@@ -151,6 +100,7 @@ def head_candidates(
         table = network.tables["patterns"][site]
         labels, density = table.labels["candidate"], table["density"].values
         allowed = [recipe is None or recipe.allows(str(label)) for label in labels]
+        needs = [needs_of(Sparse(pattern=str(label))) for label in labels]
         heads = range(table["error"].size("head"))
         for steps in filter(None, computed):
             errors = squared_errors(network, problem, draft, site, steps, heads, range(len(labels)))
@@ -158,10 +108,14 @@ def head_candidates(
             of_heads = []
             for head, row in zip(heads, errors.tolist(), strict=True):
                 known = [at for at, error in enumerate(row) if allowed[at] and not math.isnan(error)]
-                each = (HeadCandidate(HeadPattern(site, head, labels[at], steps), saved[at], row[at]) for at in known)
+                each = (
+                    HeadCandidate(HeadPattern(site, head, labels[at], steps), saved[at], row[at], needs[at])
+                    for at in known
+                )
                 of_heads.append(tuple(each) if alike else not_worse(each))
             lost = (cost.seconds(1.0) - cost.dense) * len(steps)
-            found.append(SiteCandidates(tuple(of_heads), lost, alike))
+            prices = {name: seconds * len(steps) for name, seconds in cost.shared.items()}
+            found.append(SiteCandidates(tuple(of_heads), lost, alike, prices))
     return tuple(found)
 
 
@@ -169,15 +123,6 @@ def profiled_candidates(network: NetworkProfile) -> tuple[str, ...]:
     """The candidates that were measured at some site."""
     tables = network.tables["patterns"].values()
     return tuple(dict.fromkeys(str(label) for table in tables for label in table.labels["candidate"]))
-
-
-def not_worse(candidates: Iterable[HeadCandidate]) -> tuple[HeadCandidate, ...]:
-    """Those that save something and that none beats in both: the more they save, the larger their error."""
-    found: list[HeadCandidate] = []
-    for each in sorted(candidates, key=lambda each: (each.error, -each.saved)):
-        if each.saved > max((other.saved for other in found), default=0.0):
-            found.append(each)
-    return tuple(found)
 
 
 def choose(candidates: Iterable[SiteCandidates], price: float) -> tuple[HeadCandidate, ...]:
@@ -191,7 +136,7 @@ def totals(candidates: Iterable[SiteCandidates], price: float) -> tuple[float, f
     for site in candidates:
         chosen = site.chosen(price)
         if chosen:
-            saved += sum(each.saved for each in chosen) - site.lost
+            saved += sum(each.saved for each in chosen) - site.paid(chosen)
             error += sum(each.error for each in chosen)
     return saved, error
 
@@ -230,7 +175,7 @@ def _explained(
     site: SiteCandidates, made: Sequence[HeadCandidate], price: float, objective: float
 ) -> Iterator[Explanation]:
     """Why each head of a site is sparse as it is, or dense."""
-    taken = {each.choice.head: each for each in made}
+    taken, paid = {each.choice.head: each for each in made}, union(made)
     for of_head in filter(None, site.heads):
         first = of_head[0].choice
         own = taken.get(first.head)
@@ -244,6 +189,10 @@ def _explained(
                 worth = each.gain(price)
                 if worth > gain and site.alike:
                     why = f"{told}, but the site's heads do alike, and together they would gain less"
+                elif worth > gain and made and not each.needs <= paid:
+                    further = shared_seconds(site.prices, paid | each.needs) - shared_seconds(site.prices, paid)
+                    what = ", ".join(sorted({name for name, _ in each.needs - paid}))
+                    why = f"{told}, but would cost the site {1e3 * further:.3g} ms more for {what}"
                 elif worth > gain:
                     why = f"{told}, but what the site would gain is less than the kernel costs it"
                 elif own is not None and each.saved < own.saved:
@@ -259,7 +208,10 @@ def _explained(
 def planned_saving(
     plan: Plan, name: str, network: NetworkProfile, costs: Mapping[str, SparseCost], steps: Sequence[int]
 ) -> float:
-    """Seconds that sparse heads save in ``steps``, which the plan computes; patterns not profiled save nothing."""
+    """Seconds that sparse heads save in ``steps``, which the plan computes; patterns not profiled save nothing.
+
+    What a site computes for its heads once a step is taken off.
+    """
     saved = 0.0
     for site, cost in costs.items():
         table = network.tables["patterns"][site]
@@ -268,10 +220,10 @@ def planned_saving(
         decided = plan.head_decisions(site, name)
         for step in steps:
             if decided[step].any_sparse:
-                each = [
-                    density.get(do.pattern, 1.0) if isinstance(do, Sparse) else 1.0 for do in decided[step].of(heads)
-                ]
-                saved += cost.dense - cost.seconds(sum(each) / heads)
+                of_heads = decided[step].of(heads)
+                each = [density.get(do.pattern, 1.0) if isinstance(do, Sparse) else 1.0 for do in of_heads]
+                needs = frozenset[Need]().union(*map(needs_of, of_heads))
+                saved += cost.dense - cost.seconds(sum(each) / heads) - shared_seconds(cost.shared, needs)
     return saved
 
 

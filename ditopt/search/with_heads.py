@@ -10,11 +10,9 @@ from ditopt.cost_models.sparse import SparseCost
 from ditopt.profile import NetworkProfile
 from ditopt.recipes import Recipe
 from ditopt.search.problem import SearchProblem
+from ditopt.search.site_choice import MASS, SiteCandidates, needs_of
 from ditopt.search.solution import Solution, SparsePart, signatures
 from ditopt.search.sparse import (
-    MASS,
-    SiteCandidates,
-    extras_of,
     head_candidates,
     price_of,
     price_that_saves,
@@ -86,7 +84,10 @@ def count_graphs(problem: SearchProblem, solution: Solution) -> int:
     """
     of_steps = [[rule for rule in solution.sparse.rules if step in rule.steps] for step in range(problem.steps)]
     sparse = [
-        (frozenset(rule.sites for rule in rules), frozenset(rule.sites for rule in rules if MASS in extras_of(rule.do)))
+        (
+            frozenset(rule.sites for rule in rules),
+            frozenset(rule.sites for rule in rules if MASS in dict(needs_of(rule.do))),
+        )
         for rules in of_steps
     ]
     return len(set(zip(signatures(problem, solution.draft), sparse, strict=True)))

@@ -10,30 +10,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditopt.cost_models.sparse import SparseCost
-from ditopt.decisions import Sparse
+from ditopt.cost_models.sparse import SHARED, SparseCost
+from ditopt.decisions import Dense, Sparse, pattern_text
 from ditopt.measures import Measure, Table
 from ditopt.plan import Plan
 from ditopt.profile import NetworkProfile
 from ditopt.search import SearchProblem
 from ditopt.search.heads import SKIP, HeadPattern, heads_error
 from ditopt.search.joint import dense, draft_for
+from ditopt.search.site_choice import HeadCandidate, SiteCandidates, needs_of, not_worse
 from ditopt.search.sparse import (
-    HeadCandidate,
-    SiteCandidates,
     choose,
     head_candidates,
-    not_worse,
     planned_saving,
     site_costs,
+    sparse_part,
     sparse_rules,
+    totals,
 )
 from tests.made_profiles import made_plan
 from tests.search.toy import Toy
 
 BAND, SPATIAL = '{"pattern": "band", "width": 2.0}', '{"frames": 0, "pattern": "spatial"}'
+DRAFT, KEPT = (pattern_text({"pattern": "draft", "keep": 0.5, "by": "mass", **more}) for more in ({}, {"refresh": 4}))
 STEPS, HEADS = 8, 3
-COST = SparseCost(dense=2.0, overhead=0.1, efficiency=0.8)
+COST = SparseCost(2.0, 0.1, 0.8, shared={"means": 0.01, "mass": 1.0, "error": 0.03, "pooled": 0.02})
 """What the table of seconds has."""
 
 
@@ -63,9 +64,13 @@ def with_attention(found: NetworkProfile, dense: float = 2.0, scale: float = 1.0
     }
     densities = (0.125, 0.25, 0.5, 1.0)
     seconds = np.array([[dense * (0.05 + 1.25 * density) for density in densities]])
-    latency = {"dense": Measure(("form",), np.array([dense])), "sparse": Measure(("form", "density"), seconds)}
+    latency = {
+        "dense": Measure(("form",), np.array([dense])),
+        "sparse": Measure(("form", "density"), seconds),
+        "shared": Measure(("form", "need"), np.array([[0.01, 1.0, 0.03, 0.02, np.nan]]), True),
+    }
     facts = {"queries": 1024, "block_queries": 64, "profiled": 64}
-    found.tables["latency"] = {"attn": Table(latency, {"form": ("full",), "density": densities}, facts)}
+    found.tables["latency"] = {"attn": Table(latency, {"form": ("full",), "density": densities, "need": SHARED}, facts)}
     return found
 
 
@@ -107,26 +112,35 @@ def test_steps_that_are_predicted_save_nothing_and_err_nothing(network: NetworkP
 numbers = st.floats(0.0, 4.0)
 
 
+shared = st.sampled_from(("means", "error", "pooled"))
+every_need = st.frozensets(st.tuples(shared, st.sampled_from((1, 4))), max_size=2)
+
+
 @st.composite
 def sites(draw: st.DrawFn) -> SiteCandidates:
     heads = []
     for head in range(draw(st.integers(1, 3))):
-        drawn = draw(st.lists(st.tuples(numbers, numbers), max_size=3))
+        drawn = draw(st.lists(st.tuples(numbers, numbers, every_need), max_size=3))
         heads.append(
-            tuple(HeadCandidate(HeadPattern("a", head, str(at), (0,)), *pair) for at, pair in enumerate(drawn))
+            tuple(HeadCandidate(HeadPattern("a", head, str(at), (0,)), *each) for at, each in enumerate(drawn))
         )
-    return SiteCandidates(tuple(heads), draw(st.floats(-2.0, 4.0)))
+    prices = draw(st.dictionaries(shared, st.floats(0.0, 3.0)))
+    return SiteCandidates(tuple(heads), draw(st.floats(-2.0, 4.0)), prices=prices)
 
 
 def objective(chosen: tuple[HeadCandidate | None, ...], site: SiteCandidates, price: float) -> float:
-    """Seconds and priced error of a site, less what it takes dense."""
+    """Seconds and priced error of a site, less what it takes dense; what heads need is paid once, however many do."""
     taken = [each for each in chosen if each is not None]
-    return site.lost - sum(each.saved - price * each.error for each in taken) if taken else 0.0
+    shared = 0.0
+    for name in {name for each in taken for name, _ in each.needs}:
+        often = min(every for each in taken for other, every in each.needs if other == name)
+        shared += site.prices.get(name, 0.0) / often
+    return site.lost + shared - sum(each.saved - price * each.error for each in taken) if taken else 0.0
 
 
 @given(st.lists(sites(), min_size=1, max_size=2), st.floats(0.0, 5.0))
 def test_the_choice_is_the_best_of_all(found: list[SiteCandidates], price: float) -> None:
-    pruned = [SiteCandidates(tuple(map(not_worse, site.heads)), site.lost) for site in found]
+    pruned = [replace(site, heads=tuple(map(not_worse, site.heads))) for site in found]
     chosen = choose(pruned, price)
     total = 0.0
     at = 0
@@ -140,6 +154,44 @@ def test_the_choice_is_the_best_of_all(found: list[SiteCandidates], price: float
         for site in found
     )
     assert total == pytest.approx(best, abs=1e-9)
+    saved, error = totals(pruned, price)
+    assert saved - price * error == pytest.approx(-total, abs=1e-9)
+
+
+def test_a_head_alone_does_not_pay_for_what_two_would() -> None:
+    """Finding blocks takes 1.5 seconds: for one head that saves 1 it is not worth it, for two it is."""
+
+    def head(number: int, *candidates: tuple[str, float, frozenset[tuple[str, int]]]) -> tuple[HeadCandidate, ...]:
+        found = (
+            HeadCandidate(HeadPattern("a", number, name, (0,)), saved, 0.0, needs) for name, saved, needs in candidates
+        )
+        return tuple(found)
+
+    finds = (DRAFT, 1.0, frozenset({("mass", 1)}))
+    one = SiteCandidates((head(0, finds), head(1, (BAND, 0.4, frozenset()))), 0.1, prices={"mass": 1.5})
+    assert [each.choice.candidate for each in one.chosen(0.0)] == [BAND]
+    two = replace(one, heads=(head(0, finds), head(1, (BAND, 0.4, frozenset()), finds)))
+    assert [each.choice.candidate for each in two.chosen(0.0)] == [DRAFT, DRAFT]
+    assert two.paid(two.chosen(0.0)) == pytest.approx(1.6)
+    seldom = replace(one, heads=(head(0, (KEPT, 1.0, frozenset({("mass", 4)}))), one.heads[1]))
+    assert [each.choice.candidate for each in seldom.chosen(0.0)] == [KEPT, BAND], "a quarter of it each step"
+    alike = replace(two, heads=(head(0, finds), head(1, finds)), alike=True)
+    assert len(alike.chosen(0.0)) == 2 and not replace(alike, prices={"mass": 2.0}).chosen(0.0)
+    (told, _) = sparse_part([one], 0.0).explanations
+    (why,) = (rival.reason for rival in told.rivals if rival.name == DRAFT)
+    assert why == "saves 1e+03 ms of a generation, but would cost the site 1.5e+03 ms more for mass"
+
+
+def test_what_heads_need_is_told_by_their_settings() -> None:
+    def needs(**settings: object) -> frozenset[tuple[str, int]]:
+        return needs_of(Sparse(pattern=pattern_text(settings)))
+
+    assert needs(pattern="band", width=2.0) == needs_of(Dense()) == frozenset()
+    assert needs(pattern="draft", keep=0.5) == {("means", 1)}
+    assert needs(pattern="draft", keep=0.5, by="mass", refresh=4) == {("mass", 4)}
+    assert needs(pattern="skip", rest="pooled") == needs(pattern="skip", rest={"pooled": 16}) == {("pooled", 1)}
+    both = {("error", 1), ("pooled", 1), ("taylor", 1)}
+    assert needs(pattern="draft", keep=0.5, by="error", rest={"taylor": 16}) == both
 
 
 def test_a_higher_price_saves_less_with_a_smaller_error(network: NetworkProfile) -> None:
@@ -164,7 +216,12 @@ def test_choices_are_rules_with_the_heads_that_share_a_pattern() -> None:
 def test_costs_are_those_that_were_timed_and_others_are_told(network: NetworkProfile) -> None:
     found, told = site_costs(network, "full")
     assert not told
-    assert vars(found["attn"]) == pytest.approx(vars(COST))
+    assert found["attn"].shared == COST.shared, "what is not there has no price"
+    assert found["attn"].seconds(0.3) == pytest.approx(COST.seconds(0.3)) and found["attn"].dense == COST.dense
+    older = {name: each for name, each in network.tables["latency"]["attn"].measures.items() if name != "shared"}
+    before = replace(network.tables["latency"]["attn"], measures=older)
+    found, told = site_costs(replace(network, tables={**network.tables, "latency": {"attn": before}}), "full")
+    assert not told and not found["attn"].shared, "a profile of before"
     found, told = site_costs(network, "bfloat16")
     assert not found and told == ("attn: its attention was not timed in bfloat16 steps",)
     table = network.tables["latency"]["attn"]
@@ -185,6 +242,12 @@ def test_what_a_plan_saves_is_that_of_its_heads_in_the_steps_it_computes(network
     dense_but = 2.0 - COST.seconds((0.25 + 2) / 3), 2.0 - COST.seconds((0.25 + 0 + 1) / 3)
     assert saved == pytest.approx(sum(dense_but))
     assert planned_saving(plan, "net", network, {"attn": COST}, (1,)) == pytest.approx(dense_but[0])
+    finding = pattern_text({"pattern": "draft", "keep": 0.5, "rest": {"pooled": 16}})
+    both = sparse_rules([HeadPattern("attn", 0, finding, (1, 2)), HeadPattern("attn", 1, finding, (2,))])
+    shared = plan.model_copy(update={"rules": both})
+    assert planned_saving(shared, "net", network, {"attn": COST}, (1, 2)) == pytest.approx(
+        2 * (2.0 - COST.seconds(1.0)) - 2 * (0.01 + 0.02)
+    ), "once a step, however many heads"
     unknown = sparse_rules([HeadPattern("attn", 0, '{"pattern": "sink"}', (1,))])
     plan = plan.model_copy(update={"rules": unknown})
     assert planned_saving(plan, "net", network, {"attn": COST}, (1,)) == pytest.approx(2.0 - COST.seconds(1.0))

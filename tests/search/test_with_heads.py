@@ -16,8 +16,8 @@ from ditopt.plan_text import write_yaml
 from ditopt.predicted import Predicted, predicted_plan
 from ditopt.profile import NetworkProfile, Profile
 from ditopt.search import SearchProblem, Solution, from_kept, solve_kept
+from ditopt.search.site_choice import SiteCandidates
 from ditopt.search.solution import SparsePart
-from ditopt.search.sparse import SiteCandidates
 from ditopt.search.with_heads import HeadsBeside, count_graphs, further_schedules
 from ditopt.target import Target
 from tests.made_profiles import toy_profile, with_network

@@ -1,0 +1,156 @@
+"""The choice among candidates of one site's heads in some steps, exact also where heads share what they need.
+
+A head is chosen by itself; but what blocks are found by, and means of what is skipped, a site computes once a step if
+any of its heads needs it. So for every set of such needs the best heads within it are found, and the best set is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
+
+import numpy as np
+
+from ditopt.cost_models.sparse import Need, shared_seconds
+from ditopt.decisions import Decision, Sparse
+from ditopt.measures import Label, Numbers
+from ditopt.search.heads import HeadPattern
+
+MASS = "mass"
+"""Of what a head may need: that all pairs are scored, to choose blocks by their true mass."""
+Needs = frozenset[Need]
+
+
+def needs_of(decision: Decision) -> Needs:
+    """What a head needs that its site computes once a step, or once in so many: for finding blocks, and for a rest."""
+    settings = decision.settings if isinstance(decision, Sparse) else {}
+    found = set()
+    if settings.get("pattern") == "draft":
+        found.add((str(settings.get("by", "means")), int(settings.get("refresh", 1))))
+    rest = settings.get("rest")
+    if rest is not None:
+        name = str(next(iter(rest)) if isinstance(rest, Mapping) else rest)
+        found |= {(name, 1), *([("pooled", 1)] if name == "taylor" else [])}
+    return frozenset(found)
+
+
+@dataclass(frozen=True)
+class HeadCandidate:
+    """A head under a pattern in some steps.
+
+    ``saved`` are seconds of a generation against the head being dense in the same kernel, without what it ``needs``;
+    ``error`` is the square of the final sample's relative error.
+    """
+
+    choice: HeadPattern
+    saved: float
+    error: float
+    needs: Needs = frozenset()
+
+    def gain(self, price: float) -> float:
+        """Seconds saved, less the error at a price (seconds per squared relative error)."""
+        return self.saved - price * self.error
+
+
+@dataclass(frozen=True, eq=False)
+class SiteCandidates:
+    """The heads of one site in some steps; ``heads`` are the candidates of each, beside dense.
+
+    ``lost`` are the seconds of a generation that the block-sparse kernel takes longer than dense attention where every
+    head attends to everything; below 0 where it is the faster one. ``prices`` are those of what heads need, by name.
+    ``alike``: all heads have to do the same.
+    """
+
+    heads: tuple[tuple[HeadCandidate, ...], ...]
+    lost: float
+    alike: bool = False
+    prices: Mapping[str, float] = field(default_factory=dict)
+
+    def chosen(self, price: float) -> tuple[HeadCandidate, ...]:
+        """The candidates of most gain together, one a head at most; none where dense attention is better."""
+        if self.alike:
+            return self._chosen_alike(price)
+        table = self._table
+        if not table.heads:
+            return ()
+        gains = np.where(table.within, table.saved - price * table.error, -np.inf)
+        best = gains.max(-1)
+        together = np.where(best > 0, best, 0.0).sum(-1)
+        together = np.where((best > 0).any(-1), together, best.max(-1))  # one it takes to run in the kernel
+        worth = together - table.paid - self.lost
+        at = int(worth.argmax())
+        if not worth[at] > 0:
+            return ()
+        taken = best[at] > 0 if (best[at] > 0).any() else best[at] == best[at].max()
+        which = gains[at].argmax(-1)
+        found = tuple(head[which[place]] for place, head in enumerate(table.heads) if taken[place])
+        return found if (best[at] > 0).any() else found[:1]
+
+    def paid(self, candidates: Iterable[HeadCandidate]) -> float:
+        """Seconds of a generation that some heads cost the site beside lists: the kernel's, and what they need."""
+        return self.lost + shared_seconds(self.prices, union(candidates))
+
+    def _chosen_alike(self, price: float) -> tuple[HeadCandidate, ...]:
+        """Of what every head may do, that of most gain together."""
+        of_label: dict[Label, list[HeadCandidate]] = {}
+        for each in (each for of_head in self.heads for each in of_head):
+            of_label.setdefault(each.choice.candidate, []).append(each)
+        together = [made for made in of_label.values() if len(made) == len(self.heads)]
+
+        def gain(made: list[HeadCandidate]) -> float:
+            return sum(each.gain(price) for each in made) - shared_seconds(self.prices, union(made))
+
+        best = max(together, key=gain, default=[])
+        return tuple(best) if gain(best) > max(self.lost, 0.0) else ()
+
+    @cached_property
+    def _table(self) -> _Table:
+        heads = tuple(filter(None, self.heads))
+        shape = (len(heads), max(map(len, heads), default=0))
+        saved, error = np.full(shape, -np.inf), np.zeros(shape)
+        sets = _unions(each.needs for of_head in heads for each in of_head)
+        within = np.zeros((len(sets), *shape), dtype=bool)
+        for row, of_head in enumerate(heads):
+            for column, each in enumerate(of_head):
+                saved[row, column], error[row, column] = each.saved, each.error
+                within[:, row, column] = [each.needs <= needs for needs in sets]
+        paid = np.array([shared_seconds(self.prices, needs) for needs in sets])
+        return _Table(heads, saved, error, within, paid)
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """Candidates ``[H, C]`` as numbers; which are within each of S sets of needs ``[S, H, C]``, and what those cost."""
+
+    heads: tuple[tuple[HeadCandidate, ...], ...]
+    saved: Numbers
+    error: Numbers
+    within: Numbers
+    paid: Numbers
+
+
+def union(candidates: Iterable[HeadCandidate]) -> Needs:
+    """All that some heads need."""
+    none: Needs = frozenset()
+    return reduce(lambda one, other: one | other.needs, candidates, none)
+
+
+def _unions(needs: Iterable[Needs]) -> list[Needs]:
+    """Every union of some of these, the empty one too: what heads may need together."""
+    found: dict[Needs, None] = {frozenset(): None}
+    for each in dict.fromkeys(needs):
+        found |= dict.fromkeys([each | other for other in found])
+    return list(found)
+
+
+def not_worse(candidates: Iterable[HeadCandidate]) -> tuple[HeadCandidate, ...]:
+    """Those that save something and that none beats in both and needs no more, by error.
+
+    Where all need the same, they save the more, the larger their error.
+    """
+    found: list[HeadCandidate] = []
+    for each in sorted(candidates, key=lambda each: (each.error, -each.saved, len(each.needs))):
+        if each.saved > max((other.saved for other in found if other.needs <= each.needs), default=0.0):
+            found.append(each)
+    return tuple(found)
