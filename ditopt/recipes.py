@@ -147,6 +147,25 @@ RECIPES: dict[str, Recipe] = {
             departs="blocks of 64, diagonals one token wider and kept in all frames; which sites are sparse is priced, "
             "where the paper keeps the first block dense",
         ),
+        Recipe(
+            "pisa",
+            "PISA",
+            "2602.01077",
+            forms=({"pattern": "draft", "keep": ANY, "by": "error", "rest": {"taylor": ANY}},),
+            alike=True,
+            departs="a query's own block is exact; means are of groups of 16 tokens; steps are priced, so no share of "
+            "them is dense by rule",
+        ),
+        Recipe(
+            "svg2",
+            "Sparse VideoGen2",
+            "2505.18875",
+            forms=({"pattern": "draft", "mass": ANY, "order": "clusters"},),
+            alike=True,
+            dense_first=0.3,
+            departs="blocks are of 64 sorted tokens, where the paper's are the clusters; k-means starts anew in each "
+            "call; at most half of the blocks are kept",
+        ),
     )
 }
 

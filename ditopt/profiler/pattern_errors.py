@@ -27,6 +27,7 @@ from ditopt.kernels.patterns.choice import REST, Pooled
 from ditopt.kernels.patterns.registry import pattern_to_data
 from ditopt.measures import Label, Measure, Numbers, Table
 from ditopt.passes.attention import rest_refusal
+from ditopt.profiler.cluster_errors import ClusterReader
 from ditopt.profiler.draft_blocks import DraftReader, drafts_of
 from ditopt.profiler.interpret import Seen
 from ditopt.profiler.rows import Operands, Part, Place, Reads, RowReader, SharedRows, first_samples
@@ -195,6 +196,8 @@ class _Site:
             if place.pool:
                 self.compensated = compensated_of(self.names, place.key_block, place.pool)
                 self.names += self.compensated.names
+            self.clusters = ClusterReader(place.geometry, place.key_block)
+            self.names += self.clusters.names
         first, last = (max(place.video[0], place.entry.rows[0]), min(place.video[1], place.entry.rows[1]))
         self.known = first < last
         if not self.known:
@@ -222,9 +225,23 @@ class _Site:
         if self.candidates is None:
             return np.zeros(1, dtype=np.float32)
         found = np.concatenate([self.candidates.density, self.drafts.density])
-        if self.compensated is None:
+        if self.compensated is not None:
+            more = found[[*self.compensated.which]] + 1 / self.compensated.pool
+            found = np.concatenate([found, np.minimum(more, 1)])
+        return np.concatenate([found, self.clusters.density])
+
+    def moments(self, part: Part) -> Tensor:
+        """``[C, E, E]``: second moments of the errors of all candidates in some rows of a head."""
+        assert part.sums is not None
+        weights = self.weights[part.blocks].to(part.sums.device)
+        pooled = linear = None
+        if self.compensated is not None and part.pooled is not None and part.linear is not None:
+            pooled, linear = (part.pooled, self.compensated.which), (part.linear, self.compensated.linear)
+        found = error_moments(part.sums, self.kept(part), weights, pooled, linear)
+        if not self.clusters.names:
             return found
-        return np.concatenate([found, np.minimum(found[[*self.compensated.which]] + 1 / self.compensated.pool, 1)])
+        sums, kept = self.clusters.sums(part, self.place.sample)
+        return torch.cat([found, error_moments(sums, kept, weights.view(-1, 1))])
 
     def kept(self, part: Part) -> Tensor:
         """``[q, C, Kb]``: what the candidates without a rest keep of some rows of a head."""
@@ -295,6 +312,7 @@ class PatternCollector(RowReader):
     def start(self, place: Place, operands: Operands, branch: int, index: int) -> None:
         """Remember what heads would find their blocks by."""
         self._sites[place.name].drafts.start(operands, index)
+        self._sites[place.name].clusters.start(operands, index)
 
     def take(self, place: Place, part: Part) -> None:
         """Add up the errors of some rows."""
@@ -304,15 +322,12 @@ class PatternCollector(RowReader):
         if part.branch not in site.errors:
             shape = (place.entry.site.heads, len(site.names), width, width)
             site.errors[part.branch] = torch.zeros(shape, device=part.sums.device)
-        weights = site.weights[part.blocks].to(part.sums.device)
-        pooled = linear = None
-        if site.compensated is not None and part.pooled is not None and part.linear is not None:
-            pooled, linear = (part.pooled, site.compensated.which), (part.linear, site.compensated.linear)
-        site.errors[part.branch][part.head] += error_moments(part.sums, site.kept(part), weights, pooled, linear)
+        site.errors[part.branch][part.head] += site.moments(part)
 
     def finish(self, place: Place, step: int, branch: int) -> None:
         """Let go of the operands; outputs come with the node itself."""
         self._sites[place.name].drafts.finish()
+        self._sites[place.name].clusters.finish()
 
     def see(self, seen: Seen) -> None:
         """Keep what is needed of an attention's output; measure it where the projection behind it is seen."""
