@@ -180,8 +180,8 @@ class AttentionCollector(RowReader):
         self.rows.read(seen)
 
     def reads(self, place: Place) -> Reads:
-        """Probabilities, everywhere."""
-        return Reads.PROBABILITIES
+        """Probabilities, everywhere, in raster order."""
+        return Reads.PROBABILITIES if place.order is None else Reads.NOTHING
 
     def take(self, place: Place, part: Part) -> None:
         """Reduce some rows of one head."""

@@ -6,7 +6,6 @@ in the choice. No map of all blocks is held for more than one head.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -15,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ditopt.decisions import pattern_text
 from ditopt.geometry import Geometry
 from ditopt.kernels.block_sparse_attention.draft import draft_map
 from ditopt.kernels.block_sparse_attention.lists import blocks
 from ditopt.kernels.block_sparse_attention.selectors import draft_scores
+from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.draft import OWN, Draft, Selector
-from ditopt.kernels.patterns.registry import pattern_to_data
+from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.measures import Numbers
 from ditopt.profiler.rows import Operands
 
@@ -48,15 +49,19 @@ class Drafts:
 
 
 @lru_cache(maxsize=8)
-def drafts_of(geometry: Geometry, block: int) -> Drafts:
-    """Those of ``TRIED`` that leave something out, and of those with room for as many blocks only the first."""
+def drafts_of(geometry: Geometry, block: int, order: TokenOrder | None = None) -> Drafts:
+    """Those of ``TRIED`` that leave something out, and of those with room for as many blocks only the first.
+
+    Blocks are of tokens in an order, None: raster.
+    """
     count = blocks(geometry.tokens, block)
-    always = torch.from_numpy(OWN.block_map(geometry, block))
+    there = None if order is None else order.of_video(geometry, block)
+    always = torch.from_numpy(OWN.block_map(geometry, block, order=there))
     found: dict[tuple[int, bool, Selector], Draft] = {}
     for each in TRIED:
         if not (each.everything(count) or always.all()):
             found.setdefault((each.room(count), each.mass is None, each.by), each)
-    names = tuple(json.dumps(pattern_to_data(each), sort_keys=True) for each in found.values())
+    names = tuple(pattern_text(SparseChoice(each, order=order).to_data()) for each in found.values())
     mass = [torch.inf if each.mass is None else each.mass for each in found.values()]
     rooms = torch.tensor([room for room, _, _ in found])
     return Drafts(names, block, always, rooms, torch.tensor(mass), tuple(each.by for each in found.values()))

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from ditopt.calls import NetworkCalls
+from ditopt.decisions import pattern_text
 from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.candidates import candidates
-from ditopt.kernels.patterns.choice import REST, Pooled
-from ditopt.kernels.patterns.registry import pattern_to_data
+from ditopt.kernels.patterns.choice import REST, Pooled, SparseChoice
+from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.measures import Label, Measure, Numbers, Table
 from ditopt.passes.attention import rest_refusal
 from ditopt.profiler.cluster_errors import ClusterReader
@@ -56,11 +57,12 @@ class Candidates:
 
 
 @lru_cache(maxsize=8)
-def candidates_of(geometry: Geometry, block: int) -> Candidates:
-    """The candidates of a geometry, in blocks of so many queries and keys."""
-    tried = candidates(geometry, block)
-    maps = np.stack([pattern.block_map(geometry, block) for pattern in tried], axis=1)
-    names = tuple(json.dumps(pattern_to_data(pattern), sort_keys=True) for pattern in tried)
+def candidates_of(geometry: Geometry, block: int, order: TokenOrder | None = None) -> Candidates:
+    """The candidates of a geometry, in blocks of so many queries and keys in an order (None: raster)."""
+    tried = candidates(geometry, block, order)
+    there = None if order is None else order.of_video(geometry, block)
+    maps = np.stack([pattern.block_map(geometry, block, order=there) for pattern in tried], axis=1)
+    names = tuple(pattern_text(SparseChoice(pattern, order=order).to_data()) for pattern in tried)
     return Candidates(names, torch.from_numpy(maps), maps.mean(axis=(0, 2)).astype(np.float32))
 
 
@@ -181,40 +183,31 @@ class _Call:
     from_other: Tensor | None
 
 
-class _Site:
-    """Where a site's numbers go, and what is remembered of its outputs."""
+class _Tried:
+    """The candidates of a site whose blocks are of tokens in one order, and what they have of the calls seen."""
 
-    def __init__(self, place: Place, calls: NetworkCalls) -> None:
+    def __init__(self, place: Place, geometry: Geometry, rows: tuple[int, int]) -> None:
+        block, order = place.sample.block, place.order
         self.place = place
-        self.candidates: Candidates | None = None
-        self.names: tuple[str, ...] = (SKIP,)
+        self.candidates = candidates_of(geometry, block, order)
+        self.drafts = DraftReader(drafts_of(geometry, block, order))
+        every = (*self.candidates.names, *self.drafts.drafts.names)
         self.compensated: Compensated | None = None
-        if place.geometry is not None:
-            self.candidates = candidates_of(place.geometry, place.sample.block)
-            self.drafts = DraftReader(drafts_of(place.geometry, place.sample.block))
-            self.names = (*self.candidates.names, *self.drafts.drafts.names)
-            if place.pool:
-                self.compensated = compensated_of(self.names, place.key_block, place.pool)
-                self.names += self.compensated.names
-            self.clusters = ClusterReader(place.geometry, place.key_block)
-            self.names += self.clusters.names
-        first, last = (max(place.video[0], place.entry.rows[0]), min(place.video[1], place.entry.rows[1]))
-        self.known = first < last
-        if not self.known:
-            first, last = place.entry.rows
-        self.rows = last - first
-        self.weights = place.sample.weights(first, last)
-        steps, branches, heads = len(calls.timesteps), calls.branches, place.entry.site.heads
-        self.error = np.full((1, steps, branches, heads, len(self.names)), np.nan, dtype=np.float32)
-        self.reuse = np.full((1, steps, branches, heads, LAGS), np.nan, dtype=np.float32)
-        self.branches = np.full((1, steps, heads), np.nan, dtype=np.float32)
-        self.output = np.full((1, steps, branches), np.nan, dtype=np.float32)
-        self.share = np.full((1, steps, branches, heads), np.nan, dtype=np.float32)
-        self.past: dict[int, deque[tuple[int, Tensor]]] = {}
-        self.errors: dict[int, Tensor] = {}
-        self.waiting: list[_Call] = []
-        self.elements = 0
-        self.norm_of_second: Tensor = torch.tensor(math.nan)
+        if place.pool:
+            self.compensated = compensated_of(every, place.key_block, place.pool)
+            every += self.compensated.names
+        self.clusters = ClusterReader(geometry, place.key_block) if order is None else None
+        every += self.clusters.names if self.clusters is not None else ()
+        # What means the same in every order has its numbers in raster order.
+        self.told = tuple(
+            at
+            for at, name in enumerate(every)
+            if order is None or not SparseChoice.from_data(json.loads(name)).in_any_order
+        )
+        self.every = len(every)
+        self.names = tuple(every[at] for at in self.told)
+        self.weights = place.sample.weights(*rows, place.sequence)
+        self._errors: dict[int, Tensor] = {}
 
     @property
     def density(self) -> Numbers:
@@ -222,32 +215,90 @@ class _Site:
 
         A rest costs a pair of a query and a group for each group of the sequence.
         """
-        if self.candidates is None:
-            return np.zeros(1, dtype=np.float32)
         found = np.concatenate([self.candidates.density, self.drafts.density])
         if self.compensated is not None:
-            more = found[[*self.compensated.which]] + 1 / self.compensated.pool
-            found = np.concatenate([found, np.minimum(more, 1)])
-        return np.concatenate([found, self.clusters.density])
-
-    def moments(self, part: Part) -> Tensor:
-        """``[C, E, E]``: second moments of the errors of all candidates in some rows of a head."""
-        assert part.sums is not None
-        weights = self.weights[part.blocks].to(part.sums.device)
-        pooled = linear = None
-        if self.compensated is not None and part.pooled is not None and part.linear is not None:
-            pooled, linear = (part.pooled, self.compensated.which), (part.linear, self.compensated.linear)
-        found = error_moments(part.sums, self.kept(part), weights, pooled, linear)
-        if not self.clusters.names:
-            return found
-        sums, kept = self.clusters.sums(part, self.place.sample)
-        return torch.cat([found, error_moments(sums, kept, weights.view(-1, 1))])
+            of_rests = found[[*self.compensated.which]] + 1 / self.compensated.pool
+            found = np.concatenate([found, np.minimum(of_rests, 1)])
+        if self.clusters is not None:
+            found = np.concatenate([found, self.clusters.density])
+        return found[[*self.told]]
 
     def kept(self, part: Part) -> Tensor:
         """``[q, C, Kb]``: what the candidates without a rest keep of some rows of a head."""
-        assert self.candidates is not None
         found = self.drafts.kept(part.head)[part.blocks]
         return torch.cat([self.candidates.kept[part.blocks].to(found.device), found], 1)
+
+    def start(self, operands: Operands, index: int) -> None:
+        """Remember what heads would find their blocks by."""
+        for reader in (self.drafts, self.clusters):
+            if reader is not None:
+                reader.start(operands, index)
+
+    def finish(self) -> None:
+        """Let go of the operands."""
+        for reader in (self.drafts, self.clusters):
+            if reader is not None:
+                reader.finish()
+
+    def take(self, part: Part) -> None:
+        """Add up the errors of some rows."""
+        assert part.sums is not None
+        if part.branch not in self._errors:
+            width = part.sums.shape[-1] - 1
+            shape = (self.place.entry.site.heads, self.every, width, width)
+            self._errors[part.branch] = torch.zeros(shape, device=part.sums.device)
+        self._errors[part.branch][part.head] += self._moments(part, part.sums)
+
+    def _moments(self, part: Part, sums: Tensor) -> Tensor:
+        """``[C, E, E]``: second moments of the errors of all candidates in some rows of a head."""
+        weights = self.weights[part.blocks].to(sums.device)
+        pooled = linear = None
+        if self.compensated is not None and part.pooled is not None and part.linear is not None:
+            pooled, linear = (part.pooled, self.compensated.which), (part.linear, self.compensated.linear)
+        found = error_moments(sums, self.kept(part), weights, pooled, linear)
+        if self.clusters is None or not self.clusters.names:
+            return found
+        of_clusters, kept = self.clusters.sums(part, self.place.sample)
+        return torch.cat([found, error_moments(of_clusters, kept, weights.view(-1, 1))])
+
+    def errors(self, branch: int) -> Tensor:
+        """``[H, C, E, E]``: second moments of the errors in a branch's call, which are then forgotten."""
+        return self._errors.pop(branch)[:, [*self.told]]
+
+
+class _Site:
+    """Where a site's numbers go, and what is remembered of its outputs."""
+
+    def __init__(self, place: Place, ordered: Place | None, calls: NetworkCalls) -> None:
+        self.place = place
+        first, last = (max(place.video[0], place.entry.rows[0]), min(place.video[1], place.entry.rows[1]))
+        self.known = first < last
+        if not self.known:
+            first, last = place.entry.rows
+        self.rows = last - first
+        self.weights = place.sample.weights(first, last)
+        self.tried: dict[TokenOrder | None, _Tried] = {}
+        if place.geometry is not None:
+            places = (place,) if ordered is None else (place, ordered)
+            self.tried = {each.order: _Tried(each, place.geometry, (first, last)) for each in places}
+        self.names = tuple(name for each in self.tried.values() for name in each.names) or (SKIP,)
+        steps, branches, heads = len(calls.timesteps), calls.branches, place.entry.site.heads
+        self.error = np.full((1, steps, branches, heads, len(self.names)), np.nan, dtype=np.float32)
+        self.reuse = np.full((1, steps, branches, heads, LAGS), np.nan, dtype=np.float32)
+        self.branches = np.full((1, steps, heads), np.nan, dtype=np.float32)
+        self.output = np.full((1, steps, branches), np.nan, dtype=np.float32)
+        self.share = np.full((1, steps, branches, heads), np.nan, dtype=np.float32)
+        self.past: dict[int, deque[tuple[int, Tensor]]] = {}
+        self.waiting: list[_Call] = []
+        self.elements = 0
+        self.norm_of_second: Tensor = torch.tensor(math.nan)
+
+    @property
+    def density(self) -> Numbers:
+        """``[C]``: what candidates cost of dense attention."""
+        if not self.tried:
+            return np.zeros(1, dtype=np.float32)
+        return np.concatenate([each.density for each in self.tried.values()])
 
     def remembered(self, width: int) -> Tensor:
         """The rows, of those that count, whose outputs are kept from step to step; a row has ``width`` values."""
@@ -271,8 +322,9 @@ class PatternCollector(RowReader):
     """Relative errors of candidate patterns, of reuse and of skipping, per head; the table ``patterns``.
 
     They are measured on sampled rows of the video's queries (of all queries where there is no text), after the output
-    projection and without its bias. Patterns keep whole blocks in raster order, and text as ``Pattern`` says: ``skip``
-    in joint attention keeps the blocks that hold text, and ``share`` is the error of leaving a head out altogether.
+    projection and without its bias. Patterns keep whole blocks, of tokens in raster order or in the ``order`` that a
+    candidate's name has (``orders.compact_order``), and text as ``Pattern`` says: ``skip`` in joint attention keeps the
+    blocks that hold text, and ``share`` is the error of leaving a head out altogether.
     Candidates with a ``rest`` have the blocks that they skip by means of their keys and values; their ``density`` has
     one pair of a query and a group for each group of the sequence more. Of a batch the first sample of each guidance
     branch is looked at. ``rows`` is what other collectors of the generation read, too.
@@ -286,7 +338,9 @@ class PatternCollector(RowReader):
         super().__init__()
         self.rows = SharedRows(trace, geometry) if rows is None else rows
         self.rows.readers.append(self)
-        self._sites = {place.name: _Site(place, calls) for place in self.rows.places.values()}
+        self._sites = {
+            place.name: _Site(place, self.rows.ordered.get(node), calls) for node, place in self.rows.places.items()
+        }
         self._behind: dict[str, _Site] = {}
         for name, site in self._sites.items():
             entry = site.place.entry
@@ -298,36 +352,28 @@ class PatternCollector(RowReader):
                 self.skip(
                     f"{name}: the product behind it takes no video tokens of {geometry}; all it takes are measured"
                 )
-            if site.candidates is None and not entry.cross:
+            if not site.tried and not entry.cross:
                 sizes = f"{entry.site.queries} queries and {entry.site.keys} keys"
                 self.skip(f"{name}: {sizes} do not fit the {geometry}; no pattern is tried")
-            if site.candidates is not None and site.compensated is None:
+            if site.tried and not site.place.pool:
                 self.skip(f"{name}: {rest_refusal(entry.node)}; no pattern is tried with means of what it skips")
         self.wanted = frozenset({*self.rows.places, *self._behind})
 
     def reads(self, place: Place) -> Reads:
         """Sums by block of keys, where patterns are tried."""
-        return Reads.SUMS if self._sites[place.name].candidates is not None else Reads.NOTHING
+        return Reads.SUMS if place.order in self._sites[place.name].tried else Reads.NOTHING
 
     def start(self, place: Place, operands: Operands, branch: int, index: int) -> None:
         """Remember what heads would find their blocks by."""
-        self._sites[place.name].drafts.start(operands, index)
-        self._sites[place.name].clusters.start(operands, index)
+        self._sites[place.name].tried[place.order].start(operands, index)
 
     def take(self, place: Place, part: Part) -> None:
         """Add up the errors of some rows."""
-        site = self._sites[place.name]
-        assert site.candidates is not None and part.sums is not None
-        width = part.sums.shape[-1] - 1
-        if part.branch not in site.errors:
-            shape = (place.entry.site.heads, len(site.names), width, width)
-            site.errors[part.branch] = torch.zeros(shape, device=part.sums.device)
-        site.errors[part.branch][part.head] += site.moments(part)
+        self._sites[place.name].tried[place.order].take(part)
 
     def finish(self, place: Place, step: int, branch: int) -> None:
         """Let go of the operands; outputs come with the node itself."""
-        self._sites[place.name].drafts.finish()
-        self._sites[place.name].clusters.finish()
+        self._sites[place.name].tried[place.order].finish()
 
     def see(self, seen: Seen) -> None:
         """Keep what is needed of an attention's output; measure it where the projection behind it is seen."""
@@ -355,9 +401,10 @@ class PatternCollector(RowReader):
         beside = other[-1] if other else None
         from_other = moments(now - beside[1], weights) if beside is not None and beside[0] == step else None
         past.append((step, now))
-        errors = site.errors.pop(branch, None)
-        if errors is None:
-            errors = moments(outputs, site.weights.view(-1).to(result.device))[:, None]
+        found = [each.errors(branch) for each in site.tried.values()]
+        if not found:
+            found = [moments(outputs, site.weights.view(-1).to(result.device))[:, None]]
+        errors = torch.cat(found, 1)
         site.waiting.append(_Call(step, branch, outputs, errors, apart, from_other))
 
     def _measure(self, site: _Site, weight: Tensor | None) -> None:
@@ -394,7 +441,7 @@ class PatternCollector(RowReader):
             labels: dict[str, tuple[Label, ...]] = {"candidate": site.names, "lag": tuple(range(1, LAGS + 1))}
             facts = {
                 "kind": place.kind,
-                "tried": site.candidates is not None,
+                "tried": bool(site.tried),
                 "block_queries": place.sample.block,
                 "block_keys": place.key_block,
                 "rows": int((site.weights > 0).sum()),

@@ -24,7 +24,8 @@ from ditopt.kernels.block_sparse_attention.pooled import moments
 from ditopt.kernels.ops import SETTINGS
 from ditopt.kernels.patterns.candidates import block_for
 from ditopt.kernels.patterns.choice import LEAST_POOL
-from ditopt.passes.attention import rest_refusal
+from ditopt.kernels.patterns.orders import TokenOrder, compact_order
+from ditopt.passes.attention import rest_refusal, special
 from ditopt.profiler.interpret import Collector, Moment, Seen, of_branches
 from ditopt.profiler.places import Attention, attentions
 from ditopt.trace import SDPA_ARGUMENTS, Trace
@@ -73,11 +74,15 @@ class Sample:
         """Rows of a block."""
         return int(self.rows.shape[1])
 
-    def weights(self, first: int, last: int) -> Tensor:
-        """``[Qb, r]`` float32: the share that a row stands for of the tokens from ``first`` up to ``last``."""
-        inside = self.real & (self.rows >= first) & (self.rows < last)
-        starts = torch.arange(self.blocks) * self.block
-        tokens = ((starts + self.block).clamp(max=last) - starts.clamp(min=first)).clamp(min=0)
+    def weights(self, first: int, last: int, order: Tensor | None = None) -> Tensor:
+        """``[Qb, r]`` float32: the share that a row stands for of the tokens from ``first`` up to ``last``.
+
+        ``order`` ``[S]`` says which token stands where; None: each at its own place.
+        """
+        counts = torch.arange(self.tokens) if order is None else order
+        counts = (counts >= first) & (counts < last)
+        inside = self.real & counts[self.rows]
+        tokens = torch.stack([part.sum() for part in counts.split(self.block)])
         weights = inside * (tokens / inside.sum(1).clamp(min=1))[:, None]
         return (weights / weights.sum().clamp(min=1e-30)).float()
 
@@ -122,6 +127,13 @@ class Operands:
         if mask is not None:
             mask = mask[(None,) * (4 - mask.ndim)]
         return cls(query, key, value, mask, given["dropout_p"], given["is_causal"], scale, given["enable_gqa"])
+
+    def in_order(self, order: Tensor) -> Operands:
+        """The same with tokens in an order ``[S]``: which one stands where; of self-attention without a mask."""
+        assert self.mask is None and not self.causal, "a mask is of tokens in raster order"
+        there = order.to(self.query.device)
+        query, key, value = (part.index_select(2, there) for part in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value)
 
     def group(self, head: int) -> int:
         """The head of keys and values that belongs to a head of queries."""
@@ -190,7 +202,7 @@ class Place:
 
     ``geometry`` is that of its tokens, None where queries or keys are others; ``video`` the first and past the last
     query that is no text. Blocks of keys have ``key_block`` tokens; where they can count by means, too, these are of
-    ``pool`` tokens, else that is 0.
+    ``pool`` tokens, else that is 0. Rows, blocks and means are of tokens in an ``order``; None: raster.
     """
 
     entry: Attention
@@ -199,6 +211,14 @@ class Place:
     key_block: int
     video: tuple[int, int]
     pool: int = 0
+    order: TokenOrder | None = None
+
+    @property
+    def sequence(self) -> Tensor | None:
+        """``[S]``: which token stands where in its order; None: each at its own place."""
+        if self.order is None or self.geometry is None:
+            return None
+        return torch.from_numpy(self.order.of_sequence(self.geometry, self.key_block))
 
     @property
     def name(self) -> str:
@@ -234,6 +254,17 @@ def place_of(entry: Attention, geometry: Geometry | None) -> Place:
     keys = block if site.queries == site.keys else max(1, -(-site.keys // 128))
     pool = pool_size(block) if fits is not None and rest_refusal(entry.node) is None else 0
     return Place(entry, fits, sample_rows(site.queries, block), keys, video, pool)
+
+
+def ordered(place: Place) -> Place | None:
+    """The place with its tokens in the order that is tried beside raster order; None where none is.
+
+    That is where no kernel takes the attention, as it has a mask, and where tokens stand in a line or alone in blocks.
+    """
+    if place.geometry is None or special(place.entry.node) is not None:
+        return None
+    order = compact_order(place.geometry, place.key_block)
+    return None if order is None else replace(place, order=order)
 
 
 def pool_size(block: int) -> int:
@@ -280,7 +311,7 @@ class RowReader(Collector):
 
     @abstractmethod
     def reads(self, place: Place) -> Reads:
-        """What it needs of a site."""
+        """What it needs of a site, in raster order and (another place) in the order that is tried beside it."""
 
     def start(self, place: Place, operands: Operands, branch: int, index: int) -> None:
         """The rows of a branch's call follow: of sample ``index`` of its operands."""
@@ -295,11 +326,15 @@ class RowReader(Collector):
 
 
 class SharedRows:
-    """The rows of a network's attention sites, computed once for all ``readers``; ``places`` are by node name."""
+    """The rows of a network's attention sites, computed once for all ``readers``.
+
+    ``places`` are by node name, and so are those in another order of tokens, where some reader asks for them.
+    """
 
     def __init__(self, trace: Trace, geometry: Geometry | None) -> None:
         self.geometry = geometry
         self.places = {entry.node.name: place_of(entry, geometry) for entry in attentions(trace)}
+        self.ordered = {name: found for name, place in self.places.items() if (found := ordered(place)) is not None}
         self.readers: list[RowReader] = []
         self._last: tuple[Moment, fx.Node, bool] | None = None
 
@@ -319,17 +354,26 @@ class SharedRows:
             for reader in self.readers:
                 reader.skip(f"{place.name}: {reason}")
             return False
+        for each in (place, self.ordered.get(seen.node.name)):
+            if each is not None:
+                self._read(each, operands, seen.moment.step, samples)
+        return True
+
+    def _read(self, place: Place, operands: Operands, step: int, samples: Mapping[int, int]) -> None:
         needs = {reader: reader.reads(place) for reader in self.readers}
         reading = [reader for reader, need in needs.items() if need is not Reads.NOTHING]
-        for branch, index in samples.items() if reading else ():
+        if not reading:
+            return
+        sequence = place.sequence
+        operands = operands if sequence is None else operands.in_order(sequence)
+        for branch, index in samples.items():
             for reader in reading:
                 reader.start(place, operands, branch, index)
-            for part in parts(place, operands, seen.moment.step, branch, index, Reads.SUMS in needs.values()):
+            for part in parts(place, operands, step, branch, index, Reads.SUMS in needs.values()):
                 for reader in reading:
                     reader.take(place, part)
             for reader in reading:
-                reader.finish(place, seen.moment.step, branch)
-        return True
+                reader.finish(place, step, branch)
 
 
 def first_samples(moment: Moment, value: Tensor) -> dict[int, int]:

@@ -89,6 +89,8 @@ def candidate_name(text: str | int | float) -> str:
     'spatial, frames 0'
     >>> candidate_name('{"pattern": "skip", "rest": {"pooled": 16}}')
     'skip, rest by means of 16'
+    >>> candidate_name('{"keep": 0.25, "order": {"tiles": [4, 4, 4]}, "pattern": "draft"}')
+    'draft, keep 0.25, order tiles 4×4×4'
     """
     try:
         data = json.loads(str(text))
@@ -112,6 +114,8 @@ def _pattern_words(data: Mapping[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{key} {_value(each)}" for key, each in value.items())
     if isinstance(value, list | tuple):
         return "×".join(map(_value, value))
     return f"{value:.3g}" if isinstance(value, float) else str(value)

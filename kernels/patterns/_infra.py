@@ -114,18 +114,16 @@ def _in_blocks(
     geometry: Geometry, block: int, order: Integers | None, separable: bool
 ) -> tuple[Boxes, Integers, Booleans]:
     """The runs of a sequence, the block of each, and which blocks hold text."""
-    sequence = np.arange(geometry.video) if order is None else order
     before = geometry.text if geometry.text_first else 0
     places = before + np.arange(geometry.video)
+    raster = np.arange(geometry.video)
+    # A block is the same in any order of its tokens: that which has fewer runs will do.
+    tried = [raster] if order is None else [order, order[np.lexsort((order, places // block))]]
+    sequence, breaks = min(
+        ((each, _breaks(each, geometry, places // block, separable)) for each in tried),
+        key=lambda found: found[1].sum(),
+    )
     coordinates = np.stack(np.unravel_index(sequence, geometry.sizes))
-    moves = np.diff(coordinates, axis=1)
-    unit = np.abs(moves).sum(0) == 1
-    along = np.where(unit & (moves.sum(0) == 1), np.argmax(moves != 0, axis=0), -1)
-    if not separable:
-        along = np.where(along == COLUMNS, along, -1)
-    breaks = (along < 0) | (places[1:] % block == 0)
-    turned = ~breaks[1:] & ~breaks[:-1] & (along[1:] != along[:-1])
-    breaks[1:] |= turned  # a box runs along one axis; the token after a turn begins another
     starts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
     ends = np.concatenate([starts[1:] - 1, [geometry.video - 1]])
     total = -(-geometry.tokens // block)
@@ -134,3 +132,16 @@ def _in_blocks(
         first = 0 if geometry.text_first else geometry.video
         text[first // block : -(-(first + geometry.text) // block)] = True
     return Boxes(coordinates[:, starts], coordinates[:, ends]), places[starts] // block, text
+
+
+def _breaks(sequence: Integers, geometry: Geometry, block_of: Integers, separable: bool) -> Booleans:
+    """``[N - 1]``: between which tokens of a sequence a run ends."""
+    moves = np.diff(np.stack(np.unravel_index(sequence, geometry.sizes)), axis=1)
+    unit = np.abs(moves).sum(0) == 1
+    along = np.where(unit & (moves.sum(0) == 1), np.argmax(moves != 0, axis=0), -1)
+    if not separable:
+        along = np.where(along == COLUMNS, along, -1)
+    breaks = (along < 0) | (np.diff(block_of) != 0)
+    turned = ~breaks[1:] & ~breaks[:-1] & (along[1:] != along[:-1])
+    breaks[1:] |= turned  # a box runs along one axis; the token after a turn begins another
+    return np.asarray(breaks)

@@ -29,10 +29,11 @@ def by_pixel(geometry: Geometry) -> Integers:
 
 
 def by_tile(geometry: Geometry, tile: Tile) -> Integers:
-    """Tile by tile (frames, rows, columns of tokens), in raster order inside: windows of tiles are contiguous.
+    """Tile by tile (frames, rows, columns of tokens): windows of tiles are contiguous.
 
     Tiles are walked to and fro, so that neighbours in the sequence are neighbours in space: a block that is no whole
-    tile then has parts of two that touch. At an axis's end tiles are short where its size is no multiple.
+    tile then has parts of two that touch. Inside halves follow each other, halved again along the axes in turn (Morton
+    order), so that parts of a block are compact, too. At an axis's end tiles are short where its size is no multiple.
     """
     inner, outer = np.divmod(_places(geometry), np.reshape(tile, (3, 1)))[::-1]
     counts = [-(-size // extent) for size, extent in zip(geometry.sizes, tile, strict=True)]
@@ -40,7 +41,8 @@ def by_tile(geometry: Geometry, tile: Tile) -> Integers:
     for axis in AXES[1:]:  # turned round in every other line of the axes before it
         line = np.ravel_multi_index(tuple(walked[:axis]), tuple(counts[:axis]))
         walked[axis] = np.where(line % 2, counts[axis] - 1 - outer[axis], outer[axis])
-    key = np.ravel_multi_index((*walked, *inner), (*counts, *tile))
+    bits = max((extent - 1).bit_length() for extent in tile)
+    key = np.ravel_multi_index(tuple(walked), tuple(counts)) << 3 * bits | _interleaved(inner, bits)
     return np.asarray(np.argsort(key, kind="stable"))
 
 
@@ -68,11 +70,7 @@ def by_hilbert(geometry: Geometry) -> Integers:
     for level in range(1, bits):
         spread ^= np.where(place[-1] >> level & 1 == 1, (1 << level) - 1, 0)
     place ^= spread
-    key = np.zeros_like(spread)
-    for level in reversed(range(bits)):
-        for digit in place:
-            key = key << 1 | digit >> level & 1
-    return np.asarray(np.argsort(key, kind="stable"))
+    return np.asarray(np.argsort(_interleaved(place, bits), kind="stable"))
 
 
 @functools.lru_cache(maxsize=32)
@@ -106,6 +104,8 @@ ORDERS: dict[str, Callable[[Geometry, int], Integers]] = {
     TILES: lambda geometry, block: by_tile(geometry, compact_tile(geometry, block)),
 }
 """Permutations of the video's tokens by name, for sequences in blocks of so many."""
+COMPACT = (TILES, "hilbert")
+"""Those whose blocks are compact in space and time."""
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,21 @@ def _of_video(order: TokenOrder, geometry: Geometry, block: int) -> Integers:
     return found
 
 
+@functools.lru_cache(maxsize=32)
+def compact_order(geometry: Geometry, block: int) -> TokenOrder | None:
+    """Of tiles and Hilbert curve what makes the more compact blocks; None where raster order's are no less compact.
+
+    >>> compact_order(Geometry(6, 28, 28), 64)
+    TokenOrder(name='tiles', tile=None)
+    """
+    found = {each: spread(each.of_video(geometry, block), geometry, block) for each in map(TokenOrder, COMPACT)}
+    best = min(found, key=lambda each: found[each])
+    return best if found[best] < spread(np.arange(geometry.video), geometry, block) else None
+
+
 def inverse(order: Integers) -> Integers:
     """The permutation that undoes ``order``."""
-    found = np.empty_like(order)
+    found: Integers = np.empty_like(order)
     found[order] = np.arange(len(order))
     return found
 
@@ -183,3 +195,12 @@ def inverse(order: Integers) -> Integers:
 def _places(geometry: Geometry) -> Integers:
     """``[3, N]``: frame, row and column of every token."""
     return np.asarray(np.indices(geometry.sizes).reshape(3, math.prod(geometry.sizes)), dtype=np.int64)
+
+
+def _interleaved(numbers: Integers, bits: int) -> Integers:
+    """``[N]``: the bits of ``[D, N]`` numbers in turn, from the highest on."""
+    found: Integers = np.zeros_like(numbers[0])
+    for level in reversed(range(bits)):
+        for each in numbers:
+            found = found << 1 | each >> level & 1
+    return found

@@ -34,9 +34,10 @@ BEHIND = Geometry(2, 5, 4, text=5)
 
 
 def dynamic(table: Table) -> dict[str, int]:
-    """Where the drafts without a rest stand among a table's candidates."""
+    """Where the drafts in raster order and without a rest stand among a table's candidates."""
     found = {str(name): (at, json.loads(str(name))) for at, name in enumerate(table.labels["candidate"])}
-    return {name: at for name, (at, each) in found.items() if each["pattern"] in DYNAMIC and "rest" not in each}
+    plain = {name: at for name, (at, each) in found.items() if not {"rest", "order"} & each.keys()}
+    return {name: at for name, at in plain.items() if json.loads(name)["pattern"] in DYNAMIC}
 
 
 def kept(x: Tensor, heads: tuple[int, int], geometry: Geometry, block: int, name: str) -> Tensor:

@@ -60,9 +60,12 @@ def attend(x: Tensor, heads: tuple[int, int] = (2, 2), mask: Tensor | None = Non
 
 
 def static(table: Table) -> list[str]:
-    """The candidates without a rest whose blocks do not depend on the call, which stand before the others."""
+    """The candidates in raster order and without a rest whose blocks do not depend on the call: the first ones."""
     names = [str(name) for name in table.labels["candidate"]]
-    found = [name for name in names if json.loads(name)["pattern"] not in DYNAMIC and "rest" not in json.loads(name)]
+    beside = [{"rest", "order"} & json.loads(name).keys() for name in names]
+    found = [
+        name for name, has in zip(names, beside, strict=True) if json.loads(name)["pattern"] not in DYNAMIC and not has
+    ]
     assert names[: len(found)] == found
     return found
 

@@ -29,9 +29,9 @@ LARGER = Geometry(3, 8, 7)  # blocks of 16, the last one short
 
 
 def rests(table: Table) -> dict[str, int]:
-    """Where candidates with a rest stand in a table."""
+    """Where candidates in raster order and with a rest stand in a table."""
     names = [str(name) for name in table.labels["candidate"]]
-    return {name: at for at, name in enumerate(names) if "rest" in json.loads(name)}
+    return {name: at for at, name in enumerate(names) if {"rest", "order"} & json.loads(name).keys() == {"rest"}}
 
 
 def with_means(
