@@ -3,10 +3,11 @@
     python -m benchmarks.sparse_search --set height=112 --set width=112 --json docs/results/sparse_search.json
 
 Two prompts are profiled (what patterns cost heads, what attention takes), others judge: every plan generates them
-compiled, in float32 and with every step computed, so that nothing but sparse heads errs. Three families of plans:
+compiled, in float32 and with every step computed, so that nothing but sparse heads errs. Families of plans:
 
 - ``mix``: each head of each site in each of three phases has its own pattern or stays dense, at one price of error.
 - ``single``: one pattern for all heads in all steps, or behind a dense first quarter (as published methods are used).
+- ``recipe`` (with ``--recipes``): the mix under the restriction of each published system (``ditopt recipes``).
 - ``oracle``: of each head in each call the blocks with most attention mass in that very call, as many as the head's
   work under the mix is worth (its means included). It reads the whole map of attention, so it is no method; graphs run
   node by node under it.
@@ -22,7 +23,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,20 @@ from ditopt.profiler.places import attentions
 from ditopt.profiler.run import whole_program
 from ditopt.profiler.take import TABLES, add_sparse_tables, take_profile
 from ditopt.quality import Quality, compare
+from ditopt.recipes import RECIPES, Recipe
 from ditopt.runtime.program import Compute
 from ditopt.search.joint import dense
 from ditopt.search.problem import SearchProblem
-from ditopt.search.sparse import head_candidates, planned_saving, price_that_saves, site_costs, sparse_part
+from ditopt.search.solution import SparsePart
+from ditopt.search.sparse import (
+    head_candidates,
+    planned_saving,
+    price_that_saves,
+    profiled_candidates,
+    site_costs,
+    sparse_part,
+    totals,
+)
 from ditopt.search.with_heads import PHASES
 from ditopt.techniques import Techniques
 
@@ -178,6 +189,7 @@ class Bench:
                 "plan": what,
                 "attention": taken / whole,
                 "psnr": quality.psnr,
+                "rel_l2": quality.rel_l2,
                 "per_prompt": quality.per_prompt,
                 "seconds": time.perf_counter() - began,
             }
@@ -202,15 +214,30 @@ class Bench:
 
     def mixes(self, oracles: Sequence[float], judged: int) -> None:
         """Mixes that take each of ``SHARES``."""
-        draft = dense(self.problem)
+        for share, part in self._parts(None):
+            self.add("mix", f"{share:g}", part.rules, judged if share in oracles else 0)
+
+    def recipes(self) -> None:
+        """The mixes of every recipe that take each of ``SHARES``, as far as it goes."""
+        for recipe in RECIPES.values():
+            for told in recipe.told(profiled_candidates(self.network)):
+                self.reporter.say(f"  {told}")
+            for share, part in self._parts(recipe):
+                self.add("recipe", f"{recipe.name} {share:g}", part.rules)
+
+    def _parts(self, recipe: Recipe | None) -> Iterator[tuple[float, SparsePart]]:
+        """The choices of least error that take no longer than each of ``SHARES``, where there are some."""
         ranges = [tuple(map(int, part)) for part in np.array_split(np.arange(self.problem.steps), PHASES)]
-        candidates = head_candidates(self.network, self.problem, draft, self.costs, ranges)
+        candidates = head_candidates(self.network, self.problem, dense(self.problem), self.costs, ranges, recipe)
         whole = sum(cost.dense for cost in self.costs.values()) * self.problem.steps
         in_kernel = sum(cost.seconds(1.0) for cost in self.costs.values()) * self.problem.steps
+        most = totals(candidates, 0.0)[0]
         for share in SHARES:
             needed = whole - share * in_kernel
-            part = sparse_part(candidates, price_that_saves(candidates, needed))
-            self.add("mix", f"{share:g}", part.rules, judged if share in oracles else 0)
+            if needed > most:
+                self.reporter.say(f"  {recipe.name if recipe else 'mix'} {share:g}: no choice is so fast")
+                return
+            yield share, sparse_part(candidates, price_that_saves(candidates, needed))
 
     def singles(self, dense_first: Sequence[float]) -> None:
         """Every candidate by itself, behind each of these shares of dense steps."""
@@ -243,6 +270,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         prepared.evaluator.dense(judged)
         bench = Bench(prepared, profile, judged, reporter, arguments.json.with_suffix(".partial"))
         bench.mixes(arguments.oracle, arguments.oracle_limit)
+        if arguments.recipes:
+            bench.recipes()
         if not arguments.mixes_only:
             bench.singles(arguments.dense_first)
     return {
@@ -271,7 +300,8 @@ def main() -> None:
     parser.add_argument("--oracle", type=float, nargs="*", default=[0.6, 0.3], help="shares to compare with the oracle")
     parser.add_argument("--oracle-limit", type=int, default=1, help="prompts of the oracle")
     parser.add_argument("--dense-first", type=float, nargs="*", default=DENSE_FIRST, help="of single patterns")
-    parser.add_argument("--mixes-only", action="store_true")
+    parser.add_argument("--mixes-only", action="store_true", help="no single patterns")
+    parser.add_argument("--recipes", action="store_true", help="published systems beside the mix")
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     found = run(arguments)
