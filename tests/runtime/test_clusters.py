@@ -65,9 +65,17 @@ def by_clusters(decided: list[Any], geometry: Geometry) -> Edit:
                 one, other = q[places[0]][None, None].float(), k[places[1]][None, None].float()
                 kept = torch.tensor(literal(one, other, text, sizes, limit, mass, scale)).view(text.shape[2:])
                 of_query, of_key = (place.argsort() // size for place, size in zip(places, sizes, strict=True))
-                mask = kept[of_query][:, of_key]
-                scores = (scale * q.double() @ k.double().T).masked_fill(~mask, -math.inf)
-                out[sample, head] = (scores.softmax(-1) @ v.double()).to(value.dtype)
+                of_row, keys, means, counts = kept[of_query], [k.double()], [v.double()], [torch.ones(tokens)]
+                hidden = [~of_row[:, of_key]]
+                if choice.rest is not None:
+                    groups = places[1].split(choice.rest.of(sizes[1]))
+                    keys.append(torch.stack([keys[0][each].mean(0) for each in groups]))
+                    means.append(torch.stack([means[0][each].mean(0) for each in groups]))
+                    counts.append(torch.tensor([float(len(each)) for each in groups]))
+                    hidden.append(of_row[:, torch.arange(len(groups)) * len(groups[0]) // sizes[1]])
+                scores = scale * q.double() @ torch.cat(keys).T + torch.cat(counts).log()
+                scores = scores.masked_fill(torch.cat(hidden, 1), -math.inf)
+                out[sample, head] = (scores.softmax(-1) @ torch.cat(means)).to(value.dtype)
         return out
 
     return edit
@@ -96,7 +104,7 @@ CLUSTERS = sparse("draft", mass=0.6, order="clusters")
 def test_a_compiled_plan_file_sorts_tokens_by_clusters(wan: nn.Module, structure: str, tmp_path: Path) -> None:
     rules = (
         rule("blocks.*.attn1", "1-3", CLUSTERS),
-        rule("blocks.0.attn1", "2", sparse("draft", keep=0.25, order="clusters"), "1"),
+        rule("blocks.0.attn1", "2", sparse("draft", keep=0.25, order="clusters", rest={"pooled": 16}), "1"),
         rule("blocks.1.attn1", "2", sparse("window", tile=[2, 4, 8], reach=[0, 1, 1], order="tiles"), "0"),
         rule("blocks.1.attn1", "3", Dense(), "1"),
         rule("blocks.1.attn1", "4", sparse("spatial")),

@@ -230,7 +230,7 @@ def test_orders_that_do_not_fit_are_named(wan: nn.Module, structure: str, bad: R
         call(compiled(wan, plan=plan_of(structure, bad)), wan_inputs(), TIMES[0])
 
 
-@pytest.mark.parametrize("order", ["tiles", {"tiles": [1, 2, 3]}, "hilbert", "pixels"])
+@pytest.mark.parametrize("order", ["tiles", {"tiles": [1, 2, 3]}, "hilbert", "pixels", "clusters"])
 def test_a_decision_is_written_as_it_is_read(order: Any) -> None:
     data = {"sparse": {"pattern": "draft", "keep": 0.25, "rest": "pooled", "order": order}}
     decision = decision_from_data(data)
