@@ -57,6 +57,7 @@ from ditopt.search.joint import dense
 from ditopt.search.problem import SearchProblem
 from ditopt.search.solution import SparsePart
 from ditopt.search.sparse import (
+    LOWEST_PRICE,
     head_candidates,
     planned_saving,
     price_that_saves,
@@ -214,30 +215,33 @@ class Bench:
 
     def mixes(self, oracles: Sequence[float], judged: int) -> None:
         """Mixes that take each of ``SHARES``."""
-        for share, part in self._parts(None):
-            self.add("mix", f"{share:g}", part.rules, judged if share in oracles else 0)
+        for share, part in self.parts(None):
+            self.add("mix", share, part.rules, judged if share in {f"{each:g}" for each in oracles} else 0)
 
     def recipes(self) -> None:
-        """The mixes of every recipe that take each of ``SHARES``, as far as it goes."""
+        """The mixes of every recipe that take each of ``SHARES`` as far as it goes, and where it ends its fastest."""
         for recipe in RECIPES.values():
             for told in recipe.told(profiled_candidates(self.network)):
                 self.reporter.say(f"  {told}")
-            for share, part in self._parts(recipe):
-                self.add("recipe", f"{recipe.name} {share:g}", part.rules)
+            for share, part in self.parts(recipe):
+                self.add("recipe", f"{recipe.name} {share}", part.rules)
 
-    def _parts(self, recipe: Recipe | None) -> Iterator[tuple[float, SparsePart]]:
-        """The choices of least error that take no longer than each of ``SHARES``, where there are some."""
+    def parts(self, recipe: Recipe | None) -> Iterator[tuple[str, SparsePart]]:
+        """The choices of least error that take no longer than each of ``SHARES``; ``fastest`` where none is so fast."""
         ranges = [tuple(map(int, part)) for part in np.array_split(np.arange(self.problem.steps), PHASES)]
         candidates = head_candidates(self.network, self.problem, dense(self.problem), self.costs, ranges, recipe)
         whole = sum(cost.dense for cost in self.costs.values()) * self.problem.steps
         in_kernel = sum(cost.seconds(1.0) for cost in self.costs.values()) * self.problem.steps
-        most = totals(candidates, 0.0)[0]
+        most = totals(candidates, LOWEST_PRICE)[0]
         for share in SHARES:
             needed = whole - share * in_kernel
             if needed > most:
-                self.reporter.say(f"  {recipe.name if recipe else 'mix'} {share:g}: no choice is so fast")
+                if most > 0:
+                    yield "fastest", sparse_part(candidates, LOWEST_PRICE)
                 return
-            yield share, sparse_part(candidates, price_that_saves(candidates, needed))
+            part = sparse_part(candidates, price_that_saves(candidates, needed))
+            if part.rules:  # else torch's dense attention is as fast as that
+                yield f"{share:g}", part
 
     def singles(self, dense_first: Sequence[float]) -> None:
         """Every candidate by itself, behind each of these shares of dense steps."""
