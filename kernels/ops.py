@@ -146,6 +146,7 @@ def _fake_block_sparse_attention(
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
+FIRST_ORDER_ON_GPU = "there is no kernel for GPUs that takes a rest to first order"
 POOLED_ON_GPU = "there is no kernel for GPUs that takes pooled keys and values (a rest)"
 
 

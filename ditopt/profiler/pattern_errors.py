@@ -27,7 +27,7 @@ from ditopt.kernels.patterns.candidates import candidates
 from ditopt.kernels.patterns.choice import REST, Pooled, SparseChoice
 from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.measures import Label, Measure, Numbers, Table
-from ditopt.passes.attention import rest_refusal
+from ditopt.passes.attention import first_order_refusal, rest_refusal
 from ditopt.profiler.cluster_errors import ClusterReader
 from ditopt.profiler.draft_blocks import DraftReader, drafts_of
 from ditopt.profiler.interpret import Seen
@@ -80,14 +80,16 @@ class Compensated:
 
 
 @lru_cache(maxsize=8)
-def compensated_of(names: tuple[str, ...], block: int, pool: int) -> Compensated:
+def compensated_of(names: tuple[str, ...], block: int, pool: int, first_order: bool = True) -> Compensated:
     """Of candidates called ``names``, in blocks of so many keys, those of ``WITH_REST`` with a rest.
 
-    Behind them those of ``TO_FIRST_ORDER`` with one to first order.
+    Behind them those of ``TO_FIRST_ORDER`` with one to first order, if there is a kernel for it.
     """
     settings = [json.loads(name) for name in names]
     which = [at for at, each in enumerate(settings) if each["pattern"] in WITH_REST]
-    further = [at for at in which if any(each.items() <= settings[at].items() for each in TO_FIRST_ORDER)]
+    further = [
+        at for at in which if first_order and any(each.items() <= settings[at].items() for each in TO_FIRST_ORDER)
+    ]
     rests = (Pooled(None if pool == block else pool, first_order=order).to_data() for order in (False, True))
     found = [
         json.dumps({**settings[at], REST: rest}, sort_keys=True)
@@ -194,7 +196,9 @@ class _Tried:
         every = (*self.candidates.names, *self.drafts.drafts.names)
         self.compensated: Compensated | None = None
         if place.pool:
-            self.compensated = compensated_of(every, place.key_block, place.pool)
+            self.compensated = compensated_of(
+                every, place.key_block, place.pool, first_order_refusal(place.entry.node) is None
+            )
             every += self.compensated.names
         self.clusters = ClusterReader(geometry, place.key_block) if order is None else None
         every += self.clusters.names if self.clusters is not None else ()

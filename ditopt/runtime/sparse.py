@@ -20,7 +20,7 @@ from ditopt.errors import InputError, PlanMismatchError
 from ditopt.geometry import Geometry
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kernel_blocks
 from ditopt.kernels.block_sparse_attention.pooled import FIRST_ORDER, ZEROTH_ORDER
-from ditopt.kernels.ops import ATTENTION
+from ditopt.kernels.ops import ATTENTION, FIRST_ORDER_ON_GPU
 from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.draft import OWN, Draft
@@ -274,10 +274,7 @@ def _rests(place: Place, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dic
             raise PlanMismatchError(f"{site.name}: {error}") from None
         orders[heads] = [0 if rest is None else FIRST_ORDER if rest.first_order else ZEROTH_ORDER for rest in rests]
         if FIRST_ORDER in orders[heads] and place.device.type != "cpu":
-            raise PlanMismatchError(
-                f"{site.name}: there is no kernel for {place.device.type} that takes a rest to first order; write "
-                "pooled instead of taylor"
-            )
+            raise PlanMismatchError(f"{site.name}: {FIRST_ORDER_ON_GPU}; write pooled instead of taylor")
         several = sorted({*asked[heads]} - {0})
         if len(several) > 1:
             told = " and ".join(map(str, several))

@@ -7,15 +7,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ditopt.decisions import Sparse, pattern_text
 from ditopt.geometry import Geometry
+from ditopt.kernels.ops import ATTENTION
 from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.draft import Draft
 from ditopt.kernels.patterns.registry import DYNAMIC, pattern_from_data
 from ditopt.kernels.patterns.whole import Nothing
 from ditopt.measures import Table
+from ditopt.passes.attention import first_order_refusal
+from ditopt.profiler.pattern_errors import compensated_of
 from ditopt.profiler.rows import pool_size
 from ditopt.search.heads import SKIP
 from tests.literal_rest import mean_of_outer
@@ -99,6 +102,23 @@ def test_labels_are_those_of_decisions_that_have_one_pool() -> None:
     linear = [choice.pattern for choice in choices if choice.rest is not None and choice.rest.first_order]
     assert len(linear) == 4 and isinstance(linear[0], Nothing)
     assert [each.by for each in linear[1:] if isinstance(each, Draft)] == ["error"] * 3
+
+
+def test_without_a_kernel_for_it_nothing_is_tried_to_first_order() -> None:
+    names = tuple(
+        pattern_text(each) for each in ({"pattern": "skip"}, {"pattern": "draft", "keep": 0.5, "by": "error"})
+    )
+    assert compensated_of(names, 64, 16).which == (0, 1, 0, 1)
+    without = compensated_of(names, 64, 16, False)
+    assert without.which == (0, 1) and without.linear == 0 and not any("taylor" in name for name in without.names)
+    graph = fx.Graph()
+    node = graph.create_node("call_function", ATTENTION, tuple(map(graph.placeholder, "qkv")))
+    for part in node.all_input_nodes:
+        part.meta["val"] = torch.empty(1, 2, 64, 8)
+    assert first_order_refusal(node) is None
+    for part in node.all_input_nodes:
+        part.meta["val"] = torch.empty(1, 2, 64, 8, device="meta")
+    assert first_order_refusal(node) is not None
 
 
 def test_keys_and_values_that_are_constant_within_groups_lose_nothing() -> None:

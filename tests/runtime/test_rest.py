@@ -22,6 +22,7 @@ from ditopt.plan import Plan, Rule
 from ditopt.profiler.head_edits import BlockMask
 from ditopt.profiler.interpret import Watched
 from ditopt.runtime.program import Program
+from ditopt.runtime.sparse import AttentionSites, Place
 from ditopt.sites import AttentionSite
 from tests.literal_rest import under_blocks_and_means
 from tests.runtime.test_sparse import FRAMES, TIMES, call, plan_of, rule, sparse, steps_of, wan_inputs
@@ -115,6 +116,19 @@ def test_a_rest_to_first_order_is_another_number_of_an_input(wan: nn.Module, str
     assert program.bound is not None and len({step.variant for step in program.bound.steps[1:5]}) == 1
     heads = [program.bound.steps[step].lists[rest_name("blocks.0.attn1")].tolist() for step in range(1, 5)]
     assert heads == [[2, 2], [1, 2], [2, 2], [2, 2]]
+
+
+def test_where_no_kernel_takes_it_to_first_order_the_plan_is_refused() -> None:
+    """A device without any kernel stands for a GPU: nothing is computed."""
+    site = AttentionSite("blocks.0.attn1", 0, 2, FRAMES.tokens, FRAMES.tokens, 8, False)
+    sites = AttentionSites({site.name: Place(site, "blocks.0", True, torch.device("meta"))})
+    plans = [plan_of("", rule(site.name, "1", sparse("spatial", rest={word: 16}))) for word in ("pooled", "taylor")]
+    found, _ = sites.steps(plans[0], "transformer", lambda step, block: False)
+    assert [each.pool for each in found[1].variant] == [16]
+    with pytest.raises(
+        PlanMismatchError, match=r"attn1: there is no kernel for GPUs that .* first order; write pooled"
+    ):
+        sites.steps(plans[1], "transformer", lambda step, block: False)
 
 
 def test_a_site_without_any_rest_has_no_means_in_its_graph(wan: nn.Module, structure: str) -> None:
