@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ditopt._torch import CompileContext, is_model_state, module_path, module_stack, source_name
 from ditopt.kernels.ops import ATTENTION, SETTINGS
 from ditopt.passes._infra import SITE, Boundary, GraphIndex
+from ditopt.passes.attention import mask_of
 from ditopt.sites import AttentionSite, BlockSite, LinearSite, Site, StepSite, range_names
 
 SDPA_ARGUMENTS = ("query", "key", "value", *SETTINGS)
@@ -74,7 +75,9 @@ class Trace:
 
     def graph_index(self, latents: int | None) -> GraphIndex:
         """What passes need to know of this graph; ``latents`` is the position of the input that changes."""
-        return GraphIndex(self.boundaries, self.ranges(), latents)
+        calls = (node for node in self.gm.graph.nodes if node.target is ATTENTION and SITE in node.meta)
+        masks = {node.meta[SITE]: mask.name for node in calls if (mask := mask_of(node)) is not None}
+        return GraphIndex(self.boundaries, self.ranges(), latents, masks)
 
 
 def mark_attention(gm: fx.GraphModule) -> int:

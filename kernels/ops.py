@@ -34,8 +34,8 @@ LIBRARY.define(
 LIBRARY.define("flash_attention(Tensor query, Tensor key, Tensor value, float scale) -> Tensor")
 LIBRARY.define(
     "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor indices, Tensor counts, int query_block, "
-    "int key_block, float scale, Tensor? pooled_key=None, Tensor? pooled_value=None, Tensor? rest=None, int pool=0) "
-    "-> (Tensor, Tensor)"
+    "int key_block, float scale, Tensor? pooled_key=None, Tensor? pooled_value=None, Tensor? rest=None, int pool=0, "
+    "Tensor? mask=None) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "draft_lists(Tensor query, Tensor key, Tensor indices, Tensor counts, Tensor keep, Tensor mass, int query_block, "
@@ -141,6 +141,7 @@ def _fake_block_sparse_attention(
     pooled_value: Tensor | None = None,
     rest: Tensor | None = None,
     pool: int = 0,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     out = _fake_flash_attention(query, key, value, scale)
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -148,11 +149,13 @@ def _fake_block_sparse_attention(
 
 FIRST_ORDER_ON_GPU = "there is no kernel for GPUs that takes a rest to first order"
 POOLED_ON_GPU = "there is no kernel for GPUs that takes pooled keys and values (a rest)"
+MASK_ON_GPU = "there is a mask, and no kernel for GPUs that takes one"
+MASK_AND_REST = "there is a mask, under which what a pattern skips has no means (a rest)"
 
 
-def _block_sparse_attention_in_triton(*operands: Any) -> tuple[Tensor, Tensor]:
+def _block_sparse_attention_in_triton(*operands: Any, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     pooled = any(each is not None for each in operands[8:11])
-    refused = POOLED_ON_GPU if pooled else gpu_refusal(operands[0].device)
+    refused = POOLED_ON_GPU if pooled else MASK_ON_GPU if mask is not None else gpu_refusal(operands[0].device)
     if refused is not None:
         raise ValueError(f"ditopt::block_sparse_attention: {refused}")
     from ditopt.kernels.block_sparse_attention.triton import block_sparse_attention
@@ -165,14 +168,22 @@ LIBRARY.impl("block_sparse_attention", _block_sparse_attention_in_triton, "CUDA"
 
 
 def block_sparse_refusal(
-    query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, scale: float, rest: PooledRest | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: BlockLists,
+    scale: float,
+    rest: PooledRest | None = None,
+    mask: Tensor | None = None,
 ) -> str | None:
     """Why no kernel of ``ditopt::block_sparse_attention`` takes these operands; None if one does."""
     parts = (query, key, value)
     pooled = () if rest is None else (rest.key, rest.value, rest.heads)
     elsewhere = _elsewhere(*parts, lists.indices, lists.counts, *pooled, kernels=("cpu", "cuda"))
     if elsewhere is None and query.is_cuda:
-        elsewhere = gpu_refusal(query.device) if rest is None else POOLED_ON_GPU
+        elsewhere = (
+            POOLED_ON_GPU if rest is not None else MASK_ON_GPU if mask is not None else gpu_refusal(query.device)
+        )
     if elsewhere is not None:
         return elsewhere
     if len({part.dtype for part in parts}) > 1 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -186,8 +197,22 @@ def block_sparse_refusal(
     if lists.query_block % QUERY_TASK or lists.key_block % 2:
         sizes = f"blocks of {lists.query_block} queries and {lists.key_block} keys"
         return f"{sizes}: multiples of {QUERY_TASK} and of 2 are taken"
+    if mask is not None:
+        hidden = MASK_AND_REST if rest is not None else _mask_mismatch(query, key, mask)
+        if hidden is not None:
+            return hidden
     wrong = check(lists, query.shape[0], query.shape[1], query.shape[2])
     return wrong if wrong is not None or rest is None else check_pooled(rest, key, value, lists, query.shape[1])
+
+
+def _mask_mismatch(query: Tensor, key: Tensor, mask: Tensor) -> str | None:
+    whole = (*query.shape[:3], key.shape[2])
+    last = zip(reversed(mask.shape), reversed(whole), strict=False)
+    if not 0 < mask.ndim <= 4 or any(size not in (1, full) for size, full in last):
+        return f"a mask of shape {list(mask.shape)} does not broadcast to {list(whole)}"
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return f"a mask of {mask.dtype}, which is neither boolean nor a bias"
+    return None if mask.device == query.device else f"the mask is on {mask.device}, the operands are on {query.device}"
 
 
 def _fake_draft_lists(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -22,11 +22,15 @@ class Boundary:
 
 @dataclass(frozen=True)
 class GraphIndex:
-    """Where the features of a captured graph are: edges between blocks, positions of arguments."""
+    """Where the features of a captured graph are: edges between blocks, positions of arguments.
+
+    ``masks`` are names of nodes by attention site: what the model lets its queries attend to.
+    """
 
     boundaries: tuple[Boundary, ...]
     ranges: dict[str, tuple[int, int]]
     latents: int | None
+    masks: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,23 @@ def scale_of(node: fx.Node) -> float:
     return float(given) if isinstance(given, (int, float)) else depth**-0.5
 
 
+def mask_of(node: fx.Node) -> fx.Node | None:
+    """The mask of an attention call."""
+    found = _settings(node)["attn_mask"]
+    return found if isinstance(found, fx.Node) else None
+
+
 def special(node: fx.Node) -> str | None:
     """What an attention call has beyond operands and a scale; None: nothing."""
+    return "there is a mask" if mask_of(node) is not None else special_but_mask(node)
+
+
+def special_but_mask(node: fx.Node) -> str | None:
+    """What an attention call has beyond operands, a scale and a mask; None: nothing."""
     given = _settings(node)
     query, key = (tensor_value(operand) for operand in node.args[:2])  # type: ignore[arg-type]  # nodes
-    if given["attn_mask"] is not None or given["is_causal"]:
-        return "there is a mask"
+    if given["is_causal"]:
+        return "there is a causal mask"
     if given["dropout_p"]:
         return f"dropout is {given['dropout_p']}"
     if query.shape[1:2] != key.shape[1:2] and not given["enable_gqa"]:

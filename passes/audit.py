@@ -75,7 +75,7 @@ def audit(
         left = [node.name for node in simplifiable(gm)]
         if left:
             raise AuditError(f"the step is to be simplified, but {len(left)} nodes are as they were, e.g. {left[0]}")
-    _check_sparse(gm, plan, reasons)
+    _check_sparse(gm, plan, index, reasons)
     if plan.second_order:
         _check_second_order(gm)
     extra = len(gm.graph.output_node().args[0]) - user_outputs(gm)  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ def audit(
         )
 
 
-def _check_sparse(gm: fx.GraphModule, plan: StepPlan, reasons: Sequence[str]) -> None:
+def _check_sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, reasons: Sequence[str]) -> None:
     """Exactly the sites of the plan have block-sparse attention and no other, each by lists of its own."""
     calls = [node for node in gm.graph.nodes if node.target in ATTENTIONS]
     for wanted in plan.sparse:
@@ -103,10 +103,23 @@ def _check_sparse(gm: fx.GraphModule, plan: StepPlan, reasons: Sequence[str]) ->
             raise AuditError(f"{wanted.site}: to be {wanted}, but its attention reads {', '.join(read)} in {sizes}")
         _check_rest(node, wanted)
         _check_order(gm, node, wanted)
+        _check_mask(node, wanted, index.masks.get(wanted.site))
     planned = {wanted.site for wanted in plan.sparse}
     for node in calls:
         if node.target is BLOCK_SPARSE_ATTENTION and node.meta.get(SITE) not in planned:
             raise AuditError(f"{node.meta.get(SITE, node.name)}: sparse in the graph, but not by the plan")
+
+
+def _check_mask(node: fx.Node, wanted: SparseAttention, named: str | None) -> None:
+    """Block-sparse attention has the model's own mask, or none where the model has none."""
+    mask = node.kwargs.get("mask")
+    if named is None:
+        if mask is not None:
+            raise AuditError(f"{wanted.site}: its attention has a mask in the graph, and none in the model")
+    elif not isinstance(mask, fx.Node) or named not in {each.name for each in _makers(mask)}:
+        raise AuditError(
+            f"{wanted.site}: the model masks its attention by {named}, which the graph does not read there"
+        )
 
 
 def _check_rest(node: fx.Node, wanted: SparseAttention) -> None:
@@ -258,6 +271,11 @@ def _check_second_order(gm: fx.GraphModule) -> None:
 
 def _inputs_of(node: fx.Node) -> set[str]:
     """Names of the graph inputs that a value is made from."""
+    return {str(each.target) for each in _makers(node) if each.op == "placeholder"}
+
+
+def _makers(node: fx.Node) -> set[fx.Node]:
+    """The nodes that a value is made from, itself included."""
     seen: set[fx.Node] = set()
     waiting = [node]
     while waiting:
@@ -265,7 +283,7 @@ def _inputs_of(node: fx.Node) -> set[str]:
         if here not in seen:
             seen.add(here)
             waiting += here.all_input_nodes
-    return {str(each.target) for each in seen if each.op == "placeholder"}
+    return seen
 
 
 def only_needed_by(gm: fx.GraphModule, index: GraphIndex, site: str, changing: set[str]) -> tuple[str, ...]:

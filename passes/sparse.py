@@ -4,7 +4,8 @@ Lists are inputs of the graph, of the same shape in all steps, so that one graph
 heads find blocks in the call itself, how many is an input too, and ``ditopt::draft_lists`` makes the lists. The numbers
 are those of attention under the blocks' mask; where heads have a rest, the graph takes means of keys and values, and a
 further input says which heads read them. Where tokens have another order, operands are gathered into it right before
-all that, and the result back, by inputs too, or by ``ditopt::cluster_order`` of the queries and keys.
+all that, and the result back, by inputs too, or by ``ditopt::cluster_order`` of the queries and keys. A mask of the
+model's own holds within the blocks.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from ditopt.passes._infra import (
     tensor_value,
     word,
 )
-from ditopt.passes.attention import scale_of, special
+from ditopt.passes.attention import mask_of, scale_of, special_but_mask
 
 aten = torch.ops.aten
 
@@ -114,7 +115,12 @@ def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
         if rest is not None:
             means = [pooled_tokens(gm, each, found.pool) for each in operands[1:]]
             pooled = (*means, add_input(gm, rest_name(found.site), rest.heads), found.pool)
-        both = call(gm, BLOCK_SPARSE_ATTENTION, *operands, *inputs, *settings, *pooled)
+        mask = mask_of(node)
+        if mask is not None and order:
+            mask = ordered_mask(gm, mask, there[0], there[1], tuple(tensor_value(node).shape[:2]))
+        both = call(
+            gm, BLOCK_SPARSE_ATTENTION, *operands, *inputs, *settings, *pooled, **({"mask": mask} if mask else {})
+        )
         result = call(gm, operator.getitem, both, 0)
         if order:
             result = gathered(gm, result, order[1], tensor_value(result).shape[1])
@@ -162,6 +168,25 @@ def gathered(gm: fx.GraphModule, tokens: fx.Node, order: fx.Node, heads: int) ->
     return call(gm, aten.gather.default, tokens, 2, call(gm, aten.expand.default, index, [batch, -1, -1, depth]))
 
 
+def ordered_mask(gm: fx.GraphModule, mask: fx.Node, queries: fx.Node, keys: fx.Node, sizes: tuple[int, ...]) -> fx.Node:
+    """A mask of operands whose tokens are in the orders ``queries`` and ``keys``; ``sizes``: batch and heads."""
+    while tensor_value(mask).ndim < 4:
+        mask = call(gm, aten.unsqueeze.default, mask, 0)
+    for dim, order in ((2, queries), (3, keys)):
+        shape = tensor_value(mask).shape
+        if shape[dim] == 1:
+            continue
+        if tensor_value(order).ndim == 1:
+            mask = call(gm, aten.index.Tensor, mask, [*[None] * dim, order])
+            continue
+        of_samples = order if tensor_value(order).ndim == 3 else call(gm, aten.unsqueeze.default, order, 0)
+        index = call(gm, aten.unsqueeze.default, of_samples, 5 - dim)
+        whole = [*sizes, *shape[2:]]
+        mask = call(gm, aten.expand.default, mask, whole)
+        mask = call(gm, aten.gather.default, mask, dim, call(gm, aten.expand.default, index, whole))
+    return mask
+
+
 def _order(node: fx.Node, wanted: SparseAttention) -> tuple[Tensor, ...]:
     """What describes the inputs of ``order_names``; nothing where tokens stay."""
     if wanted.order is Ordered.NOT:
@@ -189,8 +214,13 @@ def _draft_lists(
 def sparse_refusal(node: fx.Node, wanted: SparseAttention) -> str | None:
     """Why no kernel takes an attention call as ``wanted``; None if one does."""
     query, key, value = (tensor_value(operand) for operand in node.args[:3])  # type: ignore[arg-type]  # nodes
-    lists, rest = _lists(node, wanted), _rest(node, wanted)
-    return special(node) or block_sparse_refusal(query, key, value, lists, scale_of(node), rest)
+    lists, rest, mask = _lists(node, wanted), _rest(node, wanted), mask_of(node)
+    of_mask = None if mask is None else tensor_value(mask)
+    refused = special_but_mask(node) or block_sparse_refusal(query, key, value, lists, scale_of(node), rest, of_mask)
+    of_pairs = of_mask is not None and of_mask.ndim > 1 and of_mask.shape[-2] > 1
+    if refused is None and of_pairs and wanted.order not in (Ordered.NOT, Ordered.SITE):
+        return "there is a mask of queries and keys, which heads with orders of their own would need one each of"
+    return refused
 
 
 def pooled_tokens(gm: fx.GraphModule, tokens: fx.Node, pool: int) -> fx.Node:

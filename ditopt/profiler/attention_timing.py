@@ -22,7 +22,7 @@ from ditopt.kernels.patterns.candidates import block_for
 from ditopt.kernels.patterns.draft import SELECTORS
 from ditopt.measures import Measure, Table
 from ditopt.passes._infra import tensor_value
-from ditopt.passes.attention import scale_of, special
+from ditopt.passes.attention import mask_of, scale_of, special_but_mask
 from ditopt.passes.flash import flash_refusal
 from ditopt.profiler.rows import pool_size
 from ditopt.profiler.timing import time_in_turn, timed, warmed
@@ -49,13 +49,14 @@ def attention_latency(trace: Trace, forms: Sequence[str], per_step: float) -> tu
     for name, place in places_of(trace).items():
         if not place.own:
             continue
-        refused = special(nodes[name])
+        refused = special_but_mask(nodes[name])
         if refused is not None:
             reasons[f"{name}: {refused}, which block-sparse attention does not take"] = None
             continue
         seconds: dict[str, dict[str, float]] = {}
         for form, (dtype, simplify) in wanted.items():
-            key = (form, *((tensor_value(each).shape, tensor_value(each).stride()) for each in _operands(nodes[name])))
+            told = (*_operands(nodes[name]), *filter(None, [mask_of(nodes[name])]))
+            key = (form, *((tensor_value(each).shape, tensor_value(each).stride()) for each in told))
             if key not in known:
                 try:
                     known[key] = {form: _seconds(nodes[name], dtype, simplify)}
@@ -76,20 +77,22 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
 def _seconds(node: fx.Node, dtype: str | None, simplify: bool) -> dict[str, float]:
     """Seconds of one call: ``dense``, and by the density of block-sparse attention."""
     query, key, value = (_drawn(tensor_value(each), dtype) for each in _operands(node))
-    scale = scale_of(node)
+    scale, mask = scale_of(node), _hides_nothing(mask_of(node), query.dtype)
     dense: Callable[[], Tensor]
     if simplify and flash_refusal(node, dtype) is None:
         dense = partial(FLASH_ATTENTION, query, key, value, scale)
     else:
         grouped = query.shape[1] != key.shape[1]
-        dense = partial(F.scaled_dot_product_attention, query, key, value, scale=scale, enable_gqa=grouped)
+        dense = partial(
+            F.scaled_dot_product_attention, query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
+        )
     contenders: dict[str, Callable[[], Tensor]] = {"dense": dense}
     for share in DENSITIES:
         lists = even_lists(query.shape[1], query.shape[2], key.shape[2], share).to(query.device)
-        refused = block_sparse_refusal(query, key, value, lists, scale)
+        refused = block_sparse_refusal(query, key, value, lists, scale, mask=mask)
         if refused is not None:
             raise ValueError(refused)
-        contenders[f"{share:g}"] = partial(_sparse, query, key, value, lists, scale)
+        contenders[f"{share:g}"] = partial(_sparse, query, key, value, lists, scale, mask)
     contenders |= _shared(query, key, value, scale)
     with torch.no_grad():
         return time_in_turn({name: warmed(timed(run)) for name, run in contenders.items()})
@@ -135,9 +138,22 @@ def _drawn(like: Tensor, dtype: str | None) -> Tensor:
     return found.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
 
 
-def _sparse(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, scale: float) -> Tensor:
+def _hides_nothing(mask: fx.Node | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask like that of an attention call in ``dtype``, which hides no key."""
+    if mask is None:
+        return None
+    like = tensor_value(mask)
+    shape, strides = tuple(map(int, like.shape)), tuple(map(int, like.stride()))
+    hidden = like.dtype != torch.bool
+    found = torch.empty_strided(shape, strides, dtype=dtype if hidden else torch.bool, device=like.device)
+    return found.fill_(0 if hidden else True)
+
+
+def _sparse(
+    query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, scale: float, mask: Tensor | None = None
+) -> Tensor:
     sizes = (lists.query_block, lists.key_block, scale)
-    result: Tensor = BLOCK_SPARSE_ATTENTION(query, key, value, lists.indices, lists.counts, *sizes)[0]
+    result: Tensor = BLOCK_SPARSE_ATTENTION(query, key, value, lists.indices, lists.counts, *sizes, mask=mask)[0]
     return result
 
 

@@ -259,7 +259,8 @@ def place_of(entry: Attention, geometry: Geometry | None) -> Place:
 def ordered(place: Place) -> Place | None:
     """The place with its tokens in the order that is tried beside raster order; None where none is.
 
-    That is where no kernel takes the attention, as it has a mask, and where tokens stand in a line or alone in blocks.
+    That is where there is a mask, which is read in raster order only, and where tokens stand in a line or alone in a
+    block.
     """
     if place.geometry is None or special(place.entry.node) is not None:
         return None

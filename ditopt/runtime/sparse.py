@@ -20,13 +20,14 @@ from ditopt.errors import InputError, PlanMismatchError
 from ditopt.geometry import Geometry
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kernel_blocks
 from ditopt.kernels.block_sparse_attention.pooled import FIRST_ORDER, ZEROTH_ORDER
-from ditopt.kernels.ops import ATTENTION, FIRST_ORDER_ON_GPU
+from ditopt.kernels.ops import ATTENTION, FIRST_ORDER_ON_GPU, MASK_AND_REST
 from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.draft import OWN, Draft
 from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.kernels.patterns.whole import Nothing
 from ditopt.passes._infra import SITE, SparseAttention, tensor_value
+from ditopt.passes.attention import mask_of
 from ditopt.passes.sparse import clusters_name, draft_inputs, list_names, order_names, rest_name
 from ditopt.plan import Plan, Rule
 from ditopt.runtime.selectors import selectors_of_steps
@@ -53,12 +54,16 @@ def not_looked_for(given: Geometry | None) -> tuple[Geometry | None, str]:
 
 @dataclass(frozen=True)
 class Place:
-    """An attention site, its block, whether it is self-attention of the latents' tokens (``own``), and its device."""
+    """An attention site, its block, whether it is self-attention of the latents' tokens (``own``), and its device.
+
+    ``masked``: the model hides keys from queries there.
+    """
 
     site: AttentionSite
     block: str | None
     own: bool
     device: torch.device
+    masked: bool = False
 
 
 def attention_nodes(trace: Trace) -> dict[str, fx.Node]:
@@ -76,6 +81,7 @@ def places_of(trace: Trace) -> dict[str, Place]:
             block_of(nodes[site.name]),
             site.queries == site.keys and nodes[site.name].args[1] in changing,
             tensor_value(nodes[site.name]).device,
+            mask_of(nodes[site.name]) is not None,
         )
         for site in trace.sites
         if isinstance(site, AttentionSite)
@@ -137,6 +143,8 @@ class AttentionSites:
                     f"{told}: {place.site.name} is no self-attention of the latents' tokens; a rest is for that only, "
                     "as text is not pooled"
                 )
+            if place.masked and choice.rest is not None:
+                raise PlanMismatchError(f"{told}: {place.site.name}: {MASK_AND_REST}")
             if not place.own and choice.order is not None:
                 raise PlanMismatchError(
                     f"{told}: {place.site.name} is no self-attention of the latents' tokens; an order is for that only"

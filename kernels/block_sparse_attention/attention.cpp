@@ -9,7 +9,7 @@
 //
 // Neighbouring blocks of a list make a run, and a run is taken in chunks of at most CHUNK keys between two rescalings.
 // Behind them come the means of groups of keys, where a head has a rest: all groups of a chunk are scored, and those that
-// lie in listed blocks count as none.
+// lie in listed blocks count as none. A chunk that a mask hides from all queries of a task is passed over.
 #include <immintrin.h>
 #include <omp.h>
 
@@ -284,6 +284,18 @@ inline void weigh(float (*scores)[STRIP], const float* bias, int count, Floats (
         }
 }
 
+// Scores under a mask: `bias` [count][TASK] of a strip's queries, as in the one above.
+inline void weigh_each(float (*scores)[STRIP], const float (*bias)[TASK], int first, int count, Floats (&largest)[VECTORS]) {
+    const float lowest = -std::numeric_limits<float>::infinity();
+    for (int row = 0; row < count; ++row)
+        for (int v = 0; v < VECTORS; ++v) {
+            const Floats own = load<Floats>(bias[row] + first + LANES * v);
+            const Floats found = own == lowest ? own : load<Floats>(scores[row] + LANES * v) + own;
+            store(scores[row] + LANES * v, found);
+            largest[v] = larger(largest[v], found);
+        }
+}
+
 // A task's queries, and what it has of the result so far.
 struct Task {
     const int32_t* queries;  // [STRIPS][words][STRIP]
@@ -292,19 +304,22 @@ struct Task {
     float factor;
 };
 
-// Takes `count` keys, at most CHUNK, and their values into a task's result; `bias` as in `weigh`, or null.
+// Takes `count` keys, at most CHUNK, and their values into a task's result; `bias` as in `weigh`, or null, and `masked` as
+// in `weigh_each`, or null.
 template <class F>
 __attribute__((noinline)) void take(State& state, const Task& task, const typename F::Element* keys, int64_t key_stride,
-                                    const int32_t* values, int64_t value_stride, int count, const float* bias) {
+                                    const int32_t* values, int64_t value_stride, int count, const float* bias,
+                                    const float (*masked)[TASK] = nullptr) {
     for (int strip = 0; strip * STRIP < task.here; ++strip) {
         float* most = state.largest + strip * STRIP;
         Floats largest[VECTORS], unweighed[VECTORS];
         for (int v = 0; v < VECTORS; ++v) unweighed[v] = largest[v] = load<Floats>(most + LANES * v);
         in_tiles(count, [&](auto rows, int k) {
             score<F, rows()>(keys + k * key_stride, key_stride, task.queries + strip * int64_t(task.words) * STRIP,
-                             task.words, state.scores + k, bias ? unweighed : largest);
+                             task.words, state.scores + k, bias || masked ? unweighed : largest);
         });
         if (bias) weigh(state.scores, bias, count, largest);
+        if (masked) weigh_each(state.scores, masked, strip * STRIP, count, largest);
         softmax<F>(state, state.sum + strip * STRIP, most, largest, count, task.factor);
         in_tiles(task.channels, [&](auto rows, int c) {
             gather<F, rows()>(values + c, value_stride, state.shares, int((count + F::PACKED - 1) / F::PACKED), state.scaled,
@@ -346,6 +361,23 @@ struct Rows {
     }
 };
 
+// What a mask adds to scores, as float32; `strides` of batch, head, query and key, 0 where one is for all.
+struct Mask {
+    const float* data;
+    const int64_t* strides;
+
+    bool of_queries() const { return strides[2] != 0; }
+    const float* at(int64_t b, int64_t head, int64_t query) const {
+        return data + b * strides[0] + head * strides[1] + query * strides[2];
+    }
+};
+
+// In units of a score that is not scaled yet. Below -2^30 float32 has no digits left for scores, so such keys are alike; what
+// they become is far from overflow, and times a factor is exact: a row of nothing else has equal shares, as in dense attention.
+inline float bias_of(float added, float scale) {
+    return std::isfinite(added) && added < -0x1p30f * scale ? -0x1p119f : added / scale;
+}
+
 inline int64_t blocks(int64_t tokens, int64_t block) { return (tokens + block - 1) / block; }
 
 // The first list that is wrong, as {row, what, value}: what is 1 for a count, 2 for an index; row -1 if none is.
@@ -372,8 +404,8 @@ void check(const Sizes& s, const int32_t* indices, const int32_t* counts, int64_
 
 template <class F>
 void attend(const typename F::Element* query, const Rows<F>& all_keys, const Rows<F>& pooled, const int32_t* rest,
-            typename F::Element* out, float* lse, float* kept, const int32_t* indices, const int32_t* counts, const Sizes& s,
-            const int64_t* of_query, const int64_t* of_out, float scale, int threads) {
+            const Mask& mask, typename F::Element* out, float* lse, float* kept, const int32_t* indices,
+            const int32_t* counts, const Sizes& s, const int64_t* of_query, const int64_t* of_out, float scale, int threads) {
     typedef typename F::Element Element;
     const int words = int(s.depth / F::PACKED), channels = int(s.channels), out_words = channels / F::PACKED;
     const int64_t tiles = blocks(s.queries, TASK), query_blocks = blocks(s.queries, s.query_block);
@@ -405,6 +437,8 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
         auto* packed = (int32_t*)std::aligned_alloc(64, room * 4);  // [STRIPS][words][STRIP]
         float* result = (float*)packed + int64_t(words) * TASK;     // [STRIPS][channels][STRIP]
         std::vector<float> bias(s.groups);
+        struct alignas(64) Hidden { float rows[CHUNK][TASK]; };
+        auto* hidden = mask.data ? (Hidden*)std::aligned_alloc(64, sizeof(Hidden)) : nullptr;
 #pragma omp for schedule(dynamic)
         for (int64_t number = 0; number < tasks; ++number) {
             const int64_t task = order[number], list = list_of(task);
@@ -422,6 +456,22 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
             std::fill(state->largest, state->largest + TASK, lowest);
 
             const Task taken{packed, result, here, words, channels, factor};
+            // Fills `hidden` for `count` keys from `first` on, in its first row where one bias is for all queries; whether
+            // anything is left of them.
+            const auto unmasked = [&](int64_t first, int count) {
+                bool found = false;
+                for (int q = 0; q < (mask.of_queries() ? here : 1); ++q) {
+                    const float* from = mask.at(b, head, first_query + q) + first * mask.strides[3];
+                    for (int k = 0; k < count; ++k) {
+                        const float each = bias_of(from[k * mask.strides[3]], scale);
+                        (mask.of_queries() ? hidden->rows[k][q] : hidden->rows[0][k]) = each;
+                        found |= each != lowest;
+                    }
+                }
+                for (int k = 0; mask.of_queries() && k < count; ++k)
+                    std::fill(hidden->rows[k] + here, hidden->rows[k] + TASK, 0.0f);
+                return found;
+            };
             // Takes rows from `begin` to `end` in chunks of equal size, but for the last.
             const auto in_chunks = [&](const Rows<F>& rows, int64_t begin, int64_t end, const float* of_groups) {
                 const Element* keys = rows.keys(b, key_head);
@@ -430,9 +480,17 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
                 for (int64_t first = begin; first < end; first += even) {
                     const int count = int(std::min(even, end - first));
                     const float* of_chunk = of_groups ? of_groups + first : nullptr;
+                    const float(*of_each)[TASK] = nullptr;
+                    if (hidden && !of_groups) {
+                        if (!unmasked(first, count)) continue;
+                        if (mask.of_queries())
+                            of_each = hidden->rows;
+                        else
+                            of_chunk = hidden->rows[0];
+                    }
                     if (of_chunk && std::all_of(of_chunk, of_chunk + count, [=](float each) { return each == lowest; })) continue;
                     take<F>(*state, taken, keys + first * rows.of_key[2], rows.of_key[2],
-                            values + first / F::PACKED * rows.value_stride(), rows.value_stride(), count, of_chunk);
+                            values + first / F::PACKED * rows.value_stride(), rows.value_stride(), count, of_chunk, of_each);
                 }
             };
             const int32_t* listed = indices + list * s.width;
@@ -467,7 +525,8 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
                     const int q = strip * STRIP + LANES * v;
                     if (q >= here) break;
                     const Floats sum = load<Floats>(state->sum + q);
-                    const Floats weight = attended ? 1.0f / sum : all(0.0f);
+                    const Floats shown = mask.data ? (sum == 0.0f ? all(0.0f) : 1.0f / sum) : 1.0f / sum;
+                    const Floats weight = attended ? shown : all(0.0f);
                     for (int w = 0; w < out_words; w += LANES) {
                         alignas(64) int32_t tile_words[LANES][LANES];
                         const int wide = std::min(LANES, out_words - w);
@@ -484,6 +543,7 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
                 }
             }
         }
+        std::free(hidden);
         std::free(packed);
         std::free(state);
     }
@@ -495,13 +555,15 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
 extern "C" int ditopt_lanes() { return LANES; }
 
 // Sizes as in `Sizes`. Strides, in elements: of query, key, value, result, pooled keys and pooled values each batch, head,
-// row; the last dimension is dense. `lse` is [batch, heads, queries]; so is `kept`, of listed keys alone, written for heads
-// with a rest, or null. `rest` [heads] says which heads have one, and is not read where there are no groups. `interleaved` and `pooled_interleaved` have room for the values in bfloat16, and are not
-// read otherwise. Returns 0; 1 if a list is wrong (`wrong` says which), 2 if no kernel for the element was compiled.
+// row; the last dimension is dense; then those of the mask, as in `Mask`, which may be null. `lse` is [batch, heads,
+// queries]; so is `kept`, of listed keys alone, written for heads with a rest, or null. `rest` [heads] says which heads
+// have one, and is not read where there are no groups. `interleaved` and `pooled_interleaved` have room for the values in
+// bfloat16, and are not read otherwise. Returns 0; 1 if a list is wrong (`wrong` says which), 2 if no kernel for the element
+// was compiled.
 extern "C" int ditopt_block_sparse_attention(const void* query, const void* key, const void* value, void* out, float* lse,
                                              float* kept, const int32_t* indices, const int32_t* counts, int32_t* interleaved,
                                              const void* pooled_key, const void* pooled_value, const int32_t* rest,
-                                             int32_t* pooled_interleaved, const int64_t* sizes, const int64_t* strides,
+                                             int32_t* pooled_interleaved, const float* mask, const int64_t* sizes, const int64_t* strides,
                                              float scale, int element_bytes, int threads, int64_t* wrong) {
     Sizes s;
     std::memcpy(&s, sizes, sizeof s);
@@ -514,7 +576,7 @@ extern "C" int ditopt_block_sparse_attention(const void* query, const void* key,
                                s.keys, s.channels, s.key_heads, interleaved};
         const Rows<F> pooled{(const Element*)pooled_key, (const Element*)pooled_value, strides + 12, strides + 15,
                              s.groups, s.channels, s.key_heads, pooled_interleaved};
-        attend<F>((const Element*)query, all_keys, pooled, rest, (Element*)out, lse, kept, indices, counts, s, strides, strides + 9,
+        attend<F>((const Element*)query, all_keys, pooled, rest, Mask{mask, strides + 18}, (Element*)out, lse, kept, indices, counts, s, strides, strides + 9,
                   scale, threads);
     };
     if (element_bytes == 4) {

@@ -38,6 +38,7 @@ def block_sparse_attention(
     pooled_value: Tensor | None = None,
     rest: Tensor | None = None,
     pool: int = 0,
+    mask: Tensor | None = None,
     lanes: int = WIDEST,
 ) -> tuple[Tensor, Tensor]:
     """Attention to listed blocks: ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]``, lists -> result, log-sum.
@@ -46,7 +47,10 @@ def block_sparse_attention(
     softmax's sum is ``[B, H, S]`` float32. Any strides. Sums are float32. ``BlockLists`` tells of the lists; a query
     without a listed key has a result of zero and a logarithm of -inf. NaN and infinity go where dense attention to the
     listed keys has them. ``PooledRest`` tells of the operands behind the scale: with them heads attend to what their
-    lists do not name by its means, too. ``lanes``: how many floats the kernel's vectors may have.
+    lists do not name by its means, too. ``mask`` broadcasts to ``[B, H, S, L]``: true for keys that a query may attend
+    to, or what is added to the scores; keys that it hides (by false or -inf) from 64 queries in a row are passed over,
+    and a query from which all is hidden is one without a listed key. ``lanes``: how many floats the kernel's vectors
+    may have.
 
     Raises:
         ValueError: the kernel does not take these operands, or a list is wrong; it says which and why.
@@ -54,7 +58,7 @@ def block_sparse_attention(
     lists = BlockLists(indices, counts, query_block, key_block)
     try:
         pooled = PooledRest.of(pooled_key, pooled_value, rest, pool)
-        refused = block_sparse_refusal(query, key, value, lists, scale, pooled)
+        refused = block_sparse_refusal(query, key, value, lists, scale, pooled, mask)
     except ValueError as error:
         refused = str(error)
     if refused is not None:
@@ -80,9 +84,11 @@ def block_sparse_attention(
     blocked = (len(counts), width, query_block, key_block, pooled_key.shape[2], pool)
     sizes = (batch, heads, key_heads, queries, keys, depth, channels, *blocked)
     strides = [stride for part in (query, key, value, out, pooled_key, pooled_value) for stride in part.stride()[:3]]
+    added = None if mask is None else _added(mask, (batch, heads, queries, keys))
+    strides += [0] * 4 if added is None else added.stride()
     listed = (indices.contiguous(), counts.contiguous())
     of_rest = (pooled_key, pooled_value, rest.contiguous(), of_pooled)
-    tensors = (query, key, value, out, logs, kept, *listed, interleaved, *of_rest)
+    tensors = (query, key, value, out, logs, kept, *listed, interleaved, *of_rest, added)
     wrong = (ctypes.c_int64 * 3)()
     failed = library(lanes).ditopt_block_sparse_attention(
         *(ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors),
@@ -105,6 +111,13 @@ def block_sparse_attention(
     if kept is not None:
         add_first_order(out, (query, key, value), -torch.expm1(kept - logs), first_order, pool, scale)
     return out.to(dtype), logs
+
+
+def _added(mask: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
+    """What a mask adds to scores: float32 of so many ``sizes``, with a stride of 0 where one value is for all."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+    return mask.float().expand(sizes)
 
 
 def add_first_order(

@@ -10,14 +10,21 @@ from ditopt.kernels.block_sparse_attention.pooled import FIRST_ORDER, PooledRest
 
 
 def block_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, scale: float, rest: PooledRest | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: BlockLists,
+    scale: float,
+    rest: PooledRest | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the listed keys of ``scale * query key^T``, times ``value``; and the log of the softmax's sum.
 
     ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]`` -> ``[B, H, S, E]`` and ``[B, H, S]``, in the operands'
     dtype (float64 for an oracle). A query without any listed key has a result of zero and a log of -inf. What is not
     listed does not matter, NaN included, but by its means where ``rest`` gives them to the head: these are further keys
-    of the softmax, each as often as it has tokens, and to first order where it says so (``moments``).
+    of the softmax, each as often as it has tokens, and to first order where it says so (``moments``). A ``mask`` that
+    broadcasts to ``[B, H, S, L]``, without a rest, is true for keys that a query may attend to, or is added to scores.
 
     Raises:
         ValueError: lists do not fit the operands, or an entry is wrong.
@@ -38,6 +45,11 @@ def block_sparse_attention(
     listed = lists.to_map(blocks(keys, lists.key_block)).repeat_interleave(lists.query_block, dim=-2)[..., :queries, :]
     attended = listed.repeat_interleave(lists.key_block, dim=-1)[..., :keys]
     scores = scale * query @ key.transpose(-2, -1)
+    if mask is not None and mask.dtype == torch.bool:
+        attended = attended & mask
+    elif mask is not None:
+        attended = attended & (mask != -torch.inf)
+        scores = scores + mask.to(scores)
     if rest is not None:
         means, values = (part.repeat_interleave(group, dim=1) for part in (rest.key, rest.value))
         counts = (keys - rest.pool * torch.arange(means.shape[2])).clamp(max=rest.pool).to(scores)

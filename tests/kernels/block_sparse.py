@@ -54,6 +54,7 @@ def check_against(
     rest: PooledRest | None = None,
     absolute: PooledRest | None = None,
     further: Tensor | float = 0.0,
+    mask: Tensor | None = None,
 ) -> None:
     """Against float64: what rounding allows; ``rest`` is in float64, ``absolute`` the same with its values' sizes.
 
@@ -64,10 +65,12 @@ def check_against(
     polynomial and the sums over keys have some more.
     """
     query, key, value = (part.double() for part in parts)
-    exact, logs = reference.block_sparse_attention(query, key, value, lists, scale, rest)
-    size, _ = reference.block_sparse_attention(query, key, value.abs(), lists, scale, absolute)
+    exact, logs = reference.block_sparse_attention(query, key, value, lists, scale, rest, mask)
+    size, _ = reference.block_sparse_attention(query, key, value.abs(), lists, scale, absolute, mask)
     rounding = ROUNDING[parts[0].dtype]
     largest = scale * float(query.norm(dim=-1).amax() * key.norm(dim=-1).amax())
+    if mask is not None and mask.dtype != torch.bool:
+        largest += float(mask[mask.isfinite()].abs().amax()) if mask.isfinite().any() else 0.0
     bound = 2.1 * rounding * size + (8 * largest + 40) * 2**-24 * size
     bound = bound + 4 * rounding * further + (16 * largest + 80 + 2 * key.shape[-1]) * 2**-24 * further
     out, found = ours

@@ -192,7 +192,8 @@ def graph_of(*settings: Any) -> fx.GraphModule:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"), [((None, 0.0, True), "there is a mask"), ((None, 0.5), "dropout is 0.5"), ((), "for meta")]
+    ("settings", "told"),
+    [((None, 0.0, True), "there is a causal mask"), ((None, 0.5), "dropout is 0.5"), ((), "for meta")],
 )
 def test_other_calls_stay_and_tell_why(settings: tuple[Any, ...], told: str) -> None:
     result = flash(graph_of(*settings), StepPlan(simplify=True), INDEX)

@@ -27,7 +27,15 @@ def attend(
     of_rest = (rest.key, rest.value, rest.heads)
     with poisoned():
         return cpu.block_sparse_attention(
-            *parts, lists.indices, lists.counts, lists.query_block, lists.key_block, scale, *of_rest, rest.pool, lanes
+            *parts,
+            lists.indices,
+            lists.counts,
+            lists.query_block,
+            lists.key_block,
+            scale,
+            *of_rest,
+            rest.pool,
+            lanes=lanes,
         )
 
 

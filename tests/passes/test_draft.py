@@ -228,11 +228,11 @@ def test_grouped_heads_and_samples_find_blocks_of_their_own(by: tuple[str, ...] 
     torch.testing.assert_close(out, scores.softmax(-1).nan_to_num(0.0) @ values, rtol=1e-4, atol=1e-5)
 
 
-def test_masks_are_refused_as_under_static_patterns() -> None:
+def test_causal_masks_are_refused_as_under_static_patterns() -> None:
     inputs = {"hidden_states": torch.randn(1, 2, 128, 8), "timestep": torch.ones(1)}
     with interpreted():
-        found = capture(Attends(attn_mask=torch.ones(128, 128) > 0).eval(), inputs)
+        found = capture(Attends(is_causal=True).eval(), inputs)
     plan = StepPlan(sparse=(SparseAttention("blocks.0", 64, 16, 8, draft=True),))
-    with pytest.raises(AuditError, match=r"blocks\.0: sparse by the plan, but its attention is .*; there is a mask"):
+    with pytest.raises(AuditError, match=r"blocks\.0: sparse by the plan, but its .*; there is a causal mask"):
         found.program.variants.graph(plan)
     torch._dynamo.reset()

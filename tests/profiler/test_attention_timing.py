@@ -53,7 +53,7 @@ def test_sites_of_equal_shapes_are_timed_once_in_every_form(trace: Trace, monkey
 
 
 def test_a_form_without_a_kernel_is_told(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refusal(*given: object) -> str:
+    def refusal(*given: object, **named: object) -> str:
         return "there is no kernel for it"
 
     monkeypatch.setattr("ditopt.profiler.attention_timing.block_sparse_refusal", refusal)

@@ -211,7 +211,7 @@ def ltx() -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
-def hunyuan_video() -> tuple[nn.Module, dict[str, Any]]:
+def hunyuan_video(channels: int = 10, axes: tuple[int, ...] = (2, 4, 4)) -> tuple[nn.Module, dict[str, Any]]:
     """Token refiner, double-stream blocks, single-stream blocks, masks."""
     from diffusers import HunyuanVideoTransformer3DModel
 
@@ -219,7 +219,7 @@ def hunyuan_video() -> tuple[nn.Module, dict[str, Any]]:
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
-        attention_head_dim=10,
+        attention_head_dim=channels,
         num_layers=1,
         num_single_layers=2,
         num_refiner_layers=1,
@@ -228,7 +228,7 @@ def hunyuan_video() -> tuple[nn.Module, dict[str, Any]]:
         guidance_embeds=True,
         text_embed_dim=12,
         pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 4),
+        rope_axes_dim=axes,
     )
     mask = torch.ones(1, 6)
     mask[:, 4:] = 0
