@@ -23,8 +23,8 @@ from ditopt.passes._infra import tensor_value
 from ditopt.profiler.head_edits import BlockMask, middling, under_blocks, without_head
 from ditopt.profiler.interpret import Collector, CountedCalls, Edit, Moment, Seen, State, Watched, of_branches
 from ditopt.profiler.memory import trim
-from ditopt.profiler.pattern_errors import candidates_of
 from ditopt.profiler.places import SELF, Attention, Module, attentions, modules
+from ditopt.profiler.tried import candidates_of
 from ditopt.runtime.program import Compute
 from ditopt.search.heads import LEFT_OUT, PATTERN
 from ditopt.trace import Trace

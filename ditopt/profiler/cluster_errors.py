@@ -26,7 +26,8 @@ from ditopt.kernels.patterns.orders import CLUSTERS, TokenOrder
 from ditopt.kernels.patterns.whole import Nothing
 from ditopt.measures import Numbers
 from ditopt.passes.sparse import ROUNDS
-from ditopt.profiler.rows import Operands, Part, Sample
+from ditopt.profiler.rows import Operands, Part
+from ditopt.profiler.sample import Sample
 
 TRIED = (Draft(mass=0.9), Draft(keep=0.25))
 LEAST_BLOCK = 64

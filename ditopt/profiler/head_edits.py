@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditopt.profiler.interpret import Edit
-from ditopt.profiler.pattern_errors import Candidates
+from ditopt.profiler.tried import Candidates
 
 MIDDLING = 0.4
 """The density of the pattern that is planted as an error: that of the candidates which is nearest to it."""

@@ -17,8 +17,8 @@ from ditopt.profiler.call_plants import Keeper, noisy
 from ditopt.profiler.head_edits import BlockMask, middling, under_blocks
 from ditopt.profiler.interpret import CountedCalls, Watched, of_branches
 from ditopt.profiler.memory import trim
-from ditopt.profiler.pattern_errors import candidates_of
 from ditopt.profiler.places import Module, attentions
+from ditopt.profiler.tried import candidates_of
 from ditopt.runtime.program import Compute, copied
 from ditopt.search.heads import HeadPattern, is_measured
 from ditopt.trace import Trace

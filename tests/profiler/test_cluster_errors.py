@@ -14,7 +14,7 @@ from ditopt.kernels.block_sparse_attention.clusters import k_means
 from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.draft import Draft
 from ditopt.passes.sparse import ROUNDS
-from ditopt.profiler import rows
+from ditopt.profiler import sample
 from ditopt.profiler.cluster_errors import ClusterReader
 from tests.profiler.attention_rig import operands, planted
 from tests.profiler.test_pattern_errors import attend, heads_weight, measured, norm, of_video, total
@@ -25,10 +25,10 @@ BLOCK = 64
 @pytest.fixture
 def every_row(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No row is left out of the sample."""
-    monkeypatch.setattr(rows, "ALL_ROWS", 2000)
-    rows.sample_rows.cache_clear()
+    monkeypatch.setattr(sample, "ALL_ROWS", 2000)
+    sample.sample_rows.cache_clear()
     yield
-    rows.sample_rows.cache_clear()
+    sample.sample_rows.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from ditopt.kernels.patterns.registry import DYNAMIC
 from ditopt.measures import Table, joined
 from ditopt.profiler.draft_blocks import drafts_of
 from ditopt.profiler.head_edits import middling
-from ditopt.profiler.pattern_errors import PatternCollector, candidates_of
+from ditopt.profiler.pattern_errors import PatternCollector
+from ditopt.profiler.tried import candidates_of
 from tests.kernels.test_draft_lists import literal
 from tests.profiler.attention_rig import SITE, operands, planted, steps, trace_of
 from tests.profiler.test_pattern_errors import attend, heads_weight, measured, norm, of_video, total

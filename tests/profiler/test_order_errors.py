@@ -19,7 +19,8 @@ from ditopt.kernels.patterns.orders import ORDERS, TokenOrder, compact_order, sp
 from ditopt.measures import Table
 from ditopt.profiler.attention import AttentionCollector
 from ditopt.profiler.pattern_errors import PatternCollector
-from ditopt.profiler.rows import Reads, SharedRows, pool_size, sample_rows
+from ditopt.profiler.rows import Reads, SharedRows, pool_size
+from ditopt.profiler.sample import sample_rows
 from ditopt.search.heads import SKIP
 from tests.profiler.attention_rig import SITE, operands, planted, run, steps, trace_of
 from tests.profiler.test_draft_blocks import kept

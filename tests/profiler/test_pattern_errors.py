@@ -23,8 +23,9 @@ from ditopt.measures import Table
 from ditopt.profiler import pattern_errors
 from ditopt.profiler.attention import attention_collectors
 from ditopt.profiler.interpret import Collector, Seen
-from ditopt.profiler.pattern_errors import PatternCollector, Projection, error_moments, moments
+from ditopt.profiler.pattern_errors import PatternCollector, Projection, moments
 from ditopt.profiler.places import attentions
+from ditopt.profiler.tried import error_moments
 from tests.profiler.attention_rig import SITE, model, operands, planted, run, steps, trace_of
 from tests.trace.models import Captured
 
@@ -41,7 +42,7 @@ def measured(
     calls = calls or steps(1)
     collector = PatternCollector(trace_of(captured), calls, geometry)
     run(captured, calls, [collector], *inputs)
-    assert all("there is a mask; no pattern is tried with means" in reason for reason in collector.reasons)
+    assert all("mask; no pattern is tried with means" in reason for reason in collector.reasons)
     return collector.tables()[SITE]
 
 

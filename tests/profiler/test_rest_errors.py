@@ -18,8 +18,8 @@ from ditopt.kernels.patterns.registry import DYNAMIC, pattern_from_data
 from ditopt.kernels.patterns.whole import Nothing
 from ditopt.measures import Table
 from ditopt.passes.attention import first_order_refusal
-from ditopt.profiler.pattern_errors import compensated_of
 from ditopt.profiler.rows import pool_size
+from ditopt.profiler.tried import compensated_of
 from ditopt.search.heads import SKIP
 from tests.literal_rest import mean_of_outer
 from tests.profiler.attention_rig import operands, planted

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditopt.profiler.maps import by_distance, mass_in, pooled_keys, pooled_rows, top_blocks
-from ditopt.profiler.rows import anchor_steps, sample_rows
+from ditopt.profiler.rows import anchor_steps
+from ditopt.profiler.sample import sample_rows
 
 
 @given(tokens=st.integers(1, 3000), block=st.sampled_from([1, 4, 16, 64]), wanted=st.integers(1, 900))
