@@ -27,6 +27,7 @@ from ditopt.profiler.interpret import Edit, Watched
 from ditopt.runtime.program import Program
 from ditopt.sites import AttentionSite
 from tests.kernels.test_draft_lists import literal
+from tests.runtime.test_masked import TOKENS, hunyuan, mask_of, structure_of
 from tests.runtime.test_orders import in_token_space
 from tests.runtime.test_sparse import FRAMES, TIMES, call, distance, joint, plan_of, rule, sparse, steps_of, wan_inputs
 from tests.runtime.test_sparse import _fresh as _fresh
@@ -44,6 +45,9 @@ def by_clusters(decided: list[Any], geometry: Geometry) -> Edit:
         out: Tensor = rest_of(given, value)
         query, key, values = given[:3]
         scale, tokens = query.shape[-1] ** -0.5, geometry.tokens
+        seen = given[3] if len(given) > 3 and given[3] is not None else torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        seen = seen if seen.dtype == torch.bool else seen > -1e4
+        seen = seen[(None,) * (4 - seen.ndim)].expand(*query.shape[:2], tokens, tokens)
         sizes = kernel_blocks(tokens, tokens)
         text = torch.from_numpy(Nothing().block_map(geometry, *sizes))[None, None]
         before = geometry.text if geometry.text_first else 0
@@ -66,7 +70,7 @@ def by_clusters(decided: list[Any], geometry: Geometry) -> Edit:
                 kept = torch.tensor(literal(one, other, text, sizes, limit, mass, scale)).view(text.shape[2:])
                 of_query, of_key = (place.argsort() // size for place, size in zip(places, sizes, strict=True))
                 of_row, keys, means, counts = kept[of_query], [k.double()], [v.double()], [torch.ones(tokens)]
-                hidden = [~of_row[:, of_key]]
+                hidden = [~(of_row[:, of_key] & seen[sample, head])]
                 if choice.rest is not None:
                     groups = places[1].split(choice.rest.of(sizes[1]))
                     keys.append(torch.stack([keys[0][each].mean(0) for each in groups]))
@@ -75,7 +79,7 @@ def by_clusters(decided: list[Any], geometry: Geometry) -> Edit:
                     hidden.append(of_row[:, torch.arange(len(groups)) * len(groups[0]) // sizes[1]])
                 scores = scale * q.double() @ torch.cat(keys).T + torch.cat(counts).log()
                 scores = scores.masked_fill(torch.cat(hidden, 1), -math.inf)
-                out[sample, head] = (scores.softmax(-1) @ torch.cat(means)).to(value.dtype)
+                out[sample, head] = (scores.softmax(-1).nan_to_num(0.0) @ torch.cat(means)).to(value.dtype)
         return out
 
     return edit
@@ -142,6 +146,23 @@ def test_text_stays_where_it_is_and_dense(name: str) -> None:
             if step in (1, 4):
                 expected = emulated(session.programs[0], plan, step, arguments, geometry)
                 torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_models_mask_is_in_the_order_of_the_clusters() -> None:
+    model, inputs = hunyuan(20)
+    clustered = rule("*transformer_blocks.*.attn", "1-2", sparse("draft", keep=0.3, order="clusters"))
+    plan = plan_of(structure_of(model, inputs), clustered, tokens=TOKENS)
+    session = Session(plan=plan, check_passes=True)
+    forward = compiled(model, session=session)
+    found = []
+    for prompt in (20, 5):
+        given = inputs | {"encoder_attention_mask": mask_of(prompt)}
+        for step, result, arguments in steps_of(session, forward, given):
+            if step in (1, 2):
+                expected = emulated(session.programs[0], plan, step, arguments, TOKENS)
+                torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+                found.append(result)
+    assert distance(found[0], found[2]) > 1e-4, "masks matter"
 
 
 def test_numbers_that_are_none_are_neither_lost_nor_spread(wan: nn.Module, structure: str) -> None:
