@@ -148,19 +148,18 @@ def _fake_block_sparse_attention(
 
 
 FIRST_ORDER_ON_GPU = "there is no kernel for GPUs that takes a rest to first order"
-POOLED_ON_GPU = "there is no kernel for GPUs that takes pooled keys and values (a rest)"
 MASK_ON_GPU = "there is a mask, and no kernel for GPUs that takes one"
 MASK_AND_REST = "there is a mask, under which what a pattern skips has no means (a rest)"
 
 
-def _block_sparse_attention_in_triton(*operands: Any, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    pooled = any(each is not None for each in operands[8:11])
-    refused = POOLED_ON_GPU if pooled else MASK_ON_GPU if mask is not None else gpu_refusal(operands[0].device)
+def _block_sparse_attention_in_triton(*given: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    *operands, mask = given if len(given) > 12 else (*given, named.pop("mask", None))
+    refused = MASK_ON_GPU if mask is not None else gpu_refusal(operands[0].device)
     if refused is not None:
         raise ValueError(f"ditopt::block_sparse_attention: {refused}")
     from ditopt.kernels.block_sparse_attention.triton import block_sparse_attention
 
-    return block_sparse_attention(*operands[:8])
+    return block_sparse_attention(*operands, **named)
 
 
 torch.library.register_fake("ditopt::block_sparse_attention", _fake_block_sparse_attention, lib=LIBRARY)
@@ -181,9 +180,7 @@ def block_sparse_refusal(
     pooled = () if rest is None else (rest.key, rest.value, rest.heads)
     elsewhere = _elsewhere(*parts, lists.indices, lists.counts, *pooled, kernels=("cpu", "cuda"))
     if elsewhere is None and query.is_cuda:
-        elsewhere = (
-            POOLED_ON_GPU if rest is not None else MASK_ON_GPU if mask is not None else gpu_refusal(query.device)
-        )
+        elsewhere = MASK_ON_GPU if mask is not None else gpu_refusal(query.device)
     if elsewhere is not None:
         return elsewhere
     if len({part.dtype for part in parts}) > 1 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -6,7 +6,7 @@ import operator
 
 from torch import fx
 
-from ditopt.kernels.ops import DRAFT_LISTS, FIRST_ORDER_ON_GPU, POOLED_ON_GPU, SETTINGS
+from ditopt.kernels.ops import DRAFT_LISTS, FIRST_ORDER_ON_GPU, SETTINGS
 from ditopt.passes._infra import tensor_value
 
 
@@ -43,8 +43,7 @@ def special_but_mask(node: fx.Node) -> str | None:
 
 def rest_refusal(node: fx.Node) -> str | None:
     """Why no kernel attends to means of what an attention call's pattern skips; None if one does."""
-    device = tensor_value(node.args[0]).device.type  # type: ignore[arg-type]  # a node
-    return special(node) or (None if device == "cpu" else POOLED_ON_GPU)
+    return special(node)
 
 
 def first_order_refusal(node: fx.Node) -> str | None:

@@ -1,5 +1,9 @@
 """``ditopt::block_sparse_attention`` on NVIDIA's GPUs, in Triton: flash attention over the listed blocks.
 
+A head with a rest then goes over all groups' means, a tile at a time, and merges the sorted list with them: a tile
+takes from the list the few entries that fall into it, and hides the groups of these. So a rest needs no memory beyond
+its means, and tiles are full however short the gaps of a list are.
+
 Imported when the operator is first called with CUDA tensors, for it imports Triton. Its speed is not yet measured.
 """
 
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from ditopt.kernels.block_sparse_attention.gpu import OLDEST, TILES, tile_for
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks
+from ditopt.kernels.block_sparse_attention.pooled import ZEROTH_ORDER, PooledRest
 from ditopt.kernels.ops import block_sparse_refusal
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -55,7 +60,8 @@ def _meet(
     key_stride: tl.tensor,
     value_stride: tl.tensor,
     begin: tl.tensor,
-    end: tl.tensor,
+    there: tl.tensor,
+    added: tl.tensor,
     factor: tl.tensor,
     DEPTH: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -64,12 +70,15 @@ def _meet(
     COLUMNS: tl.constexpr,
     MASKED: tl.constexpr,
     WIDEN: tl.constexpr,
+    POOLED: tl.constexpr,
 ) -> tl.tensor:
-    """A tile of queries meets the keys from ``begin``, up to ``end`` where ``MASKED``: online softmax, base 2."""
+    """A tile of queries meets the keys from ``begin`` that are ``there`` if ``MASKED``: online softmax, base 2.
+
+    If ``POOLED``, they have ``added`` to their scores.
+    """
     columns = tl.arange(0, COLUMNS)
     depth = tl.arange(0, PADDED_DEPTH)
     width = tl.arange(0, PADDED_WIDTH)
-    there = begin + columns < end
     wide = begin.to(tl.int64)
     keys = _load(
         key + wide * key_stride + columns[None, :] * key_stride + depth[:, None],
@@ -81,6 +90,8 @@ def _meet(
     if WIDEN:
         keys = keys.to(tl.float32)
     scores = tl.dot(queries, keys, input_precision="ieee") * factor
+    if POOLED:
+        scores += added[None, :]
     if MASKED:
         scores = tl.where(there[None, :], scores, float("-inf"))
     higher = tl.maximum(tops, tl.max(scores, 1))
@@ -114,6 +125,26 @@ def _wrong_entries(entries: tl.tensor, count: tl.tensor, key_blocks: tl.tensor, 
 
 
 @triton.jit
+def _listed(
+    entries: tl.tensor,
+    place: tl.tensor,
+    count: tl.tensor,
+    groups: tl.tensor,
+    after: tl.tensor,
+    SHARE: tl.constexpr,
+    WINDOW: tl.constexpr,
+) -> tl.tensor:
+    """Which ``groups`` lie in listed blocks, and the place of the first entry for groups from ``after`` on.
+
+    ``place`` is that of the first entry for these groups, a block has ``SHARE`` of them; ``WINDOW`` entries are enough.
+    """
+    places = place + tl.arange(0, WINDOW)
+    found = tl.load(entries + places, mask=places < count, other=2147483647)
+    listed = tl.max((found[None, :] == (groups // SHARE)[:, None]).to(tl.int32), 1) > 0
+    return listed, place + tl.sum((found < after // SHARE).to(tl.int32), 0)
+
+
+@triton.jit
 def attend(
     query: tl.tensor,
     key: tl.tensor,
@@ -123,6 +154,9 @@ def attend(
     indices: tl.tensor,
     counts: tl.tensor,
     order: tl.tensor,
+    pooled_key: tl.tensor,
+    pooled_value: tl.tensor,
+    rest: tl.tensor,
     query_batch: tl.tensor,
     query_head: tl.tensor,
     query_stride: tl.tensor,
@@ -135,6 +169,12 @@ def attend(
     out_batch: tl.tensor,
     out_head: tl.tensor,
     out_stride: tl.tensor,
+    mean_key_batch: tl.tensor,
+    mean_key_head: tl.tensor,
+    mean_key_stride: tl.tensor,
+    mean_value_batch: tl.tensor,
+    mean_value_head: tl.tensor,
+    mean_value_stride: tl.tensor,
     factor: tl.tensor,
     repeats: tl.tensor,
     heads: tl.tensor,
@@ -153,6 +193,9 @@ def attend(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDEN: tl.constexpr,
+    POOL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FURTHEST_ORDER: tl.constexpr,
 ) -> None:
     """One program: ``ROWS`` queries of one head and their list; ``order`` says which list is whose, longest first."""
     TILES: tl.constexpr = QUERY_BLOCK // ROWS
@@ -172,6 +215,10 @@ def attend(
     count = tl.load(counts + row)
     entries = indices + row * padding
     wrong = (count < 0) | (count > padding)
+    rested = 0
+    if POOL:
+        rested = tl.load(rest + head)
+        wrong = wrong | (rested > FURTHEST_ORDER)
     count = tl.where(wrong, 0, count)
     wrong = wrong | (_wrong_entries(entries, count, key_blocks, 64) > 0)
     count = tl.where(wrong, 0, count)
@@ -193,6 +240,7 @@ def attend(
     totals = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, PADDED_WIDTH), tl.float32)
 
+    columns = tl.arange(0, COLUMNS)
     last = (key_blocks - 1) * KEY_BLOCK
     ends = tl.load(entries + count - 1, mask=count > 0, other=-1) == key_blocks - 1
     short = ends & (keys - last < KEY_BLOCK)  # only the last block can be
@@ -204,18 +252,38 @@ def attend(
         begin = block * KEY_BLOCK + step % STEPS * COLUMNS
         end = tl.minimum((block + 1) * KEY_BLOCK, keys)
         sums, totals, tops = _meet(
-            sums, totals, tops, queries, key, value, key_stride, value_stride, begin, end, factor,
-            DEPTH, WIDTH, PADDED_DEPTH, PADDED_WIDTH, COLUMNS, UNEVEN, WIDEN,
+            sums, totals, tops, queries, key, value, key_stride, value_stride, begin, begin + columns < end,
+            factor, factor, DEPTH, WIDTH, PADDED_DEPTH, PADDED_WIDTH, COLUMNS, UNEVEN, WIDEN, False,
         )  # fmt: skip
     if not UNEVEN:
         for step in range(0, tl.where(short, tl.cdiv(keys - last, COLUMNS), 0)):
             begin = last + step * COLUMNS
             sums, totals, tops = _meet(
-                sums, totals, tops, queries, key, value, key_stride, value_stride, begin, keys, factor,
-                DEPTH, WIDTH, PADDED_DEPTH, PADDED_WIDTH, COLUMNS, True, WIDEN,
+                sums, totals, tops, queries, key, value, key_stride, value_stride, begin,
+                begin + columns < keys, factor, factor, DEPTH, WIDTH, PADDED_DEPTH, PADDED_WIDTH, COLUMNS, True, WIDEN,
+                False,
+            )  # fmt: skip
+    nothing = count == 0
+    if POOL:
+        resting = (rested != 0) & (wrong == 0)
+        nothing = nothing & (resting == 0)
+        pooled_key += batch * mean_key_batch + head // group * mean_key_head
+        pooled_value += batch * mean_value_batch + head // group * mean_value_head
+        groups = tl.cdiv(keys, POOL)
+        place = count * 0
+        for step in range(0, tl.where(resting, tl.cdiv(groups, COLUMNS), 0)):
+            begin = step * COLUMNS
+            each = begin + columns
+            listed, place = _listed(entries, place, count, each, begin + COLUMNS, KEY_BLOCK // POOL, WINDOW)
+            size = tl.minimum(keys - each * POOL, POOL)
+            added = tl.log2(tl.maximum(size, 1).to(tl.float32))
+            sums, totals, tops = _meet(
+                sums, totals, tops, queries, pooled_key, pooled_value, mean_key_stride, mean_value_stride, begin,
+                (each < groups) & (listed == 0), added, factor, DEPTH, WIDTH, PADDED_DEPTH, PADDED_WIDTH, COLUMNS, True,
+                WIDEN, True,
             )  # fmt: skip
 
-    result = tl.where(count == 0, 0.0, sums / totals[:, None])
+    result = tl.where(nothing, 0.0, sums / totals[:, None])
     result = tl.where(wrong, float("nan"), result)
     log = (_finite(tops) + tl.log2(totals)) * 0.6931471805599453
     log = tl.where(wrong, float("nan"), log)
@@ -233,6 +301,10 @@ def block_sparse_attention(
     query_block: int,
     key_block: int,
     scale: float,
+    pooled_key: Tensor | None = None,
+    pooled_value: Tensor | None = None,
+    rest: Tensor | None = None,
+    pool: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention to listed blocks: ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]``, lists -> result, log-sum.
 
@@ -240,13 +312,20 @@ def block_sparse_attention(
     ``[B, S, H, E]``, the natural logarithm of the softmax's sum is ``[B, H, S]`` float32. Any strides. Sums are
     float32, products of float32 operands too; softmax numerators are rounded to the operands' dtype before they meet
     the values. A wrong list (a count beyond the padding, an entry out of range or out of order) is not told, for that
-    would wait for the GPU: nothing is read by it, and its queries have a result and a logarithm of NaN.
+    would wait for the GPU: nothing is read by it, and its queries have a result and a logarithm of NaN. With the
+    operands behind the scale (``PooledRest``) heads attend to what their lists do not name by its means, too; one with
+    a rest to first order, which is not known here, has NaN.
 
     Raises:
         ValueError: the kernel does not take these operands; it says why.
     """
     lists = BlockLists(indices, counts, query_block, key_block)
-    refused = block_sparse_refusal(query, key, value, lists, scale)
+    pooled = None
+    try:
+        pooled = PooledRest.of(pooled_key, pooled_value, rest, pool)
+        refused = block_sparse_refusal(query, key, value, lists, scale, pooled)
+    except ValueError as error:
+        refused = str(error)
     if refused is None and query.device.type == "cpu" and not INTERPRETED:
         refused = "operands are on cpu, where Triton runs in its interpreter only (TRITON_INTERPRET=1)"
     if refused is not None:
@@ -256,7 +335,9 @@ def block_sparse_attention(
     out = query.new_empty(batch, queries, heads, channels).transpose(1, 2)
     logs = query.new_empty(batch, heads, queries, dtype=torch.float32)
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else OLDEST
-    launch(query, key, value, out, logs, lists, scale, capability)
+    if pooled is not None:
+        pooled = PooledRest(readable(pooled.key), readable(pooled.value), pooled.heads.contiguous(), pool)
+    launch(query, key, value, out, logs, lists, scale, capability, pooled)
     return out, logs
 
 
@@ -274,25 +355,31 @@ def launch(
     lists: BlockLists,
     scale: float,
     capability: tuple[int, int],
+    rest: PooledRest | None = None,
 ) -> None:
     """Fill ``out`` and ``logs`` in tiles for ``capability``; operands that are taken, channels next to each other."""
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
-    settings = constants(query, value, lists, capability)
+    settings = constants(query, value, lists, capability, 0 if rest is None else rest.pool)
+    # without a rest the kernel reads none of them
+    means = (key, value, lists.counts) if rest is None else (rest.key, rest.value, rest.heads)
     order = lists.counts.flatten().argsort(descending=True, stable=True)
     repeats = batch // lists.counts.shape[0]
     tiles = lists.query_block // settings["ROWS"]
     with torch.cuda.device_of(query):  # Triton launches on the current one
         attend[(order.numel() * repeats * tiles,)](
             *(query, key, value, out, logs, lists.indices.contiguous(), lists.counts.contiguous(), order),
-            *(stride for part in (query, key, value, out) for stride in part.stride()[:3]),
+            *means,
+            *(stride for part in (query, key, value, out, *means[:2]) for stride in part.stride()[:3]),
             *(scale * math.log2(math.e), repeats, heads, heads // key.shape[1], queries, keys),
             *(lists.counts.shape[2], blocks(keys, lists.key_block), lists.indices.shape[3]),
             **settings,
         )
 
 
-def constants(query: Tensor, value: Tensor, lists: BlockLists, capability: tuple[int, int]) -> dict[str, Any]:
-    """What the kernel is compiled for: sizes of heads, blocks and tiles, warps and stages."""
+def constants(
+    query: Tensor, value: Tensor, lists: BlockLists, capability: tuple[int, int], pool: int = 0
+) -> dict[str, Any]:
+    """What the kernel is compiled for: sizes of heads, blocks, tiles and groups (0: no rest), warps and stages."""
     depth, width = query.shape[3], value.shape[3]
     tile = tile_for(capability, max(depth, width), query.dtype, lists.query_block, lists.key_block)
     return {
@@ -305,7 +392,15 @@ def constants(query: Tensor, value: Tensor, lists: BlockLists, capability: tuple
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "WIDEN": INTERPRETED and query.dtype == torch.bfloat16,  # whose bits it would multiply
+        "POOL": pool,
+        "WINDOW": _window(tile.columns, lists.key_block // pool) if pool else 0,
+        "FURTHEST_ORDER": ZEROTH_ORDER,
         "enable_fp_fusion": True,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
+
+
+def _window(columns: int, share: int) -> int:
+    """How many blocks of ``share`` groups a tile of so many meets at most, up to a power of two."""
+    return int(triton.next_power_of_2(blocks(columns - 1, share) + 1))

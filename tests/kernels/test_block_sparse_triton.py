@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ditopt.kernels.block_sparse_attention import gpu
 from ditopt.kernels.block_sparse_attention.lists import BlockLists
 from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION, block_sparse_refusal
+from ditopt.kernels.ops import _block_sparse_attention_in_triton as on_cuda
 from tests.kernels.block_sparse import drawn, operands
 
 HERE = Path(__file__).parent
@@ -76,7 +77,12 @@ def test_a_cuda_graph_replays_it_on_other_lists() -> None:
 
 
 def compiled_for(
-    capability: tuple[int, int], channels: int, dtype: torch.dtype, blocks: tuple[int, int], ones: tuple[str, ...]
+    capability: tuple[int, int],
+    channels: int,
+    dtype: torch.dtype,
+    blocks: tuple[int, int],
+    ones: tuple[str, ...],
+    pool: int = 0,
 ) -> Any:
     """The kernel, compiled for a GPU that need not be here; what is 1 is compiled in, as Triton does."""
     import triton.compiler
@@ -85,11 +91,12 @@ def compiled_for(
     from ditopt.kernels.block_sparse_attention.triton import attend, constants
 
     like = torch.empty(1, 1, 1, channels, dtype=dtype)
-    settings = constants(like, like, BlockLists(like, like, *blocks), capability)
+    settings = constants(like, like, BlockLists(like, like, *blocks), capability, pool)
     settings |= dict.fromkeys(ones, 1)
     options = {name: settings.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-    pointers = dict.fromkeys(("query", "key", "value", "out"), f"*{NAMES[dtype]}")
-    known = {**pointers, "logs": "*fp32", "indices": "*i32", "counts": "*i32", "order": "*i64", "factor": "fp32"}
+    pointers = dict.fromkeys(("query", "key", "value", "out", "pooled_key", "pooled_value"), f"*{NAMES[dtype]}")
+    known = {**pointers, "logs": "*fp32", "indices": "*i32", "counts": "*i32", "order": "*i64"}
+    known |= {"rest": "*i32", "factor": "fp32"}
     signature = {name: "constexpr" if name in settings else known.get(name, "i32") for name in attend.arg_names}
     aligned = [
         (number,)
@@ -104,14 +111,15 @@ def compiled_for(
 @needs_triton
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET is set, so nothing is compiled")
 @pytest.mark.parametrize(
-    ("capability", "channels", "dtype", "blocks", "ones"),
+    ("capability", "channels", "dtype", "blocks", "ones", "pool"),
     [
-        ((8, 0), 128, torch.bfloat16, (64, 64), USUAL),
-        ((8, 6), 256, torch.float16, (128, 128), USUAL),
-        ((9, 0), 64, torch.bfloat16, (128, 128), ()),
-        ((9, 0), 128, torch.bfloat16, (64, 64), USUAL),
-        ((9, 0), 96, torch.float32, (64, 48), (*USUAL, "heads", "tokens", "keys", "key_blocks", "padding")),
-        ((12, 0), 64, torch.bfloat16, (128, 64), USUAL),
+        ((8, 0), 128, torch.bfloat16, (64, 64), USUAL, 0),
+        ((8, 6), 256, torch.float16, (128, 128), USUAL, 16),
+        ((9, 0), 64, torch.bfloat16, (128, 128), (), 0),
+        ((9, 0), 128, torch.bfloat16, (64, 64), USUAL, 0),
+        ((9, 0), 96, torch.float32, (64, 48), (*USUAL, "heads", "tokens", "keys", "key_blocks", "padding"), 0),
+        ((9, 0), 128, torch.bfloat16, (64, 64), USUAL, 16),
+        ((12, 0), 64, torch.bfloat16, (128, 64), USUAL, 0),
     ],
 )
 def test_it_compiles_for_gpus_and_fits_their_shared_memory(
@@ -120,11 +128,12 @@ def test_it_compiles_for_gpus_and_fits_their_shared_memory(
     dtype: torch.dtype,
     blocks: tuple[int, int],
     ones: tuple[str, ...],
+    pool: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = compiled_for(capability, channels, dtype, blocks, ones)
+    kernel = compiled_for(capability, channels, dtype, blocks, ones, pool)
     assert 0 < kernel.metadata.shared <= KIB[capability] * 1024
     product = "wgmma" if capability == (9, 0) else "mma.sync"
     assert (product in kernel.asm["ptx"]) == (dtype != torch.float32), "tensor cores are for 16 bits only"
@@ -188,6 +197,16 @@ def test_what_the_kernel_does_not_take_has_a_reason(monkeypatch: pytest.MonkeyPa
     assert on_a_gpu() is None
     assert on_a_gpu(channels=320) == "heads of 320 and 320 channels; at most 256 are taken on a GPU"
     assert on_a_gpu(lists_on="cpu") == "operands and lists are on several devices: cpu, cuda:0"
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_mask_is_refused_however_it_is_given(by_name: bool) -> None:
+    part, lists = torch.ones(1, 1, 64, 16), drawn(1, 64, 64, 1.1)
+    given = (part, part, part, lists.indices, lists.counts, 64, 64, 0.2)
+    mask = torch.ones(64, 64, dtype=torch.bool)
+    further, named = ((), {"mask": mask}) if by_name else ((None, None, None, 0, mask), {})
+    with pytest.raises(ValueError, match="there is a mask, and no kernel for GPUs that takes one"):
+        on_cuda(*given, *further, **named)
 
 
 @needs_triton

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ditopt.kernels.block_sparse_attention import triton
 from ditopt.kernels.block_sparse_attention.lists import BlockLists
+from ditopt.kernels.block_sparse_attention.pooled import PooledRest
 from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION
 from tests.kernels import block_sparse
 from tests.kernels.block_sparse import (
@@ -46,7 +47,9 @@ SHAPES = [
 ]
 
 
-def attend(parts: Operands, lists: BlockLists, scale: float = 0.2) -> tuple[Tensor, Tensor]:
+def attend(
+    parts: Operands, lists: BlockLists, scale: float = 0.2, rest: PooledRest | None = None
+) -> tuple[Tensor, Tensor]:
     """The kernel's result, in memory that held NaN, on the processor."""
     made = Tensor.new_empty
 
@@ -57,6 +60,8 @@ def attend(parts: Operands, lists: BlockLists, scale: float = 0.2) -> tuple[Tens
     query, key, value = (part.to(DEVICE) for part in parts)
     there = lists.to(DEVICE)
     given = (query, key, value, there.indices, there.counts, lists.query_block, lists.key_block, scale)
+    if rest is not None:
+        given = (*given, *(part.to(DEVICE) for part in (rest.key, rest.value, rest.heads)), rest.pool)  # type: ignore[assignment]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "new_empty", poisoned)
         out, logs = triton.block_sparse_attention(*given) if triton.INTERPRETED else BLOCK_SPARSE_ATTENTION(*given)
@@ -201,3 +206,74 @@ def test_what_is_behind_a_count_is_not_read() -> None:
     expected, _ = attend(parts, lists)
     lists.indices[..., 2] = 2**30
     assert torch.equal(attend(parts, lists)[0], expected)
+
+
+def rest_of(parts: Operands, heads: list[int], pool: int) -> PooledRest:
+    return PooledRest.pooling(*parts[1:], torch.tensor(heads, dtype=torch.int32), pool)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(
+    ("shape", "sizes", "density", "pool"),
+    [
+        ((2, 4, 2, 70, 150, 40, 24), (64, 64), 0.5, 16),  # the last group has 6 tokens
+        ((1, 2, 2, 100, 700, 32, 32), (64, 64), 0.4, 4),  # several tiles of groups
+        ((1, 2, 1, 64, 300, 16, 48), (64, 48), 0.4, 4),  # 12 groups to a block, cut by tiles
+        ((1, 2, 2, 64, 900, 64, 16), (64, 8), 0.5, 8),  # groups are blocks
+        ((1, 2, 2, 65, 300, 128, 256), (64, 128), 0.0, 128),  # nothing listed
+    ],
+)
+def test_groups_that_no_list_names_count_by_their_means(
+    shape: tuple[int, int, int, int, int, int, int],
+    sizes: tuple[int, int],
+    density: float,
+    pool: int,
+    dtype: torch.dtype,
+) -> None:
+    batch, heads, _, queries, keys, *_ = shape
+    parts, lists = operands(shape, dtype), drawn(heads, queries, keys, density, batch, *sizes)
+    rest = rest_of(parts, [1, 0, 1, 1][:heads], pool)
+    wide = PooledRest(rest.key.double(), rest.value.double(), rest.heads, pool)
+    size = PooledRest(rest.key.double(), rest.value.double().abs(), rest.heads, pool)
+    block_sparse.check_against(attend(parts, lists, 0.2, rest), parts, lists, 0.2, wide, size)
+
+
+def test_heads_without_a_rest_are_bit_for_bit_those_of_the_plain_call() -> None:
+    parts, lists = operands((1, 3, 3, 70, 300, 32, 16)), drawn(3, 70, 300, 0.4)
+    found, logs = attend(parts, lists, 0.2, rest_of(parts, [0, 1, 0], 16))
+    plain, plain_logs = attend(parts, lists)
+    assert torch.equal(found[:, 0::2], plain[:, 0::2]) and torch.equal(logs[:, 0::2], plain_logs[:, 0::2])
+    assert (found[:, 1] - plain[:, 1]).abs().max() > 0.01
+
+
+def test_what_a_listed_block_has_does_not_come_in_by_its_mean() -> None:
+    """A listed key of -inf has no mass, and what is not finite in its mean makes nothing NaN."""
+    query, key, value = operands((1, 1, 1, 64, 256, 16, 16))
+    query, key[0, 0, 3] = query.abs() + 0.1, -math.inf
+    lists = BlockLists.from_map(torch.tensor([[[[True, False, True, False]]]]), 64, 64)
+    rest = rest_of((query, key, value), [1], 16)
+    rest.value[0, 0, 0] = math.nan
+    assert all(result.isfinite().all() for result in attend((query, key, value), lists, 0.2, rest))
+    rest.value[0, 0, 5] = math.nan
+    assert attend((query, key, value), lists, 0.2, rest)[0].isnan().all(), "one that is not listed does"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_of_means_do_not_matter(layout: str) -> None:
+    parts, lists = operands((2, 3, 3, 70, 300, 32, 16)), drawn(3, 70, 300, 0.4)
+    rest = rest_of(parts, [1, 0, 1], 16)
+    _, key, value = laid_out((rest.key, rest.key, rest.value), layout)
+    turned = PooledRest(key, value, rest.heads, rest.pool)
+    for ours, theirs in zip(attend(parts, lists, 0.2, turned), attend(parts, lists, 0.2, rest), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_wrong_lists_and_rests_to_first_order_give_nan() -> None:
+    parts, lists = operands((1, 2, 2, 64, 130, 16, 16)), drawn(2, 64, 130, 1.1)
+    lists.counts[:] = 2
+    lists.indices[0, 0, 0, 1] = 2**30
+    for result in attend(parts, lists, 0.2, rest_of(parts, [1, 2], 16)):
+        assert result.isnan().all()
+    lists.indices[0, 0, 0, 1] = 1
+    for result in attend(parts, lists, 0.2, rest_of(parts, [1, 2], 16)):
+        assert result[:, 0].isfinite().all() and result[:, 1].isnan().all()
