@@ -2,8 +2,10 @@
 
 24 heads of bfloat16, 32,760 and 118,800 tokens (21 x 30 x 52 and 33 x 45 x 80: two video models' at 480 and 720 rows),
 64 and 128 channels, random lists of the blocks that plans use. Equal budgets give every head the density, unequal ones
-one dense head among 23. Dense kernels are those that PyTorch has for this GPU; the fastest is timed in turn with the
-sparse one, and the ideal is its time by the density. Before a time is told the result is held against float64.
+one dense head among 23. Equal ones are also timed with a rest, whose means (of ``POOL`` tokens each) are made before;
+a pair of a query and a mean counts as one of a query and a key. Dense kernels are those that PyTorch has for this GPU;
+the fastest is timed in turn with the sparse one, and the ideal is its time by the density. Before a time is told the
+result is held against float64.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ditopt.kernels.block_sparse_attention.cpu  # noqa: F401  # so that all this runs on processors, too
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kernel_blocks
+from ditopt.kernels.block_sparse_attention.pooled import PooledRest
 from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION
 from ditopt.profiler.timing import time_in_turn, timed, warmed
 
 HEADS = 24
 TOKENS = (32_760, 118_800)
 CHANNELS = (64, 128)
+POOL = 16
+"""Tokens of a group of a rest."""
 DENSITIES = (0.5, 0.25, 0.1, 0.05)
 DENSE = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -77,14 +82,15 @@ def dense(parts: Operands, backend: SDPBackend) -> Tensor:
         return F.scaled_dot_product_attention(*parts)
 
 
-def sparse(parts: Operands, lists: BlockLists) -> Tensor:
-    """Attention to listed blocks, by the device's kernel."""
+def sparse(parts: Operands, lists: BlockLists, rest: PooledRest | None = None) -> Tensor:
+    """Attention to listed blocks, and to means of others, by the device's kernel."""
     sizes = (lists.query_block, lists.key_block, parts[0].shape[3] ** -0.5)
-    result: Tensor = BLOCK_SPARSE_ATTENTION(*parts, lists.indices, lists.counts, *sizes)[0]
+    means = () if rest is None else (rest.key, rest.value, rest.heads, rest.pool)
+    result: Tensor = BLOCK_SPARSE_ATTENTION(*parts, lists.indices, lists.counts, *sizes, *means)[0]
     return result
 
 
-def check(out: Tensor, parts: Operands, lists: BlockLists) -> None:
+def check(out: Tensor, parts: Operands, lists: BlockLists, rest: PooledRest | None = None) -> None:
     """Hold the first and the last block of queries of the first and the last head against float64.
 
     Raises:
@@ -98,7 +104,15 @@ def check(out: Tensor, parts: Operands, lists: BlockLists) -> None:
             where = torch.isin(tokens // lists.key_block, listed)
             some = slice(row * lists.query_block, (row + 1) * lists.query_block)
             keys, values = key[0, head, where].double(), value[0, head, where].double()
-            shares = torch.softmax(query[0, head, some].double() @ keys.T * query.shape[3] ** -0.5, -1)
+            sizes = torch.ones_like(keys[:, 0])
+            if rest is not None:
+                first = torch.arange(0, key.shape[2], rest.pool, device=key.device)
+                skipped = ~torch.isin(first // lists.key_block, listed)
+                keys = torch.cat([keys, rest.key[0, head, skipped].double()])
+                values = torch.cat([values, rest.value[0, head, skipped].double()])
+                sizes = torch.cat([sizes, (key.shape[2] - first[skipped]).clamp(max=rest.pool).double()])
+            scores = query[0, head, some].double() @ keys.T * query.shape[3] ** -0.5
+            shares = torch.softmax(scores + sizes.log(), -1)
             error, size = (out[0, head, some].double() - shares @ values).abs(), shares @ values.abs()
             if not (error <= (2.1 * 2**-8 + 1e-4) * size).all():
                 told = f"head {head}, block of queries {row} is off by {float((error / size).max()):.2g} of its size"
@@ -119,19 +133,24 @@ def measure(
         every, reasons = dense_seconds(parts)
         for name in DENSE:
             tell(f"    {name:9} {1e3 * every[name]:9.3f} ms" if name in every else f"    {name:9} {reasons[name]}")
+        means = PooledRest.pooling(*parts[1:], torch.ones(heads, dtype=torch.int32, device=device), POOL)
         best = min(every, key=lambda name: every[name])
         for density in densities:
-            for equal in (True, False):
+            for equal, rest in ((True, None), (False, None), (True, means)):
                 lists = lists_of(tokens, heads, density, equal, device)
                 real = float(lists.density(tokens, tokens).mean())
-                check(sparse(parts, lists), parts, lists)
-                runs = {"dense": partial(dense, parts, DENSE[best]), "ditopt": partial(sparse, parts, lists)}
+                cost = real + (0 if rest is None else 1 / POOL)
+                check(sparse(parts, lists, rest), parts, lists, rest)
+                runs = {"dense": partial(dense, parts, DENSE[best]), "ditopt": partial(sparse, parts, lists, rest)}
                 seconds = time_in_turn({name: warmed(timed(run)) for name, run in runs.items()})
-                ideal = seconds["dense"] * real / seconds["ditopt"]
-                tflops = 4 * heads * tokens**2 * channels * real / seconds["ditopt"] / 1e12
-                told = f"  density {real:.3f}{'' if equal else ', one dense head'}: {1e3 * seconds['ditopt']:.3f} ms"
+                ideal = seconds["dense"] * cost / seconds["ditopt"]
+                tflops = 4 * heads * tokens**2 * channels * cost / seconds["ditopt"] / 1e12
+                kind = "" if equal else ", one dense head"
+                kind = kind if rest is None else f", a rest of means of {POOL}"
+                told = f"  density {real:.3f}{kind}: {1e3 * seconds['ditopt']:.3f} ms"
                 tell(f"{told} to {1e3 * seconds['dense']:.3f} ms, {tflops:.0f} TFLOP/s, {ideal:.0%} of the ideal")
                 found = {"tokens": tokens, "channels": channels, "heads": heads, "density": real, "equal": equal}
+                found["pool"] = 0 if rest is None else POOL
                 yield {**found, "best_dense": best, "seconds": seconds, "of_ideal": ideal}
 
 

@@ -17,7 +17,7 @@ from ditopt.kernels.patterns.draft import Draft
 from ditopt.kernels.patterns.registry import DYNAMIC, pattern_from_data
 from ditopt.kernels.patterns.whole import Nothing
 from ditopt.measures import Table
-from ditopt.passes.attention import first_order_refusal
+from ditopt.passes.attention import first_order_refusal, rest_refusal
 from ditopt.profiler.rows import pool_size
 from ditopt.profiler.tried import compensated_of
 from ditopt.search.heads import SKIP
@@ -118,7 +118,7 @@ def test_without_a_kernel_for_it_nothing_is_tried_to_first_order() -> None:
     assert first_order_refusal(node) is None
     for part in node.all_input_nodes:
         part.meta["val"] = torch.empty(1, 2, 64, 8, device="meta")
-    assert first_order_refusal(node) is not None
+    assert first_order_refusal(node) is not None and rest_refusal(node) is None
 
 
 def test_keys_and_values_that_are_constant_within_groups_lose_nothing() -> None:
