@@ -153,6 +153,7 @@ MASK_AND_REST = "there is a mask, under which what a pattern skips has no means 
 
 
 def _block_sparse_attention_in_triton(*given: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    # the dispatcher passes all by position, up to the last that is no default
     *operands, mask = given if len(given) > 12 else (*given, named.pop("mask", None))
     refused = MASK_ON_GPU if mask is not None else gpu_refusal(operands[0].device)
     if refused is not None:
