@@ -196,14 +196,15 @@ def block_sparse_refusal(
         sizes = f"blocks of {lists.query_block} queries and {lists.key_block} keys"
         return f"{sizes}: multiples of {QUERY_TASK} and of 2 are taken"
     if mask is not None:
-        hidden = MASK_AND_REST if rest is not None else _mask_mismatch(query, key, mask)
+        hidden = MASK_AND_REST if rest is not None else mask_mismatch(query, key, mask)
         if hidden is not None:
             return hidden
     wrong = check(lists, query.shape[0], query.shape[1], query.shape[2])
     return wrong if wrong is not None or rest is None else check_pooled(rest, key, value, lists, query.shape[1])
 
 
-def _mask_mismatch(query: Tensor, key: Tensor, mask: Tensor) -> str | None:
+def mask_mismatch(query: Tensor, key: Tensor, mask: Tensor) -> str | None:
+    """Why a mask is none of these queries and keys; None if it is one."""
     whole = (*query.shape[:3], key.shape[2])
     last = zip(reversed(mask.shape), reversed(whole), strict=False)
     if not 0 < mask.ndim <= 4 or any(size not in (1, full) for size, full in last):

@@ -157,15 +157,26 @@ def gathered(gm: fx.GraphModule, tokens: fx.Node, order: fx.Node, heads: int) ->
     """
     batch, own, _, depth = tensor_value(tokens).shape
     if tensor_value(order).ndim == 1:
-        return call(gm, aten.index.Tensor, tokens, [None, None, order])
+        return _gathered_alike(gm, tokens, 2, order)
     if own != heads:  # heads of queries that share one have it in orders of their own
         shared = call(
             gm, aten.expand.default, call(gm, aten.unsqueeze.default, tokens, 2), [-1, -1, heads // own, -1, -1]
         )
         tokens = call(gm, aten.view.default, contiguous(gm, shared), [batch, heads, -1, depth])
+    return _gathered_by_head(gm, tokens, 2, order)
+
+
+def _gathered_alike(gm: fx.GraphModule, values: fx.Node, dim: int, order: fx.Node) -> fx.Node:
+    """Values with one dimension in the order ``[S]``."""
+    return call(gm, aten.index.Tensor, values, [*[None] * dim, order])
+
+
+def _gathered_by_head(gm: fx.GraphModule, values: fx.Node, dim: int, order: fx.Node) -> fx.Node:
+    """``[B, H, M, N]`` with dimension 2 or 3 in an order of each head, ``[H, S]`` or ``[B, H, S]``."""
+    shape = tensor_value(values).shape
     of_samples = order if tensor_value(order).ndim == 3 else call(gm, aten.unsqueeze.default, order, 0)
-    index = call(gm, aten.unsqueeze.default, of_samples, 3)
-    return call(gm, aten.gather.default, tokens, 2, call(gm, aten.expand.default, index, [batch, -1, -1, depth]))
+    index = call(gm, aten.unsqueeze.default, of_samples, 5 - dim)
+    return call(gm, aten.gather.default, values, dim, call(gm, aten.expand.default, index, [*shape]))
 
 
 def ordered_mask(gm: fx.GraphModule, mask: fx.Node, queries: fx.Node, keys: fx.Node, sizes: tuple[int, ...]) -> fx.Node:
@@ -177,13 +188,9 @@ def ordered_mask(gm: fx.GraphModule, mask: fx.Node, queries: fx.Node, keys: fx.N
         if shape[dim] == 1:
             continue
         if tensor_value(order).ndim == 1:
-            mask = call(gm, aten.index.Tensor, mask, [*[None] * dim, order])
-            continue
-        of_samples = order if tensor_value(order).ndim == 3 else call(gm, aten.unsqueeze.default, order, 0)
-        index = call(gm, aten.unsqueeze.default, of_samples, 5 - dim)
-        whole = [*sizes, *shape[2:]]
-        mask = call(gm, aten.expand.default, mask, whole)
-        mask = call(gm, aten.gather.default, mask, dim, call(gm, aten.expand.default, index, whole))
+            mask = _gathered_alike(gm, mask, dim, order)
+        else:
+            mask = _gathered_by_head(gm, call(gm, aten.expand.default, mask, [*sizes, *shape[2:]]), dim, order)
     return mask
 
 

@@ -6,7 +6,6 @@ Below 1,024 tokens none is tried. A mask of the model's does not count in the ch
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ditopt.decisions import pattern_text
 from ditopt.geometry import Geometry
 from ditopt.kernels.block_sparse_attention.clusters import cluster_order
 from ditopt.kernels.block_sparse_attention.draft import draft_map
@@ -55,7 +55,7 @@ class ClusterReader:
         self.always = torch.from_numpy(Nothing().block_map(geometry, block))
         self.tried: Sequence[Draft] = TRIED if block >= LEAST_BLOCK and not self.always.all() else ()
         order = TokenOrder(CLUSTERS)
-        self.names = tuple(json.dumps(SparseChoice(each, order=order).to_data(), sort_keys=True) for each in self.tried)
+        self.names = tuple(pattern_text(SparseChoice(each, order=order).to_data()) for each in self.tried)
         self._call: tuple[Operands, int] | None = None
         self._latest: _Found | None = None
         self._shares: list[Tensor] = []

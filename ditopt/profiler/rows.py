@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ditopt.geometry import Geometry
 from ditopt.kernels.block_sparse_attention.pooled import moments
-from ditopt.kernels.ops import SETTINGS
+from ditopt.kernels.ops import SETTINGS, mask_mismatch
 from ditopt.kernels.patterns.candidates import block_for
 from ditopt.kernels.patterns.choice import LEAST_POOL
 from ditopt.kernels.patterns.orders import TokenOrder, compact_order
@@ -120,13 +120,11 @@ def refusal(operands: Operands, result: Tensor, samples: Sequence[int], rows: Te
 
 
 def _mask_refusal(operands: Operands, samples: Sequence[int], rows: Tensor) -> str | None:
-    query, key, mask = operands.query, operands.key, operands.mask
+    mask = operands.mask
     assert mask is not None
-    whole = (*query.shape[:3], key.shape[2])
-    if mask.ndim != 4 or any(size not in (1, full) for size, full in zip(mask.shape, whole, strict=True)):
-        return f"a mask of shape {list(mask.shape)} does not broadcast to {list(whole)}"
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        return f"a mask of {mask.dtype}, which is neither boolean nor a bias"
+    wrong = mask_mismatch(operands.query, operands.key, mask)
+    if wrong is not None:
+        return wrong
     for index in samples if mask.shape[0] > 1 else (0,):
         for head in range(mask.shape[1]):
             part = operands.mask_rows(index, head, rows)

@@ -80,7 +80,7 @@ def compensated_of(names: tuple[str, ...], block: int, pool: int, first_order: b
     ]
     rests = (Pooled(None if pool == block else pool, first_order=order).to_data() for order in (False, True))
     found = [
-        json.dumps({**settings[at], REST: rest}, sort_keys=True)
+        pattern_text({**settings[at], REST: rest})
         for rest, places in zip(rests, (which, further), strict=True)
         for at in places
     ]

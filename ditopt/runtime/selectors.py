@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ditopt.decisions import HeadDecision, Sparse
-from ditopt.kernels.patterns.choice import SparseChoice
+from ditopt.decisions import HeadDecision
 from ditopt.kernels.patterns.draft import COSTLY, SELECTORS, Draft, Selector
+from ditopt.runtime.choices import choice_of
 
 
 def selectors_of_steps(
@@ -32,5 +32,5 @@ def selectors_of_steps(
 
 def _selector(decision: HeadDecision) -> Selector | None:
     """By what a head finds its blocks; None where its lists are given."""
-    pattern = SparseChoice.from_data(decision.settings).pattern if isinstance(decision, Sparse) else None
-    return pattern.by if isinstance(pattern, Draft) else None
+    choice = choice_of(decision)
+    return choice.pattern.by if choice is not None and isinstance(choice.pattern, Draft) else None

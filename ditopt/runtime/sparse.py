@@ -30,8 +30,9 @@ from ditopt.passes._infra import SITE, SparseAttention, tensor_value
 from ditopt.passes.attention import mask_of
 from ditopt.passes.sparse import clusters_name, draft_inputs, list_names, order_names, rest_name
 from ditopt.plan import Plan, Rule
+from ditopt.runtime.choices import choice_of
 from ditopt.runtime.selectors import selectors_of_steps
-from ditopt.runtime.token_orders import clustered_heads, order_of, site_orders
+from ditopt.runtime.token_orders import clustered_heads, site_orders
 from ditopt.sites import AttentionSite
 from ditopt.trace import Trace, block_of
 
@@ -275,7 +276,7 @@ def _rests(place: Place, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dic
     asked: dict[tuple[HeadDecision, ...], tuple[int, ...]] = {}
     orders = {}
     for heads in dict.fromkeys(decided.values()):
-        rests = [SparseChoice.from_data(do.settings).rest if isinstance(do, Sparse) else None for do in heads]
+        rests = [None if choice is None else choice.rest for choice in map(choice_of, heads)]
         try:
             asked[heads] = tuple(rest.of(key_block) if rest is not None else 0 for rest in rests)
         except ValueError as error:
@@ -320,8 +321,8 @@ def _of_heads(values: Sequence[float], dtype: torch.dtype, place: Place) -> Tens
 
 def _draft(decision: HeadDecision) -> Draft | None:
     """The dynamic pattern of a head; None under a static one."""
-    found = _pattern(decision) if isinstance(decision, Sparse) else None
-    return found if isinstance(found, Draft) else None
+    choice = choice_of(decision)
+    return choice.pattern if choice is not None and isinstance(choice.pattern, Draft) else None
 
 
 def _found(decision: HeadDecision, key_blocks: int) -> int:
@@ -340,11 +341,6 @@ def _fitting(geometry: Geometry, tokens: int) -> Iterator[Geometry]:
     return (each for each in (geometry, replace(geometry, text=0)) if each.tokens == tokens)
 
 
-@functools.lru_cache(maxsize=256)
-def _pattern(decision: Sparse) -> Pattern | Draft:
-    return SparseChoice.from_data(decision.settings).pattern
-
-
 def _map(
     decision: HeadDecision, geometry: Geometry | None, site: AttentionSite, query_block: int, key_block: int
 ) -> Tensor:
@@ -353,8 +349,9 @@ def _map(
     Without a geometry it is all, or nothing where it is skipped; of a dynamic pattern it is what it always keeps.
     """
     size = blocks(site.queries, query_block), blocks(site.keys, key_block)
-    if isinstance(decision, Sparse) and geometry is not None:
-        pattern, order = _pattern(decision), order_of(decision)
+    choice = choice_of(decision)
+    if choice is not None and geometry is not None:
+        pattern, order = choice.pattern, choice.order
         if isinstance(pattern, Draft):
             if pattern.everything(size[1]):
                 return torch.ones(size, dtype=torch.bool)

@@ -8,18 +8,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ditopt.decisions import HeadDecision, Sparse
+from ditopt.decisions import HeadDecision
 from ditopt.geometry import Geometry
-from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.orders import TokenOrder, inverse
 from ditopt.passes._infra import Ordered
+from ditopt.runtime.choices import choice_of
 
 Heads = tuple[HeadDecision, ...]
 
 
 def order_of(decision: HeadDecision) -> TokenOrder | None:
     """The order that a head's blocks are in; None is raster order."""
-    return _choice(decision).order if isinstance(decision, Sparse) else None
+    choice = choice_of(decision)
+    return None if choice is None else choice.order
 
 
 def site_orders(
@@ -50,21 +51,17 @@ def site_orders(
 
 def _asked(heads: Heads) -> tuple[TokenOrder | None, ...]:
     """The order of every head; heads to which it is all one have that of the first to which it is not."""
-    bound = [isinstance(do, Sparse) and not _choice(do).in_any_order for do in heads]
-    orders = [order_of(do) for do in heads]
-    first = next((order for order, own in zip(orders, bound, strict=True) if own), None)
-    return tuple(order if own else first for order, own in zip(orders, bound, strict=True))
+    choices = [choice_of(do) for do in heads]
+    bound = [None if choice is None or choice.in_any_order else choice for choice in choices]
+    first = next((choice.order for choice in bound if choice is not None), None)
+    return tuple(first if choice is None else choice.order for choice in bound)
 
 
 def clustered_heads(heads: Heads) -> tuple[bool, ...]:
     """Of every head whether calls find the order of its queries and of its keys."""
-    orders = [order_of(do) if isinstance(do, Sparse) and not _choice(do).in_any_order else None for do in heads]
+    choices = [choice_of(do) for do in heads]
+    orders = [None if choice is None or choice.in_any_order else choice.order for choice in choices]
     return tuple(order is not None and order.is_found for order in orders)
-
-
-@functools.lru_cache(maxsize=256)
-def _choice(decision: Sparse) -> SparseChoice:
-    return SparseChoice.from_data(decision.settings)
 
 
 @functools.lru_cache(maxsize=32)
