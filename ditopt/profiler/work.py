@@ -104,7 +104,7 @@ def _listed_share(node: fx.Node, lists: Mapping[str, Tensor]) -> float:
     share = float(counts.sum()) / (counts.numel() * blocks(keys, key_block))
     *_, rest, pool = rest_of(node)
     heads = _given(lists, rest)
-    return share if heads is None else share + float(heads.float().mean()) / int(pool)  # type: ignore[call-overload]
+    return share if heads is None else share + float((heads != 0).float().mean()) / int(pool)  # type: ignore[call-overload]
 
 
 def _given(lists: Mapping[str, Tensor], node: object) -> Tensor | None:

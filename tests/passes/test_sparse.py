@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ditopt.errors import AuditError
 from ditopt.kernels.block_sparse_attention.lists import BlockLists
-from ditopt.kernels.block_sparse_attention.pooled import pool_tokens
+from ditopt.kernels.block_sparse_attention.pooled import FIRST_ORDER, pool_tokens
 from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION
 from ditopt.passes._infra import SITE, PassManager, Prediction, SparseAttention, StepPlan, find
 from ditopt.passes.audit import audit
@@ -157,6 +157,9 @@ def test_work_of_attention_is_what_lists_and_means_take(cache: VariantCache) -> 
     assert found["flops"] == pytest.approx(dense - one * sum(1 - share for share in shares.values()), rel=1e-4)
     pooled = counted_work(cache.graph(StepPlan(sparse=POOLED)), {**lists, **HEADS})["attention"]["flops"]
     assert pooled - found["flops"] == pytest.approx(one / 2 / 8, rel=1e-3), "one of two heads, a pair for eight tokens"
+    to_first_order = {rest_name(SITES[0]): torch.tensor([0, FIRST_ORDER], dtype=torch.int32)}
+    same = counted_work(cache.graph(StepPlan(sparse=POOLED)), {**lists, **to_first_order})["attention"]["flops"]
+    assert same == pooled, "its means are scored once, too"
     unknown = counted_work(cache.graph(StepPlan(sparse=SPARSE)))["attention"]["flops"]
     assert unknown == dense, "without the lists at hand it counts as dense"
 
