@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,17 @@ from ditopt.kernels.block_sparse_attention.lists import blocks, kernel_blocks
 from ditopt.kernels.patterns.registry import pattern_from_data
 from ditopt.passes.sparse import draft_names, list_names, selector_name
 from ditopt.plan import Plan, Rule
-from ditopt.profiler.interpret import Edit, Watched
-from ditopt.runtime.program import Program
-from ditopt.sites import STEP, AttentionSite
+from ditopt.profiler.interpret import Edit
+from ditopt.sites import STEP
 from tests.kernels.test_draft_lists import literal
 from tests.runtime.test_sparse import (
     FRAMES,
     TIMES,
     _fresh,
     call,
+    check_plan_file,
     distance,
+    emulated_by,
     joint,
     plan_of,
     rule,
@@ -97,33 +97,11 @@ def under_plan(decided: list[Any], geometry: Geometry) -> Edit:
     return edit
 
 
-def emulated(program: Program, plan: Plan, step: int, arguments: list[Any], geometry: Geometry) -> Tensor:
-    """The captured graph, node by node, with heads as the plan has them in a step."""
-    trace = program.variants.trace
-    edits: dict[str, Callable[..., Tensor]] = {}
-    for site in trace.sites:
-        if isinstance(site, AttentionSite):
-            decided = plan.head_decisions(site.name)[step]
-            if decided.any_sparse:
-                edits[trace.site_nodes[site.name]] = under_plan(list(decided.of(site.heads)), geometry)
-    with torch.no_grad():
-        found: Tensor = Watched(trace, edits=edits).run(*arguments)[0]
-    return found
+emulated = emulated_by(under_plan)
 
 
 def test_a_compiled_plan_file_finds_its_blocks_in_the_call(wan: nn.Module, structure: str, tmp_path: Path) -> None:
-    plan, inputs = plan_of(structure, *RULES), wan_inputs()
-    plan.save(tmp_path / "plan.yaml")
-    assert Plan.load(tmp_path / "plan.yaml").rules == plan.rules
-    session = Session.from_options({"plan": tmp_path / "plan.yaml", "check_passes": True})
-    moved, before = [], None
-    for step, found, arguments in steps_of(session, compiled(wan, session=session), inputs):
-        (program,) = session.programs
-        before = before or compile_counts()
-        torch.testing.assert_close(found, emulated(program, plan, step, arguments, FRAMES), rtol=1e-4, atol=1e-5)
-        moved.append(distance(found, call(wan, inputs, TIMES[step])))
-    assert compile_counts() == before, "no graph break and no recompilation"
-    assert max(moved[0], moved[5]) < 1e-5 and min(moved[1:5]) > 1e-4
+    program = check_plan_file(wan, plan_of(structure, *RULES), tmp_path / "plan.yaml", emulated)
     assert program.bound is not None and len(program.variants.compiled) == 2
     assert len({step.variant for step in program.bound.steps[1:5]}) == 1, "other heads and shares are other inputs"
 

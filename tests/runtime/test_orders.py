@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ditopt._torch import compile_counts
 from ditopt.backend import Session
 from ditopt.decisions import Dense, Reuse, Sparse, decision_from_data, decision_to_data, pattern_text
 from ditopt.errors import PlanMismatchError
@@ -22,13 +21,25 @@ from ditopt.kernels.patterns.draft import Draft
 from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.passes._infra import Ordered
 from ditopt.passes.sparse import list_names, order_names
-from ditopt.plan import Plan, Rule
-from ditopt.profiler.interpret import Edit, Watched
-from ditopt.runtime.program import Program
-from ditopt.sites import STEP, AttentionSite
+from ditopt.plan import Rule
+from ditopt.profiler.interpret import Edit
+from ditopt.sites import STEP
 from tests.kernels.test_draft_lists import literal
 from tests.runtime.test_draft import always
-from tests.runtime.test_sparse import FRAMES, TIMES, call, distance, joint, plan_of, rule, sparse, steps_of, wan_inputs
+from tests.runtime.test_sparse import (
+    FRAMES,
+    TIMES,
+    call,
+    check_plan_file,
+    distance,
+    emulated_by,
+    joint,
+    plan_of,
+    rule,
+    sparse,
+    steps_of,
+    wan_inputs,
+)
 from tests.runtime.test_sparse import _fresh as _fresh
 from tests.runtime.test_sparse import structure as structure
 from tests.runtime.test_sparse import wan as wan
@@ -95,32 +106,11 @@ def in_token_space(decided: list[Any], geometry: Geometry) -> Edit:
     return edit
 
 
-def emulated(program: Program, plan: Plan, step: int, arguments: list[Any], geometry: Geometry) -> Tensor:
-    """The captured graph, node by node, with heads as the plan has them in a step."""
-    trace, edits = program.variants.trace, {}
-    for site in trace.sites:
-        if isinstance(site, AttentionSite):
-            decided = plan.head_decisions(site.name)[step]
-            if decided.any_sparse:
-                edits[trace.site_nodes[site.name]] = in_token_space(list(decided.of(site.heads)), geometry)
-    with torch.no_grad():
-        found: Tensor = Watched(trace, edits=edits).run(*arguments)[0]
-    return found
+emulated = emulated_by(in_token_space)
 
 
 def test_a_compiled_plan_file_has_its_blocks_in_orders(wan: nn.Module, structure: str, tmp_path: Path) -> None:
-    plan, inputs = plan_of(structure, *RULES), wan_inputs()
-    plan.save(tmp_path / "plan.yaml")
-    assert Plan.load(tmp_path / "plan.yaml").rules == plan.rules
-    session = Session.from_options({"plan": tmp_path / "plan.yaml", "check_passes": True})
-    before, moved = None, []
-    for step, found, arguments in steps_of(session, compiled(wan, session=session), inputs):
-        (program,) = session.programs
-        before = before or compile_counts()
-        torch.testing.assert_close(found, emulated(program, plan, step, arguments, FRAMES), rtol=1e-4, atol=1e-5)
-        moved.append(distance(found, call(wan, inputs, TIMES[step])))
-    assert compile_counts() == before, "no graph break and no recompilation"
-    assert max(moved[0], moved[5]) < 1e-5 and min(moved[1:5]) > 1e-4
+    program = check_plan_file(wan, plan_of(structure, *RULES), tmp_path / "plan.yaml", emulated)
     bound = program.bound
     assert bound is not None and len({step.variant for step in bound.steps[1:4]}) == 1, "other orders are other inputs"
     assert [each.order for each in bound.steps[1].variant.sparse] == [Ordered.SITE, Ordered.HEADS]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ditopt._torch import compile_counts
 from ditopt.backend import Session
 from ditopt.decisions import Dense, Sparse, decision_from_data, decision_to_data, pattern_text
 from ditopt.errors import PlanMismatchError
@@ -25,7 +24,7 @@ from ditopt.runtime.program import Program
 from ditopt.runtime.sparse import AttentionSites, Place
 from ditopt.sites import AttentionSite
 from tests.literal_rest import under_blocks_and_means
-from tests.runtime.test_sparse import FRAMES, TIMES, call, plan_of, rule, sparse, steps_of, wan_inputs
+from tests.runtime.test_sparse import FRAMES, TIMES, call, check_plan_file, plan_of, rule, sparse, steps_of, wan_inputs
 from tests.runtime.test_sparse import _fresh as _fresh
 from tests.runtime.test_sparse import structure as structure
 from tests.runtime.test_sparse import wan as wan
@@ -64,17 +63,7 @@ def emulated(program: Program, plan: Plan, step: int, arguments: list[Any], geom
 def test_a_compiled_plan_file_is_the_eager_model_with_means_written_out(
     wan: nn.Module, structure: str, tmp_path: Path
 ) -> None:
-    plan, inputs = plan_of(structure, *RULES), wan_inputs()
-    plan.save(tmp_path / "plan.yaml")
-    session = Session.from_options({"plan": tmp_path / "plan.yaml", "check_passes": True})
-    before, moved = None, []
-    for step, found, arguments in steps_of(session, compiled(wan, session=session), inputs):
-        (program,) = session.programs
-        before = before or compile_counts()
-        torch.testing.assert_close(found, emulated(program, plan, step, arguments, FRAMES), rtol=1e-4, atol=1e-5)
-        moved.append(float((found - call(wan, inputs, TIMES[step])).norm() / found.norm()))
-    assert compile_counts() == before, "no graph break and no recompilation"
-    assert max(moved[0], moved[5]) < 1e-5 and min(moved[1:5]) > 1e-4
+    program = check_plan_file(wan, plan_of(structure, *RULES), tmp_path / "plan.yaml", emulated)
     bound = program.bound
     assert bound is not None
     assert [[each.pool for each in step.variant.sparse] for step in bound.steps] == [

@@ -21,7 +21,7 @@ from ditopt.kernels.patterns.registry import pattern_from_data
 from ditopt.passes.sparse import list_names
 from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.profiler.head_edits import BlockMask, under_blocks, without_head
-from ditopt.profiler.interpret import Watched
+from ditopt.profiler.interpret import Edit, Watched
 from ditopt.runtime.program import Program
 from ditopt.sites import STEP, AttentionSite
 from tests.test_graph_breaks import captured as captured
@@ -34,6 +34,7 @@ pytest.importorskip("diffusers")
 TIMES = tuple(1000.0 - 150 * step for step in range(6))
 FRAMES = Geometry(4, 16, 16)
 Forward = Callable[..., tuple[Tensor, ...]]
+Emulated = Callable[[Program, Plan, int, list[Any], Geometry], Tensor]
 
 
 def sparse(name: str, **settings: Any) -> Sparse:
@@ -148,6 +149,40 @@ def emulated(program: Program, plan: Plan, step: int, arguments: list[Any], geom
     return found
 
 
+def emulated_by(edit: Callable[[list[Any], Geometry], Edit]) -> Emulated:
+    """The captured graph, node by node, with heads as the plan has them in a step: as ``edit`` does what is decided."""
+
+    def emulated(program: Program, plan: Plan, step: int, arguments: list[Any], geometry: Geometry) -> Tensor:
+        trace, edits = program.variants.trace, {}
+        for site in trace.sites:
+            if isinstance(site, AttentionSite):
+                decided = plan.head_decisions(site.name)[step]
+                if decided.any_sparse:
+                    edits[trace.site_nodes[site.name]] = edit(list(decided.of(site.heads)), geometry)
+        with torch.no_grad():
+            found: Tensor = Watched(trace, edits=edits).run(*arguments)[0]
+        return found
+
+    return emulated
+
+
+def check_plan_file(model: nn.Module, plan: Plan, path: Path, emulated: Emulated) -> Program:
+    """A plan file, compiled, gives in every step what is emulated, without recompiling; steps 0 and 5 are dense."""
+    inputs = wan_inputs()
+    plan.save(path)
+    assert Plan.load(path).rules == plan.rules
+    session = Session.from_options({"plan": path, "check_passes": True})
+    before, moved = None, []
+    for step, found, arguments in steps_of(session, compiled(model, session=session), inputs):
+        (program,) = session.programs
+        before = before or compile_counts()
+        torch.testing.assert_close(found, emulated(program, plan, step, arguments, FRAMES), rtol=1e-4, atol=1e-5)
+        moved.append(distance(found, call(model, inputs, TIMES[step])))
+    assert compile_counts() == before, "no graph break and no recompilation"
+    assert max(moved[0], moved[5]) < 1e-5 and min(moved[1:5]) > 1e-4
+    return program
+
+
 def distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
@@ -155,19 +190,7 @@ def distance(one: Tensor, other: Tensor) -> float:
 def test_a_compiled_plan_file_is_the_eager_model_with_its_heads_under_masks(
     wan: nn.Module, structure: str, tmp_path: Path
 ) -> None:
-    plan, inputs = plan_of(structure, *RULES), wan_inputs()
-    plan.save(tmp_path / "plan.yaml")
-    session = Session.from_options({"plan": tmp_path / "plan.yaml", "check_passes": True})
-    forward = compiled(wan, session=session)
-    moved = []
-    before = None
-    for step, found, arguments in steps_of(session, forward, inputs):
-        (program,) = session.programs
-        before = before or compile_counts()
-        torch.testing.assert_close(found, emulated(program, plan, step, arguments, FRAMES), rtol=1e-4, atol=1e-5)
-        moved.append(distance(found, call(wan, inputs, TIMES[step])))
-    assert compile_counts() == before, "no graph break and no recompilation"
-    assert max(moved[0], moved[5]) < 1e-5 and min(moved[1:5]) > 1e-4
+    program = check_plan_file(wan, plan_of(structure, *RULES), tmp_path / "plan.yaml", emulated)
     assert program.bound is not None and len(program.variants.compiled) == len(program.bound.variants) == 3
     assert program.bound.steps[1].variant == program.bound.steps[3].variant, "other patterns are other inputs"
     assert program.statistics.unplanned_calls == program.statistics.cold_calls == 0
