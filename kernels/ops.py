@@ -7,7 +7,8 @@ device decomposes it out of sight. The pass ``lower_attention`` turns it back be
 means of the others where it is given them (``block_sparse_attention.pooled``); its Triton kernel for CUDA tensors is
 imported when it is first called with some. ``ditopt::draft_lists`` makes such lists of the very queries, keys
 and values (``block_sparse_attention.draft``), ``ditopt::cluster_order`` orders of queries and keys
-(``block_sparse_attention.clusters``).
+(``block_sparse_attention.clusters``). ``ditopt::keep_rest`` and ``ditopt::add_rest`` put its result together with that
+of the other blocks, of the same call or kept from an earlier one (``block_sparse_attention.kept``).
 """
 
 from __future__ import annotations
@@ -46,6 +47,12 @@ LIBRARY.define(
     "cluster_order(Tensor query, Tensor key, Tensor order, Tensor clustered, int first, int last, int clusters, "
     "int rounds) -> (Tensor, Tensor, Tensor)"
 )
+
+LIBRARY.define(
+    "keep_rest(Tensor out, Tensor lse, Tensor others, Tensor others_lse, Tensor forms, Tensor? due=None, "
+    "Tensor? kept=None, Tensor? stat=None) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define("add_rest(Tensor out, Tensor lse, Tensor forms, Tensor kept, Tensor stat) -> Tensor")
 
 SETTINGS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 """What attention takes behind its three operands, with its defaults, in order."""
@@ -97,6 +104,8 @@ FLASH_ATTENTION = torch.ops.ditopt.flash_attention.default
 BLOCK_SPARSE_ATTENTION = torch.ops.ditopt.block_sparse_attention.default
 DRAFT_LISTS = torch.ops.ditopt.draft_lists.default
 CLUSTER_ORDER = torch.ops.ditopt.cluster_order.default
+KEEP_REST = torch.ops.ditopt.keep_rest.default
+ADD_REST = torch.ops.ditopt.add_rest.default
 
 
 def _fake_flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -243,6 +252,27 @@ def _fake_cluster_order(
 
 
 torch.library.register_fake("ditopt::cluster_order", _fake_cluster_order, lib=LIBRARY)
+
+
+def _fake_keep_rest(
+    out: Tensor,
+    lse: Tensor,
+    others: Tensor,
+    others_lse: Tensor,
+    forms: Tensor,
+    due: Tensor | None = None,
+    kept: Tensor | None = None,
+    stat: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(out), torch.empty_like(out), torch.empty_like(lse)
+
+
+def _fake_add_rest(out: Tensor, lse: Tensor, forms: Tensor, kept: Tensor, stat: Tensor) -> Tensor:
+    return torch.empty_like(out)
+
+
+torch.library.register_fake("ditopt::keep_rest", _fake_keep_rest, lib=LIBRARY)
+torch.library.register_fake("ditopt::add_rest", _fake_add_rest, lib=LIBRARY)
 
 
 def cluster_refusal(

@@ -1,0 +1,224 @@
+"""Rests kept from an earlier step: against the published rules written out in float64, and dense attention at age 0."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ditopt.kernels.block_sparse_attention import cpu
+from ditopt.kernels.block_sparse_attention.kept import MERGE, NO_REST, RATIO, RESIDUAL, other_lists, shares
+from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks
+from ditopt.kernels.ops import ADD_REST, KEEP_REST
+from ditopt.kernels.patterns.kept import FORMS, Kept
+from tests.kernels.block_sparse import ROUNDING, Operands, operands
+from tests.kernels.test_block_sparse_attention import poisoned
+from tests.literal_kept import LITERAL, Step, dense
+
+SCALE = 0.2
+Part = tuple[Tensor, Tensor]
+
+
+def codes(*forms: int) -> Tensor:
+    return torch.tensor(forms, dtype=torch.int32)
+
+
+def attend(parts: Operands, lists: BlockLists) -> Part:
+    with poisoned():
+        return cpu.block_sparse_attention(
+            *parts, lists.indices, lists.counts, lists.query_block, lists.key_block, SCALE
+        )
+
+
+def both(parts: Operands, attended: Tensor, forms: Tensor) -> tuple[Part, Part]:
+    """What lists of a map give, and what those of all other blocks."""
+    return (
+        attend(parts, BlockLists.from_map(attended, 64, 64)),
+        attend(parts, other_lists(attended, forms != NO_REST, 64, 64)),
+    )
+
+
+def steps(parts: Operands, head: int) -> Step:
+    query, key, value = parts
+    group = query.shape[1] // key.shape[1]
+    return query[0, head].double(), key[0, head // group].double(), value[0, head // group].double()
+
+
+def by_token(attended: Tensor, tokens: tuple[int, int]) -> Tensor:
+    """``[S, L]`` of a map ``[Qb, Kb]``."""
+    return attended.repeat_interleave(64, 0)[: tokens[0]].repeat_interleave(64, 1)[:, : tokens[1]]
+
+
+def drawn_map(heads: int, queries: int, keys: int, density: float) -> Tensor:
+    shape = (1, heads, blocks(queries, 64), blocks(keys, 64))
+    return torch.rand(shape, generator=torch.Generator().manual_seed(3)) < density
+
+
+def moved(parts: Operands, by: float) -> Operands:
+    """The same a little later."""
+    generator = torch.Generator().manual_seed(9)
+    query, key, value = (part + (by * torch.randn(part.shape, generator=generator)).to(part) for part in parts)
+    return query, key, value
+
+
+def budget(parts: Operands, *others: Operands) -> float:
+    """What rounding allows of a result: of parts, their sums, what is kept and what comes out, in sizes of values."""
+    size = max(float(each[2].abs().amax()) for each in (parts, *others))
+    largest = max(SCALE * float(each[0].norm(dim=-1).amax() * each[1].norm(dim=-1).amax()) for each in (parts, *others))
+    return (8 * ROUNDING[parts[0].dtype] + (64 * largest + 300) * 2**-24) * size
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@settings(max_examples=8, deadline=None)
+@given(
+    group=st.integers(1, 2),
+    queries=st.integers(1, 200),
+    keys=st.integers(1, 300),
+    depth=st.integers(1, 40),
+    width=st.integers(1, 40),
+    density=st.floats(0.0, 1.0),
+    by=st.sampled_from([0.0, 0.1, 1.0]),
+)
+def test_later_steps_are_as_published_and_a_refresh_is_dense(
+    dtype: torch.dtype, group: int, queries: int, keys: int, depth: int, width: int, density: float, by: float
+) -> None:
+    earlier = operands((1, 4, 4 // group, queries, keys, depth, width), dtype)
+    now = moved(earlier, by)
+    attended = drawn_map(4, queries, keys, density)
+    forms = codes(MERGE, RESIDUAL, RATIO, NO_REST)
+    own, others = both(earlier, attended, forms)
+    whole, kept, stat = KEEP_REST(*own, *others, forms)
+    assert whole.dtype == kept.dtype == dtype and stat.dtype == torch.float32
+    assert whole.stride() == kept.stride() == own[0].stride()
+    later = attend(now, BlockLists.from_map(attended, 64, 64))
+    added = ADD_REST(*later, forms, kept, stat)
+    allowed = budget(earlier, now)
+    for head, form in enumerate(FORMS):
+        mask = by_token(attended[0, head], (queries, keys))
+        torch.testing.assert_close(whole[0, head].double(), dense(steps(earlier, head), SCALE), atol=allowed, rtol=0)
+        expected = LITERAL[form](steps(earlier, head), steps(now, head), mask, SCALE)
+        torch.testing.assert_close(added[0, head].double(), expected, atol=allowed, rtol=0)
+    assert torch.equal(whole[0, 3], own[0][0, 3]) and torch.equal(added[0, 3], later[0][0, 3])
+    assert not kept[0, 3].any()
+
+
+def test_at_age_0_every_form_gives_dense_attention() -> None:
+    parts = operands((1, 3, 3, 200, 200, 32, 32))
+    attended, forms = drawn_map(3, 200, 200, 0.4), codes(MERGE, RESIDUAL, RATIO)
+    own, others = both(parts, attended, forms)
+    whole, kept, stat = KEEP_REST(*own, *others, forms)
+    added = ADD_REST(*own, forms, kept, stat)
+    assert torch.equal(added[0, 0], whole[0, 0]), "merged in the same way"
+    for head in range(3):
+        torch.testing.assert_close(
+            added[0, head].double(), dense(steps(parts, head), SCALE), atol=budget(parts), rtol=0
+        )
+    assert (own[0] - whole).abs().amax() > 0.1, "what the lists leave out matters"
+
+
+def test_what_is_kept_is_as_large_as_the_rest_of_the_softmax() -> None:
+    parts = operands((1, 3, 3, 128, 128, 16, 16))
+    attended, forms = torch.ones(1, 3, 2, 2, dtype=torch.bool), codes(MERGE, RESIDUAL, RATIO)
+    attended[:, :, 0, 1] = attended[:, :, 1] = False  # the first 64 queries half, the others nothing
+    own, others = both(parts, attended, forms)
+    whole, kept, stat = KEEP_REST(*own, *others, forms)
+    share, rest = shares(own[1], others[1])
+    torch.testing.assert_close(share + rest, torch.ones(1, 3, 128))
+    assert torch.equal(kept[0, 0], others[0][0, 0]) and torch.equal(stat[0, 0], others[1][0, 0])
+    assert torch.equal(stat[0, 2], share[0, 2]) and not stat[0, 1].any()
+    torch.testing.assert_close(kept[0, 1], (whole - own[0])[0, 1], atol=1e-6, rtol=0)
+    for head in range(3):  # of queries whose lists are empty, all of the dense result is kept
+        assert torch.equal(kept[0, head, 64:], whole[0, head, 64:])
+
+
+def test_a_query_without_any_key_stays_zero() -> None:
+    """As where the model's mask hides all."""
+    out, lse = torch.zeros(1, 3, 4, 8), torch.full((1, 3, 4), -math.inf)
+    forms = codes(MERGE, RESIDUAL, RATIO)
+    whole, kept, stat = KEEP_REST(out, lse, out, lse, forms)
+    added = ADD_REST(out, lse, forms, kept, stat)
+    assert not whole.any() and not kept.any() and not added.any() and not stat.isnan().any()
+    later = torch.ones(1, 3, 4, 8), torch.zeros(1, 3, 4)
+    assert torch.equal(ADD_REST(*later, forms, kept, stat)[0, :2], later[0][0, :2]), "nothing is added to what comes"
+
+
+def test_rows_of_any_log_sum_exp_are_merged_without_overflow() -> None:
+    own, others = torch.ones(1, 1, 5, 2), torch.full((1, 1, 5, 2), 3.0)
+    lse = torch.tensor([[[1e30, -1e30, 500.0, -500.0, -math.inf]]])
+    other = torch.tensor([[[0.0, 0.0, 500.0, 500.0, 7.0]]])
+    whole, *_ = KEEP_REST(own, lse, others, other, codes(MERGE))
+    assert whole[0, 0, :, 0].tolist() == [1.0, 3.0, 2.0, 3.0, 3.0]
+
+
+def test_heads_that_are_not_due_go_on_with_what_they_kept() -> None:
+    earlier, forms = operands((1, 4, 4, 100, 150, 16, 24)), codes(MERGE, RATIO, RESIDUAL, NO_REST)
+    now, attended = moved(earlier, 0.3), drawn_map(4, 100, 150, 0.5)
+    _, before, stat = KEEP_REST(*both(earlier, attended, forms)[0], *both(earlier, attended, forms)[1], forms)
+    due = codes(1, 0, 1, 0)
+    own = attend(now, BlockLists.from_map(attended, 64, 64))
+    others = attend(now, other_lists(attended, (due != 0) & (forms != NO_REST), 64, 64))
+    mixed = KEEP_REST(*own, *others, forms, due, before, stat)
+    fresh = KEEP_REST(*own, *both(now, attended, forms)[1], forms)
+    added = ADD_REST(*own, forms, before, stat)
+    for head, is_due in enumerate(due.tolist()):
+        wanted = fresh if is_due else (added, before, stat)
+        assert all(torch.equal(one[0, head], other[0, head]) for one, other in zip(mixed, wanted, strict=True))
+
+
+def test_what_is_not_finite_stays_seen() -> None:
+    parts = operands((1, 3, 3, 128, 128, 16, 16))
+    parts[1][0, :, 100, 3] = math.nan  # a key that no list of the first queries names
+    attended, forms = torch.eye(2, dtype=torch.bool).expand(1, 3, 2, 2), codes(MERGE, RESIDUAL, RATIO)
+    whole, kept, stat = KEEP_REST(*both(parts, attended, forms)[0], *both(parts, attended, forms)[1], forms)
+    assert whole.isnan().all(), "as dense attention has it"
+    clean = operands((1, 3, 3, 128, 128, 16, 16))
+    assert ADD_REST(*attend(clean, BlockLists.from_map(attended, 64, 64)), forms, kept, stat)[0].isnan().all()
+
+
+def test_the_other_lists_are_all_other_blocks_of_the_heads_that_keep() -> None:
+    attended = drawn_map(3, 200, 300, 0.4)
+    lists = other_lists(attended, torch.tensor([True, False, True]), 64, 64)
+    assert lists.indices.shape[-1] == 5, "as long as can be, whatever the map"
+    found = lists.to_map(5)
+    assert torch.equal(found[0, ::2], ~attended[0, ::2]) and not found[0, 1].any()
+    assert other_lists(~torch.zeros(1, 1, 2, 0, dtype=torch.bool), torch.tensor([True]), 64, 64).counts.tolist() == [
+        [[0, 0]]
+    ]
+
+
+def test_operators_are_described_as_they_are() -> None:
+    parts, forms = operands((2, 2, 2, 70, 130, 8, 8), torch.bfloat16), codes(MERGE, RESIDUAL)
+    attended = drawn_map(2, 70, 130, 0.5)
+    own, others = both(parts, attended, forms)
+    kept = KEEP_REST(*own, *others, forms)[1:]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(KEEP_REST, (*own, *others, forms), test_utils=checks)
+    torch.library.opcheck(KEEP_REST, (*own, *others, forms, codes(1, 0), *kept), test_utils=checks)
+    torch.library.opcheck(ADD_REST, (*own, forms, *kept), test_utils=checks)
+
+
+def test_what_does_not_fit_is_told() -> None:
+    out, lse, forms = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4), codes(MERGE, RATIO)
+    with pytest.raises(ValueError, match=r"keep_rest: forms is \[3\] of torch\.int32, not \[2\]"):
+        KEEP_REST(out, lse, out, lse, codes(1, 1, 1))
+    with pytest.raises(ValueError, match=r"add_rest: forms is \[2\] of torch\.int64, not \[2\] of torch\.int32"):
+        ADD_REST(out, lse, forms.long(), out, lse)
+    with pytest.raises(ValueError, match=r"keep_rest: others is \[1, 2, 4, 9\] .* the result is \[1, 2, 4, 8\]"):
+        KEEP_REST(out, lse, torch.zeros(1, 2, 4, 9), lse, forms)
+    with pytest.raises(ValueError, match=r"add_rest: kept is .* of torch\.float64, the result is .* torch\.float32"):
+        ADD_REST(out, lse, forms, out.double(), lse)
+    with pytest.raises(ValueError, match=r"beside kept is \[1, 2, 5\], not \[1, 2, 4\]"):
+        ADD_REST(out, lse, forms, out, torch.zeros(1, 2, 5))
+    with pytest.raises(ValueError, match="which heads are due, what others kept and its stat go together"):
+        KEEP_REST(out, lse, out, lse, forms, codes(1, 0))
+    with pytest.raises(ValueError, match=r"keep_rest: due is \[1\]"):
+        KEEP_REST(out, lse, out, lse, forms, codes(1), out, lse)
+
+
+def test_codes_are_those_of_forms() -> None:
+    assert {form: Kept(form, 2).code for form in FORMS} == {"merge": MERGE, "residual": RESIDUAL, "ratio": RATIO}
+    assert NO_REST == 0
