@@ -137,7 +137,8 @@ class Sparse(_Decision):
     ``pattern`` is the ``pattern_text`` of its mapping, as ``kernels.patterns.choice`` reads it when a plan is bound;
     two that are written alike are equal. Its ``rest`` says what becomes of the other blocks: they are lost, or
     (``rest: pooled``) count by the means of their keys and values, in groups of whole blocks or of so many tokens
-    (``rest: {pooled: 16}``). Its ``order`` (``tiles``, ...) says in which order of the tokens blocks are.
+    (``rest: {pooled: 16}``). Its ``order`` (``tiles``, ...) says in which order of the tokens blocks are, ``qk: int8``
+    that queries and keys are multiplied as int8.
     """
 
     kind: Literal["sparse"] = "sparse"

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ditopt._torch import has_amx, has_bfloat16_dot_products
 from ditopt.kernels.block_sparse_attention.gpu import WIDEST, gpu_refusal
+from ditopt.kernels.block_sparse_attention.int8 import check_int8
 from ditopt.kernels.block_sparse_attention.lists import QUERY_TASK, check
 from ditopt.kernels.block_sparse_attention.lists import BlockLists as BlockLists
 from ditopt.kernels.block_sparse_attention.pooled import PooledRest as PooledRest
@@ -36,7 +37,7 @@ LIBRARY.define("flash_attention(Tensor query, Tensor key, Tensor value, float sc
 LIBRARY.define(
     "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor indices, Tensor counts, int query_block, "
     "int key_block, float scale, Tensor? pooled_key=None, Tensor? pooled_value=None, Tensor? rest=None, int pool=0, "
-    "Tensor? mask=None) -> (Tensor, Tensor)"
+    "Tensor? mask=None, Tensor? int8=None) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "draft_lists(Tensor query, Tensor key, Tensor indices, Tensor counts, Tensor keep, Tensor mass, int query_block, "
@@ -151,6 +152,7 @@ def _fake_block_sparse_attention(
     rest: Tensor | None = None,
     pool: int = 0,
     mask: Tensor | None = None,
+    int8: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     out = _fake_flash_attention(query, key, value, scale)
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -158,18 +160,19 @@ def _fake_block_sparse_attention(
 
 FIRST_ORDER_ON_GPU = "there is no kernel for GPUs that takes a rest to first order"
 MASK_ON_GPU = "there is a mask, and no kernel for GPUs that takes one"
+INT8_ON_CPU = "there is no kernel for processors that has int8 scores (qk: int8)"
 MASK_AND_REST = "there is a mask, under which what a pattern skips has no means (a rest)"
 
 
 def _block_sparse_attention_in_triton(*given: Any, **named: Any) -> tuple[Tensor, Tensor]:
     # the dispatcher passes all by position, up to the last that is no default
-    *operands, mask = given if len(given) > 12 else (*given, named.pop("mask", None))
-    refused = MASK_ON_GPU if mask is not None else gpu_refusal(operands[0].device)
+    given, further = given[:12], {**dict(zip(("mask", "int8"), given[12:], strict=False)), **named}
+    refused = MASK_ON_GPU if further.pop("mask", None) is not None else gpu_refusal(given[0].device)
     if refused is not None:
         raise ValueError(f"ditopt::block_sparse_attention: {refused}")
     from ditopt.kernels.block_sparse_attention.triton import block_sparse_attention
 
-    return block_sparse_attention(*operands, **named)
+    return block_sparse_attention(*given, **further)
 
 
 torch.library.register_fake("ditopt::block_sparse_attention", _fake_block_sparse_attention, lib=LIBRARY)
@@ -184,13 +187,17 @@ def block_sparse_refusal(
     scale: float,
     rest: PooledRest | None = None,
     mask: Tensor | None = None,
+    int8: Tensor | None = None,
 ) -> str | None:
     """Why no kernel of ``ditopt::block_sparse_attention`` takes these operands; None if one does."""
     parts = (query, key, value)
     pooled = () if rest is None else (rest.key, rest.value, rest.heads)
-    elsewhere = _elsewhere(*parts, lists.indices, lists.counts, *pooled, kernels=("cpu", "cuda"))
+    eight = () if int8 is None else (int8,)
+    elsewhere = _elsewhere(*parts, lists.indices, lists.counts, *pooled, *eight, kernels=("cpu", "cuda"))
     if elsewhere is None and query.is_cuda:
         elsewhere = MASK_ON_GPU if mask is not None else gpu_refusal(query.device)
+    elif elsewhere is None and int8 is not None:
+        elsewhere = INT8_ON_CPU
     if elsewhere is not None:
         return elsewhere
     if len({part.dtype for part in parts}) > 1 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -209,6 +216,8 @@ def block_sparse_refusal(
         if hidden is not None:
             return hidden
     wrong = check(lists, query.shape[0], query.shape[1], query.shape[2])
+    if wrong is None and int8 is not None:
+        wrong = check_int8(int8, query.shape[1])
     return wrong if wrong is not None or rest is None else check_pooled(rest, key, value, lists, query.shape[1])
 
 

@@ -62,6 +62,7 @@ class SparseAttention:
     these selectors (``patterns.draft.SELECTORS``); where there are several, an input says which head's by which.
     ``order``: whether blocks are of tokens in an order that is an input. ``clusters``: an input says of which heads the
     call finds it, by clusters of the tokens from the first up to the last of these; others have that which is given.
+    ``int8``: an input says which heads have int8 scores.
     """
 
     site: str
@@ -73,6 +74,7 @@ class SparseAttention:
     order: Ordered = Ordered.NOT
     by: tuple[str, ...] = ("means",)
     clusters: tuple[int, int] | None = None
+    int8: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ditopt.passes.sparse import (
     cluster_sizes,
     clusters_name,
     draft_inputs,
+    int8_name,
     list_names,
     order_names,
     rest_name,
@@ -104,6 +105,7 @@ def _check_sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, reasons
         _check_rest(node, wanted)
         _check_order(gm, node, wanted)
         _check_mask(node, wanted, index.masks.get(wanted.site))
+        _check_int8(node, wanted)
     planned = {wanted.site for wanted in plan.sparse}
     for node in calls:
         if node.target is BLOCK_SPARSE_ATTENTION and node.meta.get(SITE) not in planned:
@@ -119,6 +121,16 @@ def _check_mask(node: fx.Node, wanted: SparseAttention, named: str | None) -> No
     elif not isinstance(mask, fx.Node) or named not in {each.name for each in _makers(mask)}:
         raise AuditError(
             f"{wanted.site}: the model masks its attention by {named}, which the graph does not read there"
+        )
+
+
+def _check_int8(node: fx.Node, wanted: SparseAttention) -> None:
+    """Block-sparse attention reads the site's own input of which heads have int8 scores, or none."""
+    heads = node.kwargs.get("int8")
+    read = str(heads.target) if isinstance(heads, fx.Node) else None
+    if read != (int8_name(wanted.site) if wanted.int8 else None):
+        raise AuditError(
+            f"{wanted.site}: to be {wanted}, but which heads have int8 scores its attention reads in {read}"
         )
 
 

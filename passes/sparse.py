@@ -86,6 +86,11 @@ def clusters_name(site: str) -> str:
     return f"clusters_{word(site)}"
 
 
+def int8_name(site: str) -> str:
+    """The input that says which heads of a site have int8 scores: ``[H]`` int32."""
+    return f"int8_{word(site)}"
+
+
 def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
     """Replace the attention of every site of ``plan.sparse``; the reasons say why one stays, which no audit passes."""
     wanted = {each.site: each for each in plan.sparse}
@@ -118,9 +123,10 @@ def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
         mask = mask_of(node)
         if mask is not None and order:
             mask = ordered_mask(gm, mask, there[0], there[1], tuple(tensor_value(node).shape[:2]))
-        both = call(
-            gm, BLOCK_SPARSE_ATTENTION, *operands, *inputs, *settings, *pooled, **({"mask": mask} if mask else {})
-        )
+        named = {"mask": mask} if mask else {}
+        if found.int8:
+            named["int8"] = add_input(gm, int8_name(found.site), _int8(node))
+        both = call(gm, BLOCK_SPARSE_ATTENTION, *operands, *inputs, *settings, *pooled, **named)
         result = call(gm, operator.getitem, both, 0)
         if order:
             result = gathered(gm, result, order[1], tensor_value(result).shape[1])
@@ -223,7 +229,10 @@ def sparse_refusal(node: fx.Node, wanted: SparseAttention) -> str | None:
     query, key, value = (tensor_value(operand) for operand in node.args[:3])  # type: ignore[arg-type]  # nodes
     lists, rest, mask = _lists(node, wanted), _rest(node, wanted), mask_of(node)
     of_mask = None if mask is None else tensor_value(mask)
-    refused = special_but_mask(node) or block_sparse_refusal(query, key, value, lists, scale_of(node), rest, of_mask)
+    int8 = _int8(node) if wanted.int8 else None
+    refused = special_but_mask(node) or block_sparse_refusal(
+        query, key, value, lists, scale_of(node), rest, of_mask, int8
+    )
     of_pairs = of_mask is not None and of_mask.ndim > 1 and of_mask.shape[-2] > 1
     if refused is None and of_pairs and wanted.order not in (Ordered.NOT, Ordered.SITE):
         return "there is a mask of queries and keys, which heads with orders of their own would need one each of"
@@ -261,3 +270,9 @@ def _rest(node: fx.Node, wanted: SparseAttention) -> PooledRest | None:
         part.new_empty((*part.shape[:2], -(-part.shape[2] // wanted.pool), part.shape[3])) for part in others
     )
     return PooledRest(keys, values, query.new_empty(query.shape[1], dtype=torch.int32), wanted.pool)
+
+
+def _int8(node: fx.Node) -> Tensor:
+    """What describes the input that says which heads of an attention call have int8 scores."""
+    query = tensor_value(node.args[0])  # type: ignore[arg-type]  # a node
+    return query.new_empty(query.shape[1], dtype=torch.int32)

@@ -28,9 +28,10 @@ from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.kernels.patterns.whole import Nothing
 from ditopt.passes._infra import SITE, SparseAttention, tensor_value
 from ditopt.passes.attention import mask_of
-from ditopt.passes.sparse import clusters_name, draft_inputs, list_names, order_names, rest_name
+from ditopt.passes.sparse import clusters_name, draft_inputs, int8_name, list_names, order_names, rest_name
 from ditopt.plan import Plan, Rule
 from ditopt.runtime.choices import choice_of
+from ditopt.runtime.products import int8_heads, is_int8
 from ditopt.runtime.selectors import selectors_of_steps
 from ditopt.runtime.token_orders import clustered_heads, site_orders
 from ditopt.sites import AttentionSite
@@ -179,6 +180,7 @@ class AttentionSites:
             selectors = selectors_of_steps({step: decided[step] for step in limits})
             block = kernel_blocks(place.site.queries, place.site.keys)[1]
             ordered, orders = site_orders({step: decided[step] for step in of_steps}, geometry, block, place.device)
+            products = int8_heads(name, {step: decided[step] for step in of_steps}, place.device)
             for step, lists in of_steps.items():
                 pool, heads = rests[step]
                 width = int(lists.indices.shape[-1])
@@ -190,6 +192,8 @@ class AttentionSites:
                     by, codes = selectors[step]
                     wanted = replace(wanted, draft=True, by=by)
                     inputs |= zip(draft_inputs(wanted), (*limits[step], codes.to(place.device)), strict=False)
+                if products:
+                    wanted, inputs[int8_name(name)] = replace(wanted, int8=True), products[step]
                 clustered = clustered_heads(decided[step])
                 if geometry is not None and any(clustered):
                     before = geometry.text if geometry.text_first else 0
@@ -249,10 +253,11 @@ def _lists(
         heads: torch.stack([_map(do, geometry, site, query_block, key_block) for do in heads])[None]
         for heads in dict.fromkeys(decided.values())
     }
-    if any(attended.all() for attended in maps.values()):
+    whole = [heads for heads, attended in maps.items() if attended.all() and not any(map(is_int8, heads))]
+    if whole:
         size = f"{query_block} queries and {key_block} keys"
         notes[f"{site.name}: patterns that keep every block of {size} run dense"] = None
-    maps = {heads: attended for heads, attended in maps.items() if not attended.all()}
+    maps = {heads: attended for heads, attended in maps.items() if heads not in whole}
     longest = max((int(attended.sum(-1).max()) for attended in maps.values()), default=0)
     longest = max([longest, *(_found(do, key_blocks) for heads in maps for do in heads)])
     width = min(key_blocks, max(1, -(-longest // WIDTHS)) * WIDTHS)

@@ -39,6 +39,7 @@ def block_sparse_attention(
     rest: Tensor | None = None,
     pool: int = 0,
     mask: Tensor | None = None,
+    int8: Tensor | None = None,
     lanes: int = WIDEST,
 ) -> tuple[Tensor, Tensor]:
     """Attention to listed blocks: ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]``, lists -> result, log-sum.
@@ -58,7 +59,7 @@ def block_sparse_attention(
     lists = BlockLists(indices, counts, query_block, key_block)
     try:
         pooled = PooledRest.of(pooled_key, pooled_value, rest, pool)
-        refused = block_sparse_refusal(query, key, value, lists, scale, pooled, mask)
+        refused = block_sparse_refusal(query, key, value, lists, scale, pooled, mask, int8)
     except ValueError as error:
         refused = str(error)
     if refused is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ditopt.kernels.block_sparse_attention.int8 import check_int8, int8_scores
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, check, check_entries
 from ditopt.kernels.block_sparse_attention.pooled import FIRST_ORDER, PooledRest, check_pooled, moments
 
@@ -17,6 +18,7 @@ def block_sparse_attention(
     scale: float,
     rest: PooledRest | None = None,
     mask: Tensor | None = None,
+    int8: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the listed keys of ``scale * query key^T``, times ``value``; and the log of the softmax's sum.
 
@@ -25,6 +27,7 @@ def block_sparse_attention(
     listed does not matter, NaN included, but by its means where ``rest`` gives them to the head: these are further keys
     of the softmax, each as often as it has tokens, and to first order where it says so (``moments``). A ``mask`` that
     broadcasts to ``[B, H, S, L]``, without a rest, is true for keys that a query may attend to, or is added to scores.
+    ``int8`` ``[H]`` is not 0 for heads whose scores of keys are ``int8_scores``.
 
     Raises:
         ValueError: lists do not fit the operands, or an entry is wrong.
@@ -33,6 +36,8 @@ def block_sparse_attention(
     wrong = check(lists, batch, heads, queries) or check_entries(lists, key.shape[2])
     if wrong is None and rest is not None:
         wrong = check_pooled(rest, key, value, lists, heads)
+    if wrong is None and int8 is not None:
+        wrong = check_int8(int8, heads)
     if wrong is not None:
         raise ValueError(wrong)
     group = query.shape[1] // key.shape[1]
@@ -40,11 +45,15 @@ def block_sparse_attention(
     if rest is not None:
         of_heads = moments(key, value, rest.pool, key.dtype).repeat_interleave(group, dim=1)
         linear = scale * query @ of_heads * (rest.heads == FIRST_ORDER)[:, None, None]
+    own = key
     key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
     keys = key.shape[2]
     listed = lists.to_map(blocks(keys, lists.key_block)).repeat_interleave(lists.query_block, dim=-2)[..., :queries, :]
     attended = listed.repeat_interleave(lists.key_block, dim=-1)[..., :keys]
     scores = scale * query @ key.transpose(-2, -1)
+    if int8 is not None:
+        found = scale * int8_scores(query, own, lists.key_block)
+        scores = torch.where((int8 != 0)[:, None, None], found, scores)
     if mask is not None and mask.dtype == torch.bool:
         attended = attended & mask
     elif mask is not None:

@@ -18,130 +18,26 @@ import triton.language as tl
 from torch import Tensor
 
 from ditopt.kernels.block_sparse_attention.gpu import OLDEST, TILES, tile_for
+from ditopt.kernels.block_sparse_attention.int8 import LARGEST, SMALLEST, Int8Keys, mean_of
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks
 from ditopt.kernels.block_sparse_attention.pooled import ZEROTH_ORDER, PooledRest
+from ditopt.kernels.block_sparse_attention.triton_tiles import (
+    finite,
+    largest_of,
+    listed_groups,
+    load_tile,
+    meet,
+    meet_listed,
+    quantise,
+    rounded,
+    wrong_entries,
+)
 from ditopt.kernels.ops import block_sparse_refusal
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether ``TRITON_INTERPRET=1`` was set when Triton was imported: kernels run as Python, on the processor."""
 FURTHEST = 2**31 // max(tile.columns for widths in TILES.values() for tiles in widths.values() for tile in tiles)
 """Elements from a token to the next with which the widest tile of keys would reach beyond int32 offsets."""
-
-
-@triton.jit
-def _load(
-    pointers: tl.tensor, first: tl.tensor, second: tl.tensor, FIRST: tl.constexpr, SECOND: tl.constexpr
-) -> tl.tensor:
-    """A tile, zero where ``first`` (if ``FIRST``) or ``second`` (if ``SECOND``) is false."""
-    if FIRST and SECOND:
-        return tl.load(pointers, mask=first & second, other=0.0)
-    elif FIRST:
-        return tl.load(pointers, mask=first, other=0.0)
-    elif SECOND:
-        return tl.load(pointers, mask=second, other=0.0)
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
-def _finite(tops: tl.tensor) -> tl.tensor:
-    """What is subtracted from scores: their maximum, or nothing where it is infinite, so that infinity stays it."""
-    return tl.where(tl.abs(tops) == float("inf"), 0.0, tops)
-
-
-@triton.jit
-def _meet(
-    sums: tl.tensor,
-    totals: tl.tensor,
-    tops: tl.tensor,
-    queries: tl.tensor,
-    key: tl.tensor,
-    value: tl.tensor,
-    key_stride: tl.tensor,
-    value_stride: tl.tensor,
-    begin: tl.tensor,
-    there: tl.tensor,
-    added: tl.tensor,
-    factor: tl.tensor,
-    DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PADDED_DEPTH: tl.constexpr,
-    PADDED_WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MASKED: tl.constexpr,
-    WIDEN: tl.constexpr,
-    POOLED: tl.constexpr,
-) -> tl.tensor:
-    """A tile of queries meets the keys from ``begin`` that are ``there`` if ``MASKED``: online softmax, base 2.
-
-    If ``POOLED``, they have ``added`` to their scores.
-    """
-    columns = tl.arange(0, COLUMNS)
-    depth = tl.arange(0, PADDED_DEPTH)
-    width = tl.arange(0, PADDED_WIDTH)
-    wide = begin.to(tl.int64)
-    keys = _load(
-        key + wide * key_stride + columns[None, :] * key_stride + depth[:, None],
-        there[None, :],
-        (depth < DEPTH)[:, None],
-        MASKED,
-        DEPTH != PADDED_DEPTH,
-    )
-    if WIDEN:
-        keys = keys.to(tl.float32)
-    scores = tl.dot(queries, keys, input_precision="ieee") * factor
-    if POOLED:
-        scores += added[None, :]
-    if MASKED:
-        scores = tl.where(there[None, :], scores, float("-inf"))
-    higher = tl.maximum(tops, tl.max(scores, 1))
-    shift = _finite(higher)
-    weights = tl.exp2(scores - shift[:, None])
-    fading = tl.exp2(tops - shift)
-    values = _load(
-        value + wide * value_stride + columns[:, None] * value_stride + width[None, :],
-        there[:, None],
-        (width < WIDTH)[None, :],
-        MASKED,
-        WIDTH != PADDED_WIDTH,
-    )
-    if WIDEN:
-        values = values.to(tl.float32)
-    sums = tl.dot(weights.to(values.dtype), values, sums * fading[:, None], input_precision="ieee")
-    return sums, totals * fading + tl.sum(weights, 1), higher
-
-
-@triton.jit
-def _wrong_entries(entries: tl.tensor, count: tl.tensor, key_blocks: tl.tensor, CHUNK: tl.constexpr) -> tl.tensor:
-    """How many entries of a list are out of range or out of order."""
-    wrong = count * 0
-    for begin in range(0, count, CHUNK):
-        places = begin + tl.arange(0, CHUNK)
-        used = places < count
-        found = tl.load(entries + places, mask=used, other=0)
-        before = tl.load(entries + places - 1, mask=used & (places > 0), other=-1)
-        wrong += tl.sum((used & ((found <= before) | (found >= key_blocks))).to(tl.int32), 0)
-    return wrong
-
-
-@triton.jit
-def _listed(
-    entries: tl.tensor,
-    place: tl.tensor,
-    count: tl.tensor,
-    groups: tl.tensor,
-    after: tl.tensor,
-    SHARE: tl.constexpr,
-    WINDOW: tl.constexpr,
-) -> tl.tensor:
-    """Which ``groups`` lie in listed blocks, and the place of the first entry for groups from ``after`` on.
-
-    ``place`` is that of the first entry for these groups, a block has ``SHARE`` of them; ``WINDOW`` entries are enough.
-    """
-    places = place + tl.arange(0, WINDOW)
-    found = tl.load(entries + places, mask=places < count, other=2147483647)
-    listed = tl.max((found[None, :] == (groups // SHARE)[:, None]).to(tl.int32), 1) > 0
-    return listed, place + tl.sum((found < after // SHARE).to(tl.int32), 0)
 
 
 @triton.jit
@@ -157,6 +53,10 @@ def attend(
     pooled_key: tl.tensor,
     pooled_value: tl.tensor,
     rest: tl.tensor,
+    int8_key: tl.tensor,
+    int8_scales: tl.tensor,
+    int8_mean: tl.tensor,
+    int8_heads: tl.tensor,
     query_batch: tl.tensor,
     query_head: tl.tensor,
     query_stride: tl.tensor,
@@ -196,11 +96,12 @@ def attend(
     POOL: tl.constexpr,
     WINDOW: tl.constexpr,
     FURTHEST_ORDER: tl.constexpr,
+    INT8: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    LARGEST: tl.constexpr,
 ) -> None:
     """One program: ``ROWS`` queries of one head and their list; ``order`` says which list is whose, longest first."""
     TILES: tl.constexpr = QUERY_BLOCK // ROWS
-    STEPS: tl.constexpr = (KEY_BLOCK + COLUMNS - 1) // COLUMNS
-    UNEVEN: tl.constexpr = KEY_BLOCK % COLUMNS != 0
     program = tl.program_id(0)
     row = tl.load(order + program // (TILES * repeats))  # int64, as are offsets made of it
     within = program % (TILES * repeats)
@@ -220,12 +121,12 @@ def attend(
         rested = tl.load(rest + head)
         wrong = wrong | (rested > FURTHEST_ORDER)
     count = tl.where(wrong, 0, count)
-    wrong = wrong | (_wrong_entries(entries, count, key_blocks, 64) > 0)
+    wrong = wrong | (wrong_entries(entries, count, key_blocks, 64) > 0)
     count = tl.where(wrong, 0, count)
 
     depth = tl.arange(0, PADDED_DEPTH)
     width = tl.arange(0, PADDED_WIDTH)
-    queries = _load(
+    queries = load_tile(
         query + batch * query_batch + head * query_head + (first + rows)[:, None] * query_stride + depth[None, :],
         present[:, None],
         (depth < DEPTH)[None, :],
@@ -245,24 +146,29 @@ def attend(
     ends = tl.load(entries + count - 1, mask=count > 0, other=-1) == key_blocks - 1
     short = ends & (keys - last < KEY_BLOCK)  # only the last block can be
     whole = count
-    if not UNEVEN:
+    if KEY_BLOCK % COLUMNS == 0:
         whole = count - short.to(tl.int32)
-    for step in range(0, whole * STEPS):
-        block = tl.load(entries + step // STEPS)
-        begin = block * KEY_BLOCK + step % STEPS * COLUMNS
-        end = tl.minimum((block + 1) * KEY_BLOCK, keys)
-        sums, totals, tops = _meet(
-            sums, totals, tops, queries, key, value, key_stride, value_stride, begin, begin + columns < end,
-            factor, factor, DEPTH, WIDTH, PADDED_DEPTH, PADDED_WIDTH, COLUMNS, UNEVEN, WIDEN, False,
+    eight = count < 0
+    if INT8:
+        eight = tl.load(int8_heads + head) != 0
+    sums, totals, tops = meet_listed(
+        sums, totals, tops, queries, key, value, key_stride, value_stride, entries, tl.where(eight, 0, whole),
+        short & (eight == 0), keys, key_blocks, factor, factor, DEPTH, WIDTH, PADDED_DEPTH, PADDED_WIDTH, KEY_BLOCK,
+        COLUMNS, WIDEN, False,
+    )  # fmt: skip
+    if INT8:
+        of_head = batch * (heads // group) + head // group
+        wide = queries.to(tl.float32)
+        largest = largest_of(wide, 1)
+        scale = tl.div_rn(tl.where(largest < SMALLEST, SMALLEST, largest), LARGEST)
+        sums, totals, tops = meet_listed(
+            sums, totals, tops, rounded(wide, scale[:, None]), int8_key + of_head * keys * DEPTH, value, DEPTH,
+            value_stride, entries, tl.where(eight, whole, 0), short & eight, keys, key_blocks, factor * scale[:, None],
+            int8_scales + of_head * key_blocks, DEPTH, WIDTH, PADDED_DEPTH, PADDED_WIDTH, KEY_BLOCK, COLUMNS, WIDEN,
+            True,
         )  # fmt: skip
-    if not UNEVEN:
-        for step in range(0, tl.where(short, tl.cdiv(keys - last, COLUMNS), 0)):
-            begin = last + step * COLUMNS
-            sums, totals, tops = _meet(
-                sums, totals, tops, queries, key, value, key_stride, value_stride, begin,
-                begin + columns < keys, factor, factor, DEPTH, WIDTH, PADDED_DEPTH, PADDED_WIDTH, COLUMNS, True, WIDEN,
-                False,
-            )  # fmt: skip
+        mean = tl.load(int8_mean + of_head * DEPTH + depth, mask=depth < DEPTH, other=0.0)
+        tops += tl.where(eight, factor * tl.sum(wide * mean[None, :], 1), 0.0)
     nothing = count == 0
     if POOL:
         resting = (rested != 0) & (wrong == 0)
@@ -274,10 +180,10 @@ def attend(
         for step in range(0, tl.where(resting, tl.cdiv(groups, COLUMNS), 0)):
             begin = step * COLUMNS
             each = begin + columns
-            listed, place = _listed(entries, place, count, each, begin + COLUMNS, KEY_BLOCK // POOL, WINDOW)
+            listed, place = listed_groups(entries, place, count, each, begin + COLUMNS, KEY_BLOCK // POOL, WINDOW)
             size = tl.minimum(keys - each * POOL, POOL)
             added = tl.log2(tl.maximum(size, 1).to(tl.float32))
-            sums, totals, tops = _meet(
+            sums, totals, tops = meet(
                 sums, totals, tops, queries, pooled_key, pooled_value, mean_key_stride, mean_value_stride, begin,
                 (each < groups) & (listed == 0), added, factor, DEPTH, WIDTH, PADDED_DEPTH, PADDED_WIDTH, COLUMNS, True,
                 WIDEN, True,
@@ -285,7 +191,7 @@ def attend(
 
     result = tl.where(nothing, 0.0, sums / totals[:, None])
     result = tl.where(wrong, float("nan"), result)
-    log = (_finite(tops) + tl.log2(totals)) * 0.6931471805599453
+    log = (finite(tops) + tl.log2(totals)) * 0.6931471805599453
     log = tl.where(wrong, float("nan"), log)
     out += batch * out_batch + head * out_head + (first + rows)[:, None] * out_stride + width[None, :]
     tl.store(out, result.to(out.dtype.element_ty), mask=present[:, None] & (width < WIDTH)[None, :])
@@ -305,6 +211,7 @@ def block_sparse_attention(
     pooled_value: Tensor | None = None,
     rest: Tensor | None = None,
     pool: int = 0,
+    int8: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention to listed blocks: ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]``, lists -> result, log-sum.
 
@@ -314,7 +221,9 @@ def block_sparse_attention(
     the values. A wrong list (a count beyond the padding, an entry out of range or out of order) is not told, for that
     would wait for the GPU: nothing is read by it, and its queries have a result and a logarithm of NaN. With the
     operands behind the scale (``PooledRest``) heads attend to what their lists do not name by its means, too; one with
-    a rest to first order, which is not known here, has NaN.
+    a rest to first order, which is not known here, has NaN. ``int8`` ``[H]`` int32 is not 0 for heads whose queries
+    meet listed keys as int8 (``int8``); of these a block of keys, and a query, with a number that is not finite has NaN
+    for scores. Means of what is skipped are met as they are.
 
     Raises:
         ValueError: the kernel does not take these operands; it says why.
@@ -323,7 +232,8 @@ def block_sparse_attention(
     pooled = None
     try:
         pooled = PooledRest.of(pooled_key, pooled_value, rest, pool)
-        refused = block_sparse_refusal(query, key, value, lists, scale, pooled)
+        of_gpu = None if INTERPRETED else int8  # what is interpreted is on the processor
+        refused = block_sparse_refusal(query, key, value, lists, scale, pooled, int8=of_gpu)
     except ValueError as error:
         refused = str(error)
     if refused is None and query.device.type == "cpu" and not INTERPRETED:
@@ -337,8 +247,38 @@ def block_sparse_attention(
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else OLDEST
     if pooled is not None:
         pooled = PooledRest(readable(pooled.key), readable(pooled.value), pooled.heads.contiguous(), pool)
-    launch(query, key, value, out, logs, lists, scale, capability, pooled)
+    eight = None if int8 is None else (quantised_keys(key, key_block), int8.contiguous())
+    launch(query, key, value, out, logs, lists, scale, capability, pooled, eight)
     return out, logs
+
+
+def quantised_keys(key: Tensor, key_block: int) -> Int8Keys:
+    """As ``int8.quantised_keys``, of keys whose channels lie next to each other."""
+    batch, heads, keys, depth = key.shape
+    made = Int8Keys(
+        torch.empty(key.shape, dtype=torch.int8, device=key.device),
+        torch.empty(batch, heads, blocks(keys, key_block), dtype=torch.float32, device=key.device),
+        mean_of(key).contiguous(),
+    )
+    with torch.cuda.device_of(key):
+        quantise[(made.scales.numel(),)](
+            *(key, made.mean, made.numbers, made.scales, *key.stride()[:3], heads, keys, made.scales.shape[2]),
+            **quantise_constants(depth, key_block),
+        )
+    return made
+
+
+def quantise_constants(depth: int, key_block: int) -> dict[str, Any]:
+    """What ``quantise`` is compiled for."""
+    return {
+        "DEPTH": depth,
+        "PADDED_DEPTH": max(16, triton.next_power_of_2(depth)),
+        "KEY_BLOCK": key_block,
+        "TOKENS": min(64, triton.next_power_of_2(key_block)),
+        "SMALLEST": SMALLEST,
+        "LARGEST": LARGEST,
+        "num_warps": 8,
+    }
 
 
 def readable(part: Tensor) -> Tensor:
@@ -356,19 +296,26 @@ def launch(
     scale: float,
     capability: tuple[int, int],
     rest: PooledRest | None = None,
+    int8: tuple[Int8Keys, Tensor] | None = None,
 ) -> None:
-    """Fill ``out`` and ``logs`` in tiles for ``capability``; operands that are taken, channels next to each other."""
+    """Fill ``out`` and ``logs`` in tiles for ``capability``; operands that are taken, channels next to each other.
+
+    ``int8``: the keys, and which heads meet them.
+    """
     (batch, heads, queries, _), keys = query.shape, key.shape[2]
-    settings = constants(query, value, lists, capability, 0 if rest is None else rest.pool)
-    # without a rest the kernel reads none of them
+    settings = constants(query, value, lists, capability, 0 if rest is None else rest.pool, int8 is not None)
+    # without a rest, and without int8, the kernel reads none of them
     means = (key, value, lists.counts) if rest is None else (rest.key, rest.value, rest.heads)
+    eight = (key, key, key, lists.counts)
+    if int8 is not None:
+        eight = (int8[0].numbers, int8[0].scales, int8[0].mean, int8[1])
     order = lists.counts.flatten().argsort(descending=True, stable=True)
     repeats = batch // lists.counts.shape[0]
     tiles = lists.query_block // settings["ROWS"]
     with torch.cuda.device_of(query):  # Triton launches on the current one
         attend[(order.numel() * repeats * tiles,)](
             *(query, key, value, out, logs, lists.indices.contiguous(), lists.counts.contiguous(), order),
-            *means,
+            *(*means, *eight),
             *(stride for part in (query, key, value, out, *means[:2]) for stride in part.stride()[:3]),
             *(scale * math.log2(math.e), repeats, heads, heads // key.shape[1], queries, keys),
             *(lists.counts.shape[2], blocks(keys, lists.key_block), lists.indices.shape[3]),
@@ -377,15 +324,18 @@ def launch(
 
 
 def constants(
-    query: Tensor, value: Tensor, lists: BlockLists, capability: tuple[int, int], pool: int = 0
+    query: Tensor, value: Tensor, lists: BlockLists, capability: tuple[int, int], pool: int = 0, int8: bool = False
 ) -> dict[str, Any]:
-    """What the kernel is compiled for: sizes of heads, blocks, tiles and groups (0: no rest), warps and stages."""
+    """What the kernel is compiled for: sizes of heads, blocks, tiles and groups (0: no rest), warps and stages.
+
+    ``int8``: whether some heads may have int8 scores.
+    """
     depth, width = query.shape[3], value.shape[3]
     tile = tile_for(capability, max(depth, width), query.dtype, lists.query_block, lists.key_block)
     return {
         "DEPTH": depth,
         "WIDTH": width,
-        "PADDED_DEPTH": max(16, triton.next_power_of_2(depth)),
+        "PADDED_DEPTH": max(32 if int8 else 16, triton.next_power_of_2(depth)),  # the fewest that a product takes
         "PADDED_WIDTH": max(16, triton.next_power_of_2(width)),
         "QUERY_BLOCK": lists.query_block,
         "KEY_BLOCK": lists.key_block,
@@ -395,6 +345,9 @@ def constants(
         "POOL": pool,
         "WINDOW": _window(tile.columns, lists.key_block // pool) if pool else 0,
         "FURTHEST_ORDER": ZEROTH_ORDER,
+        "INT8": int8,
+        "SMALLEST": SMALLEST,
+        "LARGEST": LARGEST,
         "enable_fp_fusion": True,
         "num_warps": tile.warps,
         "num_stages": tile.stages,

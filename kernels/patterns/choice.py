@@ -1,9 +1,9 @@
-"""What a sparse decision asks for: the blocks that a pattern keeps, what becomes of the others, the order of tokens."""
+"""What a sparse decision asks for: blocks that a pattern keeps, what becomes of others, tokens' order, products."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.draft import Draft
@@ -11,7 +11,7 @@ from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.kernels.patterns.registry import choice_from_data, pattern_to_data
 from ditopt.kernels.patterns.whole import Everything, Nothing
 
-REST, POOLED, TAYLOR, ORDER = "rest", "pooled", "taylor", "order"
+REST, POOLED, TAYLOR, ORDER, QK, INT8 = "rest", "pooled", "taylor", "order", "qk", "int8"
 WITHOUT_PLACES = (Draft, Everything, Nothing)
 """Patterns that do not speak of where tokens are."""
 LEAST_POOL = 4
@@ -58,12 +58,14 @@ class Pooled:
 class SparseChoice:
     """A pattern, and the ``rest`` of what it keeps; None: that is lost.
 
-    Blocks are of tokens in an ``order`` of the video; None: in raster order.
+    Blocks are of tokens in an ``order`` of the video; None: in raster order. ``qk`` is what queries and keys of these
+    blocks are multiplied as; None: as they are.
     """
 
     pattern: Pattern | Draft
     rest: Pooled | None = None
     order: TokenOrder | None = None
+    qk: Literal["int8"] | None = None
 
     @property
     def in_any_order(self) -> bool:
@@ -75,15 +77,20 @@ class SparseChoice:
         """What the mapping of a sparse decision asks for: ``{pattern: draft, keep: 0.25, rest: pooled, order: tiles}``.
 
         Raises:
-            ValueError: the pattern is unknown, or a parameter, the rest or the order does not validate, or the pattern
-                is one of places and the order one that calls find.
+            ValueError: the pattern is unknown, or a parameter, the rest, the order or ``qk`` does not validate, or the
+                pattern is one of places and the order one that calls find.
         """
         settings = dict(data) if isinstance(data, dict) else data
-        rest, order = (settings.pop(key, None) if isinstance(settings, dict) else None for key in (REST, ORDER))
+        rest, order, qk = (settings.pop(key, None) if isinstance(settings, dict) else None for key in (REST, ORDER, QK))
+        if qk not in (None, INT8):
+            raise ValueError(
+                f"{QK} {qk!r} is unknown; write {QK}: {INT8}, or nothing for products of the model's dtype"
+            )
         found = cls(
             choice_from_data(settings),
             None if rest is None else _rest(rest),
             None if order is None else TokenOrder.from_data(order),
+            qk,
         )
         if found.order is not None and found.order.is_found and not isinstance(found.pattern, WITHOUT_PLACES):
             raise ValueError(
@@ -98,6 +105,7 @@ class SparseChoice:
         return {
             **pattern_to_data(self.pattern),
             **{key: value.to_data() for key, value in beside.items() if value is not None},
+            **({} if self.qk is None else {QK: self.qk}),
         }
 
 

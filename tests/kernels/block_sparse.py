@@ -55,6 +55,7 @@ def check_against(
     absolute: PooledRest | None = None,
     further: Tensor | float = 0.0,
     mask: Tensor | None = None,
+    int8: Tensor | None = None,
 ) -> None:
     """Against float64: what rounding allows; ``rest`` is in float64, ``absolute`` the same with its values' sizes.
 
@@ -65,8 +66,8 @@ def check_against(
     polynomial and the sums over keys have some more.
     """
     query, key, value = (part.double() for part in parts)
-    exact, logs = reference.block_sparse_attention(query, key, value, lists, scale, rest, mask)
-    size, _ = reference.block_sparse_attention(query, key, value.abs(), lists, scale, absolute, mask)
+    exact, logs = reference.block_sparse_attention(query, key, value, lists, scale, rest, mask, int8)
+    size, _ = reference.block_sparse_attention(query, key, value.abs(), lists, scale, absolute, mask, int8)
     rounding = ROUNDING[parts[0].dtype]
     largest = scale * float(query.norm(dim=-1).amax() * key.norm(dim=-1).amax())
     if mask is not None and mask.dtype != torch.bool:

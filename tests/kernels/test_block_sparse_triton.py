@@ -83,43 +83,53 @@ def compiled_for(
     blocks: tuple[int, int],
     ones: tuple[str, ...],
     pool: int = 0,
+    int8: bool = False,
 ) -> Any:
     """The kernel, compiled for a GPU that need not be here; what is 1 is compiled in, as Triton does."""
-    import triton.compiler
-    from triton.backends.compiler import GPUTarget
-
     from ditopt.kernels.block_sparse_attention.triton import attend, constants
 
     like = torch.empty(1, 1, 1, channels, dtype=dtype)
-    settings = constants(like, like, BlockLists(like, like, *blocks), capability, pool)
+    settings = constants(like, like, BlockLists(like, like, *blocks), capability, pool, int8)
     settings |= dict.fromkeys(ones, 1)
-    options = {name: settings.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     pointers = dict.fromkeys(("query", "key", "value", "out", "pooled_key", "pooled_value"), f"*{NAMES[dtype]}")
     known = {**pointers, "logs": "*fp32", "indices": "*i32", "counts": "*i32", "order": "*i64"}
-    known |= {"rest": "*i32", "factor": "fp32"}
-    signature = {name: "constexpr" if name in settings else known.get(name, "i32") for name in attend.arg_names}
+    known |= {"rest": "*i32", "factor": "fp32", "int8_heads": "*i32"}
+    of_int8 = ("*i8", "*fp32", "*fp32") if int8 else (pointers["key"],) * 3
+    known |= zip(("int8_key", "int8_scales", "int8_mean"), of_int8, strict=True)
+    return compiled(attend, known, settings, capability)
+
+
+def compiled(kernel: Any, known: dict[str, str], settings: dict[str, Any], capability: tuple[int, int]) -> Any:
+    """A kernel for a GPU: ``known`` are types of arguments, others are int32; ``settings`` constants and options."""
+    import triton.compiler
+    from triton.backends.compiler import GPUTarget
+
+    options = {name: settings.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in settings}
+    signature = {name: "constexpr" if name in settings else known.get(name, "i32") for name in kernel.arg_names}
     aligned = [
         (number,)
         for number, (name, kind) in enumerate(signature.items())
         if kind.startswith("*") or name.endswith(("_batch", "_head", "_stride"))
     ]
     attributes = {place: [["tt.divisibility", 16]] for place in aligned}
-    source = triton.compiler.ASTSource(attend, signature, settings, attributes)
+    source = triton.compiler.ASTSource(kernel, signature, settings, attributes)
     return triton.compiler.compile(source, GPUTarget("cuda", 10 * capability[0] + capability[1], 32), options)
 
 
 @needs_triton
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET is set, so nothing is compiled")
 @pytest.mark.parametrize(
-    ("capability", "channels", "dtype", "blocks", "ones", "pool"),
+    ("capability", "channels", "dtype", "blocks", "ones", "pool", "int8"),
     [
-        ((8, 0), 128, torch.bfloat16, (64, 64), USUAL, 0),
-        ((8, 6), 256, torch.float16, (128, 128), USUAL, 16),
-        ((9, 0), 64, torch.bfloat16, (128, 128), (), 0),
-        ((9, 0), 128, torch.bfloat16, (64, 64), USUAL, 0),
-        ((9, 0), 96, torch.float32, (64, 48), (*USUAL, "heads", "tokens", "keys", "key_blocks", "padding"), 0),
-        ((9, 0), 128, torch.bfloat16, (64, 64), USUAL, 16),
-        ((12, 0), 64, torch.bfloat16, (128, 64), USUAL, 0),
+        ((8, 0), 128, torch.bfloat16, (64, 64), USUAL, 0, False),
+        ((8, 0), 128, torch.bfloat16, (64, 64), USUAL, 16, True),
+        ((8, 6), 256, torch.float16, (128, 128), USUAL, 16, False),
+        ((8, 6), 128, torch.float16, (64, 64), USUAL, 0, True),
+        ((9, 0), 64, torch.bfloat16, (128, 128), (), 0, False),
+        ((9, 0), 128, torch.bfloat16, (64, 64), USUAL, 0, False),
+        ((9, 0), 96, torch.float32, (64, 48), (*USUAL, "heads", "tokens", "keys", "key_blocks", "padding"), 0, False),
+        ((9, 0), 128, torch.bfloat16, (64, 64), USUAL, 16, True),
+        ((12, 0), 64, torch.bfloat16, (128, 64), USUAL, 0, True),
     ],
 )
 def test_it_compiles_for_gpus_and_fits_their_shared_memory(
@@ -129,15 +139,33 @@ def test_it_compiles_for_gpus_and_fits_their_shared_memory(
     blocks: tuple[int, int],
     ones: tuple[str, ...],
     pool: int,
+    int8: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = compiled_for(capability, channels, dtype, blocks, ones, pool)
+    kernel = compiled_for(capability, channels, dtype, blocks, ones, pool, int8)
     assert 0 < kernel.metadata.shared <= KIB[capability] * 1024
     product = "wgmma" if capability == (9, 0) else "mma.sync"
     assert (product in kernel.asm["ptx"]) == (dtype != torch.float32), "tensor cores are for 16 bits only"
     assert "cp.async" in kernel.asm["ptx"], "keys are loaded ahead"
+    assert ("s32.s8.s8" in kernel.asm["ptx"]) == int8, "and have products of int8 where they are asked for"
+
+
+@needs_triton
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET is set, so nothing is compiled")
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0)])
+def test_what_quantises_keys_compiles_for_gpus(
+    capability: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ditopt.kernels.block_sparse_attention.triton import quantise_constants
+    from ditopt.kernels.block_sparse_attention.triton_tiles import quantise
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    known = {"key": "*bf16", "mean": "*fp32", "numbers": "*i8", "scales": "*fp32"}
+    kernel = compiled(quantise, known, quantise_constants(128, 64), capability)
+    assert kernel.metadata.shared <= KIB[capability] * 1024
+    assert "div.rn.f32" in kernel.asm["ptx"], "numbers are those of the reference to the bit"
 
 
 def test_tiles_divide_blocks() -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ditopt.kernels.block_sparse_attention import triton
+from ditopt.kernels.block_sparse_attention import int8, reference, triton
 from ditopt.kernels.block_sparse_attention.lists import BlockLists
 from ditopt.kernels.block_sparse_attention.pooled import PooledRest
 from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION
@@ -48,7 +48,11 @@ SHAPES = [
 
 
 def attend(
-    parts: Operands, lists: BlockLists, scale: float = 0.2, rest: PooledRest | None = None
+    parts: Operands,
+    lists: BlockLists,
+    scale: float = 0.2,
+    rest: PooledRest | None = None,
+    int8: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The kernel's result, in memory that held NaN, on the processor."""
     made = Tensor.new_empty
@@ -64,7 +68,8 @@ def attend(
         given = (*given, *(part.to(DEVICE) for part in (rest.key, rest.value, rest.heads)), rest.pool)  # type: ignore[assignment]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "new_empty", poisoned)
-        out, logs = triton.block_sparse_attention(*given) if triton.INTERPRETED else BLOCK_SPARSE_ATTENTION(*given)
+        run = triton.block_sparse_attention if triton.INTERPRETED else BLOCK_SPARSE_ATTENTION
+        out, logs = run(*given, int8=None if int8 is None else int8.to(DEVICE))
     assert out.transpose(1, 2).is_contiguous()
     return out.cpu(), logs.cpu()
 
@@ -277,3 +282,121 @@ def test_wrong_lists_and_rests_to_first_order_give_nan() -> None:
     lists.indices[0, 0, 0, 1] = 1
     for result in attend(parts, lists, 0.2, rest_of(parts, [1, 2], 16)):
         assert result[:, 0].isfinite().all() and result[:, 1].isnan().all()
+
+
+def heads_of(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(
+    ("shape", "sizes", "density", "pool"),
+    [
+        ((1, 2, 2, 130, 200, 64, 64), (64, 64), 0.6, 0),
+        ((2, 4, 2, 70, 150, 40, 24), (64, 64), 0.6, 0),  # channels padded, two heads to a key's, a short block
+        ((1, 2, 2, 64, 90, 96, 33), (64, 4), 0.5, 0),  # blocks of fewer keys than a tile
+        ((1, 1, 1, 65, 300, 16, 16), (64, 192), 1.1, 0),  # several tiles to a block
+        ((2, 4, 2, 70, 150, 40, 24), (64, 64), 0.5, 16),  # beside a rest
+        ((1, 2, 1, 64, 300, 16, 48), (64, 48), 0.0, 4),  # nothing listed
+    ],
+)
+def test_int8_scores_are_those_of_the_quantised_numbers(
+    shape: tuple[int, int, int, int, int, int, int],
+    sizes: tuple[int, int],
+    density: float,
+    pool: int,
+    dtype: torch.dtype,
+) -> None:
+    """Numbers and scales are the reference's to the bit, so what rounding allows is what it allows without them."""
+    batch, heads, _, queries, keys, *_ = shape
+    query, key, value = operands(shape, dtype)
+    parts = (query, (key + 3 * key[:, :, :1]).to(dtype), value)  # an offset that all keys share
+    lists = drawn(heads, queries, keys, density, batch, *sizes)
+    eight = heads_of(*[1, 0, 1, 1][:heads])
+    rest = rest_of(parts, [1, 0, 1, 1][:heads], pool) if pool else None
+    wide = size = None
+    if rest is not None:
+        wide = PooledRest(rest.key.double(), rest.value.double(), rest.heads, pool)
+        size = PooledRest(rest.key.double(), rest.value.double().abs(), rest.heads, pool)
+    found = attend(parts, lists, 0.2, rest, eight)
+    block_sparse.check_against(found, parts, lists, 0.2, wide, size, int8=eight)
+    plain = attend(parts, lists, 0.2, rest)
+    for ours, native in zip(found, plain, strict=True):
+        assert torch.equal(ours[:, eight == 0], native[:, eight == 0])
+        assert (density > 0) == bool((ours[:, 0] != native[:, 0]).any())
+
+
+def test_keys_are_quantised_as_the_reference_does() -> None:
+    _, key, _ = operands((2, 2, 2, 1, 150, 40, 8), torch.bfloat16)
+    key[0, 0, 64:128] = key.float().mean(2).to(key)[0, 0]  # next to nothing is left of a block
+    key[1, 1, 3, 5], key[1, 0, 140, 0] = math.nan, math.inf
+    for key_block in (64, 48, 200):
+        ours, theirs = triton.quantised_keys(key.to(DEVICE), key_block), int8.quantised_keys(key, key_block)
+        torch.testing.assert_close(ours.mean.cpu(), theirs.mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ours.scales.cpu(), theirs.scales, rtol=1e-6, atol=1e-12, equal_nan=True)
+        sound = theirs.scales.isfinite().repeat_interleave(key_block, -1)[..., :150]
+        assert not sound.all() and (ours.numbers.cpu()[sound].int() - theirs.numbers[sound].int()).abs().max() <= 1
+        if triton.INTERPRETED:
+            assert torch.equal(ours.numbers[sound], theirs.numbers[sound])
+
+
+def test_without_smoothing_an_offset_of_keys_takes_up_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SageAttention's reason to smooth keys: channels in which all tokens have about the same large number."""
+    query, key, value = operands((1, 1, 1, 64, 256, 64, 64))
+    key[..., ::8] += 60.0
+    lists = drawn(1, 64, 256, 1.1)
+    exact, logs = reference.block_sparse_attention(query.double(), key.double(), value.double(), lists, 0.125)
+
+    def errors() -> tuple[float, float]:
+        out, found = attend((query, key, value), lists, 0.125, int8=heads_of(1))
+        return float((out - exact).norm() / exact.norm()), float((found - logs).abs().max())
+
+    smoothed, of_logs = errors()
+    assert smoothed < 0.025 and of_logs < 0.03
+    monkeypatch.setattr(triton, "mean_of", lambda key: key.new_zeros(1, 1, 64))
+    assert errors()[0] > 0.12, "6 times as much"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_makes_int8_scores_nan_and_others_none(dtype: torch.dtype) -> None:
+    lists = BlockLists.from_map(torch.tensor([[[[True, False], [False, True]]]]), 64, 64)
+    for number in (math.nan, math.inf, -math.inf):
+        for position in (0, 1, 2):
+            parts = operands((1, 1, 1, 128, 128, 16, 16), dtype)
+            parts[position][0, 0, 7, 3] = number
+            out, logs = attend(parts, lists, 0.25, int8=heads_of(1))
+            assert out[0, 0, 64:].isfinite().all() and logs[0, 0, 64:].isfinite().all()
+            if position == 0:  # of a query its own row
+                assert out[0, 0, 7].isnan().all() and logs[0, 0, 7].isnan()
+                assert out[0, 0, [*range(7), *range(8, 64)]].isfinite().all()
+            elif position == 1:
+                assert out[0, 0, :64].isnan().all() and logs[0, 0, :64].isnan().all()
+            else:
+                assert not out[0, 0, :64, 3].isfinite().any() and logs.isfinite().all()
+                assert out[0, 0, :64, [0, 1, 2]].isfinite().all()
+
+
+def test_queries_and_keys_of_nothing_but_zeros_have_equal_shares() -> None:
+    query, key, value = operands((1, 1, 1, 64, 128, 16, 16))
+    for parts in ((0 * query, key, value), (query, 0 * key, value), (query, 0 * key + 5, value)):
+        out, logs = attend(parts, drawn(1, 64, 128, 1.1), 0.25, int8=heads_of(1))
+        torch.testing.assert_close(out, value.mean(2, keepdim=True).expand(out.shape), atol=1e-5, rtol=1e-5)
+        shift = 0.25 * parts[0] @ parts[1][..., :1, :].transpose(-2, -1)
+        torch.testing.assert_close(logs, math.log(128) + shift[..., 0], atol=1e-4, rtol=1e-5)
+
+
+def test_wrong_lists_give_nan_under_int8_scores_too() -> None:
+    parts, lists = operands((1, 1, 1, 64, 130, 16, 16)), drawn(1, 64, 130, 1.1)
+    lists.counts[:] = 2
+    lists.indices[0, 0, 0, 1] = 2**30
+    assert all(result.isnan().all() for result in attend(parts, lists, int8=heads_of(1)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_do_not_matter_to_int8_scores(layout: str) -> None:
+    parts, lists = operands((2, 2, 2, 70, 100, 32, 16)), drawn(2, 70, 100, 0.8)
+    query, key, value = laid_out(parts, layout)
+    for ours, theirs in zip(
+        attend((query, key, value), lists, int8=heads_of(1, 1)), attend(parts, lists, int8=heads_of(1, 1)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
