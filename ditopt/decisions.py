@@ -138,7 +138,8 @@ class Sparse(_Decision):
     two that are written alike are equal. Its ``rest`` says what becomes of the other blocks: they are lost, or
     (``rest: pooled``) count by the means of their keys and values, in groups of whole blocks or of so many tokens
     (``rest: {pooled: 16}``). Its ``order`` (``tiles``, ...) says in which order of the tokens blocks are, ``qk: int8``
-    that queries and keys are multiplied as int8.
+    that queries and keys are multiplied as int8; with a ``refresh`` of N a draft's blocks are found in every N-th step
+    of a run, and kept in between.
     """
 
     kind: Literal["sparse"] = "sparse"

@@ -63,6 +63,8 @@ class SparseAttention:
     ``order``: whether blocks are of tokens in an order that is an input. ``clusters``: an input says of which heads the
     call finds it, by clusters of the tokens from the first up to the last of these; others have that which is given.
     ``int8``: an input says which heads have int8 scores.
+    ``keeps`` and ``reads`` are kinds of tensors (``passes.kept``): those that the graph hands on to later steps, and
+    those that it has from an earlier one, for the heads that an input names.
     """
 
     site: str
@@ -75,6 +77,8 @@ class SparseAttention:
     by: tuple[str, ...] = ("means",)
     clusters: tuple[int, int] | None = None
     int8: bool = False
+    keeps: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ditopt.passes.attention import list_maker, rest_of
 from ditopt.passes.cast import VIEWS, castable
 from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.features import user_outputs
+from ditopt.passes.kept import LISTS, check_handed_on, kept_slots, slot_of, taken
 from ditopt.passes.second_order import SECOND_ORDER
 from ditopt.passes.simplify import simplifiable
 from ditopt.passes.sparse import (
@@ -79,11 +80,26 @@ def audit(
     _check_sparse(gm, plan, index, reasons)
     if plan.second_order:
         _check_second_order(gm)
-    extra = len(gm.graph.output_node().args[0]) - user_outputs(gm)  # type: ignore[arg-type]
-    if plan.recorded and extra < len(plan.recorded):
+    _check_outputs(gm, plan, index)
+
+
+def _check_outputs(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> None:
+    """Behind what the user gets are the streams of every recorded feature, of every boundary, and what is kept."""
+    returned = user_outputs(gm)
+    streams = [len(boundary.streams) for boundary in index.boundaries]
+    of_sites = {site: streams[last + 1] for site, (_, last) in index.ranges.items()}
+    of_sites[STEP] = sum(node is not None for node in outputs(gm)[:returned])
+    wanted = sum(of_sites.get(site, 1) for site in plan.recorded) + (sum(streams) if plan.boundaries else 0)
+    kept = sum(count for _, count in kept_slots(plan))
+    extra = len(outputs(gm)) - returned
+    if extra - kept < wanted:
         raise AuditError(
-            f"{len(plan.recorded)} features are to be recorded ({', '.join(plan.recorded)}), the graph hands on {extra}"
+            f"{len(plan.recorded)} features are to be recorded ({', '.join(plan.recorded)}) in {wanted} tensors, and "
+            f"{kept} kept; the graph hands on {extra}"
         )
+    calls = {node.meta.get(SITE): node for node in gm.graph.nodes if node.target is BLOCK_SPARSE_ATTENTION}
+    lists = {slot_of(LISTS, site): node.args[3:5] for site, node in calls.items()}
+    check_handed_on(gm, plan, returned + wanted, lists)
 
 
 def _check_sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, reasons: Sequence[str]) -> None:
@@ -97,6 +113,11 @@ def _check_sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, reasons
             raise AuditError(f"{wanted.site}: sparse by the plan, but its attention is {'; '.join([found, *why])}")
         (node,) = of_site
         lists = _of_draft(node, wanted) if wanted.draft else node.args[3:5]
+        if LISTS in wanted.reads:
+            own = [taken(each, LISTS, wanted.site, place) for place, each in enumerate(lists[:2])]
+            if any(each is None for each in own):
+                raise AuditError(f"{wanted.site}: to read lists that were kept, but its attention does not")
+            lists = (*own, *lists[2:])
         read = [str(each.target) for each in lists if isinstance(each, fx.Node)]
         sizes = (*node.args[5:7], tensor_value(node.args[3]).shape[-1])
         names = [*list_names(wanted.site), *draft_inputs(wanted)]

@@ -1,16 +1,18 @@
 """Sparse: attention sites that a step's plan names attend to listed blocks of keys.
 
 Lists are inputs of the graph, of the same shape in all steps, so that one graph serves steps with other patterns. Where
-heads find blocks in the call itself, how many is an input too, and ``ditopt::draft_lists`` makes the lists. The numbers
-are those of attention under the blocks' mask; where heads have a rest, the graph takes means of keys and values, and a
-further input says which heads read them. Where tokens have another order, operands are gathered into it right before
-all that, and the result back, by inputs too, or by ``ditopt::cluster_order`` of the queries and keys. A mask of the
-model's own holds within the blocks.
+heads find blocks in the call itself, how many is an input too, and ``ditopt::draft_lists`` makes the lists; these may
+be handed on to later steps, which read them in place of finding some (``passes.kept``). The numbers are those of
+attention under the blocks' mask; where heads have a rest, the graph takes means of keys and values, and a further input
+says which heads read them. Where tokens have another order, operands are gathered into it right before all that, and
+the result back, by inputs too, or by ``ditopt::cluster_order`` of the queries and keys. A mask of the model's own holds
+within the blocks.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
@@ -35,11 +37,13 @@ from ditopt.passes._infra import (
     call,
     contiguous,
     in_memory_order,
+    outputs,
     replace_each,
     tensor_value,
     word,
 )
 from ditopt.passes.attention import mask_of, scale_of, special_but_mask
+from ditopt.passes.kept import LISTS, hand_on, slot_of, take
 
 aten = torch.ops.aten
 
@@ -95,6 +99,8 @@ def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
     """Replace the attention of every site of ``plan.sparse``; the reasons say why one stays, which no audit passes."""
     wanted = {each.site: each for each in plan.sparse}
     reasons: list[str] = []
+    kept: dict[str, Sequence[fx.Node]] = {}
+    returned = len(outputs(gm))
 
     def write(node: fx.Node) -> fx.Node | None:
         found = wanted.get(node.meta.get(SITE, "")) if node.target is ATTENTION else None
@@ -114,8 +120,13 @@ def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
             there, order[1] = _orders(gm, operands, found, order)
             heads = tensor_value(operands[0]).shape[1]
             operands = [gathered(gm, each, by, heads) for each, by in zip(operands, there, strict=True)]
+        if LISTS in found.reads:
+            inputs = take(gm, LISTS, found.site, inputs, tensor_value(node).shape[0])
         if found.draft:
             inputs = _draft_lists(gm, operands, found, inputs, scale_of(node))
+        if LISTS in found.keeps:
+            kept[slot_of(LISTS, found.site)] = inputs
+            hand_on(gm, plan, returned, kept)
         pooled: tuple[object, ...] = ()
         if rest is not None:
             means = [pooled_tokens(gm, each, found.pool) for each in operands[1:]]

@@ -1,7 +1,7 @@
 """Who may import whom, as the design page draws the house; read off the syntax trees, nothing is imported.
 
     L0  errors, sites, decisions, plan(_text, _diff), profile, measures, device, geometry, (block_)roles,
-        findings, observations, recipes                       data
+        findings, observations, recipes, kept                 data
     L1  kernels      cost_models                              never each other
     L2  passes -> kernels.ops      search -> cost_models      never each other
     L3  everything else: profiler, runtime, backend, adapters, api, report, cli, trace, ...
@@ -37,7 +37,7 @@ DATA = (
         "device",
         "geometry",
     ),
-    *("roles", "block_roles", "findings", "observations", "recipes"),
+    *("roles", "block_roles", "findings", "observations", "recipes", "kept"),
 )
 TOP = ("passes", "kernels", "cost_models")
 

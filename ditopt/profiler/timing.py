@@ -15,6 +15,7 @@ from ditopt.errors import AuditError
 from ditopt.passes._infra import Prediction, StepPlan, tensor_value
 from ditopt.passes.cast import castable
 from ditopt.passes.combine import factors_name, slot_name
+from ditopt.passes.kept import stand_ins
 from ditopt.passes.second_order import SECOND_ORDER
 from ditopt.passes.simplify import simplifiable
 from ditopt.runtime.program import Program
@@ -44,6 +45,8 @@ def inputs_for(
     Slots hold zeros of the recorded shapes: the time of a dense tensor program does not depend on values.
     """
     added: dict[str, Tensor] = dict(lists or {})
+    if any(each.reads for each in plan.sparse):
+        added |= stand_ins(program.variants.graph(plan), added)
     for prediction in plan.predicted:
         added |= _slots(program, prediction.site, prediction.history)
         added[factors_name(prediction.site)] = torch.zeros(prediction.terms, device=next(iter(added.values())).device)

@@ -13,8 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from ditopt.kernels.block_sparse_attention.lists import blocks
 from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, FLASH_ATTENTION
-from ditopt.passes._infra import StepPlan, tensor_value
+from ditopt.passes._infra import SITE, StepPlan, tensor_value
 from ditopt.passes.attention import list_maker, rest_of
+from ditopt.passes.kept import LISTS, room_name, taken
 from ditopt.profiler.timing import inputs_for, synchronise
 from ditopt.runtime.program import Program
 from ditopt.trace import PRODUCTS, attention_flops, product_flops
@@ -91,15 +92,18 @@ def counted_work(gm: fx.GraphModule, lists: Mapping[str, Tensor] | None = None) 
 def _listed_share(node: fx.Node, lists: Mapping[str, Tensor]) -> float:
     """What lists of a block-sparse attention name of all blocks, with a rest's groups; 1 where they are not at hand.
 
-    Of lists that a call finds for itself it is what they have room for.
+    Of lists that a call finds for itself, or has of an earlier step, it is what they have room for.
     """
-    maker = list_maker(node)
-    counts = _given(lists, node.args[4] if maker is None else maker.args[3])
+    maker, site = list_maker(node), node.meta.get(SITE, "")
+    own = node.args[4] if maker is None else maker.args[3]
+    given = taken(own, LISTS, site, 1)
+    counts = _given(lists, own if given is None else given)
     keep = None if maker is None else _given(lists, maker.args[4])
-    if counts is None or (maker is not None and keep is None):
+    room = None if given is None else lists.get(room_name(site))
+    if counts is None or (maker is not None and keep is None) or (given is not None and room is None):
         return 1.0
-    if keep is not None:
-        counts = counts.clamp(min=keep[None, :, None])
+    for each in (keep, room):
+        counts = counts if each is None else counts.clamp(min=each[None, :, None])
     keys, key_block = int(tensor_value(node.args[1]).shape[-2]), int(node.args[6])  # type: ignore[arg-type]  # a node
     share = float(counts.sum()) / (counts.numel() * blocks(keys, key_block))
     *_, rest, pool = rest_of(node)

@@ -19,6 +19,7 @@ from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.second_order import SECOND_ORDER
 from ditopt.plan import Plan
 from ditopt.runtime.clock import ScheduleCache, StepClock, read_timestep
+from ditopt.runtime.kept import kept_inputs
 from ditopt.runtime.moment import Moment, Place, announce, take
 from ditopt.runtime.schedule import BoundPlan, BoundPrediction, BoundSecondOrder, adapted_factors, bind
 from ditopt.runtime.slots import StreamState
@@ -271,6 +272,8 @@ class Program:
         step = bound.steps[number]
         in_turn, state.last_step = state.last_step == number - 1, number
         added = self._added_inputs(step.predictions, state, bound, number, time)
+        kept = kept_inputs(step.reads, state, bound.times, any_time=self.on_mismatch == "retarget")
+        added = None if added is None or kept is None else {**added, **kept}
         does = bound.full if added is None else step.variant
         if added is None:
             self.statistics.cold_calls += 1
@@ -285,8 +288,9 @@ class Program:
         owner._note_peak()
         if self.on_mismatch == "retarget" or added is None:  # who will read what is not known any more
             state.retain_newest(bound.depth, bound.full.recorded)
+            state.retain_newest(1, bound.kept)
         else:
-            own = bound.full.recorded
+            own = {*bound.full.recorded, *bound.kept}
             state.retain(lambda site, source: site not in own or (site, source) in step.live)
         return outputs
 

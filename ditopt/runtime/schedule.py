@@ -6,6 +6,7 @@ from bisect import bisect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from torch import Tensor
 
@@ -13,7 +14,9 @@ from ditopt._torch import real_tensors
 from ditopt.decisions import Dense, FeatureDecision, Fit, Forecast, Predictor
 from ditopt.errors import PlanMismatchError
 from ditopt.passes._infra import Prediction, StepPlan
+from ditopt.passes.kept import kept_slots
 from ditopt.plan import Plan, Rule, format_steps
+from ditopt.runtime.kept import KeptRead
 from ditopt.runtime.sparse import AttentionSites, SparseStep
 from ditopt.search.predictors import predictor_coefficients, second_order_factors
 from ditopt.sites import STEP, range_name
@@ -46,7 +49,8 @@ class BoundSecondOrder:
 class BoundStep:
     """One step of a bound plan.
 
-    ``live`` are the (site, step) features that later steps still read, ``lists`` the inputs of its sparse attention.
+    ``live`` are the (site or slot, step) features and slots that later steps still read, ``lists`` the inputs of its
+    sparse attention, ``reads`` the slots that this reads.
     """
 
     predictions: tuple[BoundPrediction, ...]
@@ -54,6 +58,7 @@ class BoundStep:
     live: frozenset[tuple[str, int]]
     second_order: BoundSecondOrder | None = None
     lists: Mapping[str, Tensor] = field(default_factory=dict)
+    reads: tuple[KeptRead, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,14 @@ class BoundPlan:
 
     @property
     def variants(self) -> tuple[StepPlan, ...]:
-        """The distinct graphs needed, in order of first use; ``full`` where predictions may lack their history."""
-        full = [self.full] if any(step.predictions for step in self.steps) else []
+        """The distinct graphs needed, in order of first use; ``full`` where what steps read may not be there."""
+        full = [self.full] if any(step.predictions or step.reads for step in self.steps) else []
         return tuple(dict.fromkeys([*(step.variant for step in self.steps), *full]))
+
+    @cached_property
+    def kept(self) -> frozenset[str]:
+        """The slots that steps hand on beside features."""
+        return frozenset(slot for variant in self.variants for slot, _ in kept_slots(variant))
 
     @property
     def depth(self) -> int:
@@ -204,7 +214,7 @@ def bind(
         refused = str(error)
     steps = _with_liveness(bound, used, ranges, forms, finer)
     if lists:
-        steps = tuple(_with_lists(step, found) for step, found in zip(steps, lists, strict=True))
+        steps = _with_lists(steps, lists)
     return BoundPlan(steps, full, times, plan.sampler.timesteps[network], refused, notes)
 
 
@@ -219,8 +229,14 @@ def _inside(block: str | None, site: str, ranges: Mapping[str, tuple[int, int]])
     return site == STEP or (block is not None and block in ranges and overlap(ranges[block], ranges[site]))
 
 
-def _with_lists(step: BoundStep, found: SparseStep) -> BoundStep:
-    return replace(step, variant=replace(step.variant, sparse=found.variant), lists=found.inputs)
+def _with_lists(steps: Sequence[BoundStep], lists: Sequence[SparseStep]) -> tuple[BoundStep, ...]:
+    made: list[BoundStep] = []
+    live: frozenset[tuple[str, int]] = frozenset()
+    for step, found in zip(reversed(steps), reversed(lists), strict=True):
+        variant = replace(step.variant, sparse=found.variant)
+        made.append(replace(step, variant=variant, live=step.live | live, lists=found.inputs, reads=found.reads))
+        live |= {(read.slot, read.source) for read in found.reads}
+    return tuple(reversed(made))
 
 
 def adapted_factors(

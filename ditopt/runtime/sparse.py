@@ -7,7 +7,6 @@ case, and how much more it finds in each call goes with them.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -28,11 +27,13 @@ from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.kernels.patterns.whole import Nothing
 from ditopt.passes._infra import SITE, SparseAttention, tensor_value
 from ditopt.passes.attention import mask_of
+from ditopt.passes.kept import LISTS, readers_name, room_name
 from ditopt.passes.sparse import clusters_name, draft_inputs, int8_name, list_names, order_names, rest_name
 from ditopt.plan import Plan, Rule
 from ditopt.runtime.choices import choice_of
+from ditopt.runtime.drafts import finding, limits_of_steps, room_of, selectors_of_steps
+from ditopt.runtime.kept import KeptRead, KeptSteps, kept_steps, refresh_of
 from ditopt.runtime.products import int8_heads, is_int8
-from ditopt.runtime.selectors import selectors_of_steps
 from ditopt.runtime.token_orders import clustered_heads, site_orders
 from ditopt.sites import AttentionSite
 from ditopt.trace import Trace, block_of
@@ -67,6 +68,11 @@ class Place:
     device: torch.device
     masked: bool = False
 
+    @property
+    def key_blocks(self) -> int:
+        """How many blocks of keys it has."""
+        return blocks(self.site.keys, kernel_blocks(self.site.queries, self.site.keys)[1])
+
 
 def attention_nodes(trace: Trace) -> dict[str, fx.Node]:
     """The attention calls of a graph, by the name of their site."""
@@ -92,10 +98,11 @@ def places_of(trace: Trace) -> dict[str, Place]:
 
 @dataclass(frozen=True)
 class SparseStep:
-    """The sparse attention of one step: what its graph has to do, and the graph's inputs by name."""
+    """The sparse attention of one step: what its graph has to do, the graph's inputs by name, and slots it reads."""
 
     variant: tuple[SparseAttention, ...] = ()
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    reads: tuple[KeptRead, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,24 +170,25 @@ class AttentionSites:
             PlanMismatchError: how the tokens of a site lie is not known, or a rest is not in pools of one size that
                 divides its blocks.
         """
-        found: list[list[tuple[SparseAttention, dict[str, Tensor]]]] = [[] for _ in plan.sampler.timesteps[network]]
+        found: list[list[tuple[SparseAttention, dict[str, Tensor], tuple[KeptRead, ...]]]]
+        found = [[] for _ in plan.sampler.timesteps[network]]
         notes: dict[str, None] = {}  # a set in order
         for name, place in self.places.items():
-            decided = {
-                step: each.of(place.site.heads)
-                for step, each in enumerate(plan.head_decisions(name, network))
-                if each.any_sparse and not inside(step, place.block)
-            }
+            of_plan = plan.head_decisions(name, network)
+            computed = [step for step in range(len(of_plan)) if not inside(step, place.block)]
+            decided = {step: of_plan[step].of(place.site.heads) for step in computed if of_plan[step].any_sparse}
             if not decided:
                 continue
             geometry = self._geometry(plan, network, place) if place.own else None
             of_steps = _lists(place, geometry, decided, notes)
-            rests = _rests(place, {step: decided[step] for step in of_steps})
-            limits = _limits(place, {step: decided[step] for step in of_steps})
-            selectors = selectors_of_steps({step: decided[step] for step in limits})
+            decided = {step: decided[step] for step in of_steps}
+            kept = _kept(place, computed, decided)
+            rests = _rests(place, decided)
+            limits = limits_of_steps(decided, kept, place.key_blocks, place.device)
+            selectors = selectors_of_steps({step: finding(decided[step], kept.uses[step]) for step in limits})
             block = kernel_blocks(place.site.queries, place.site.keys)[1]
-            ordered, orders = site_orders({step: decided[step] for step in of_steps}, geometry, block, place.device)
-            products = int8_heads(name, {step: decided[step] for step in of_steps}, place.device)
+            ordered, orders = site_orders(decided, geometry, block, place.device)
+            products = int8_heads(name, decided, place.device)
             for step, lists in of_steps.items():
                 pool, heads = rests[step]
                 width = int(lists.indices.shape[-1])
@@ -188,7 +196,7 @@ class AttentionSites:
                 inputs |= {rest_name(name): heads} if pool else {}
                 inputs |= zip(order_names(name), orders[step], strict=True) if orders else ()
                 wanted = SparseAttention(name, lists.query_block, lists.key_block, width, pool, order=ordered)
-                if limits:
+                if step in limits:
                     by, codes = selectors[step]
                     wanted = replace(wanted, draft=True, by=by)
                     inputs |= zip(draft_inputs(wanted), (*limits[step], codes.to(place.device)), strict=False)
@@ -199,11 +207,21 @@ class AttentionSites:
                     before = geometry.text if geometry.text_first else 0
                     wanted = replace(wanted, clusters=(before, before + geometry.video))
                     inputs[clusters_name(name)] = _of_heads([int(each) for each in clustered], torch.int32, place)
-                found[step].append((wanted, inputs))
+                reads = kept.reads(step)
+                wanted = replace(wanted, keeps=kept.keeps(step), reads=(LISTS,) if reads else ())
+                if reads:
+                    readers = kept.readers(step)
+                    rooms = [
+                        room_of(do, place.key_blocks) * read for do, read in zip(decided[step], readers, strict=True)
+                    ]
+                    inputs[readers_name(LISTS, name)] = _of_heads(readers, torch.bool, place)
+                    inputs[room_name(name)] = _of_heads(rooms, torch.int32, place)
+                found[step].append((wanted, inputs, reads))
         steps = (
             SparseStep(
-                tuple(each for each, _ in of_step),
-                {name: tensor for _, inputs in of_step for name, tensor in inputs.items()},
+                tuple(each for each, _, _ in of_step),
+                {name: tensor for _, inputs, _ in of_step for name, tensor in inputs.items()},
+                tuple(read for _, _, reads in of_step for read in reads),
             )
             for of_step in found
         )
@@ -259,7 +277,7 @@ def _lists(
         notes[f"{site.name}: patterns that keep every block of {size} run dense"] = None
     maps = {heads: attended for heads, attended in maps.items() if heads not in whole}
     longest = max((int(attended.sum(-1).max()) for attended in maps.values()), default=0)
-    longest = max([longest, *(_found(do, key_blocks) for heads in maps for do in heads)])
+    longest = max([longest, *(room_of(do, key_blocks) for heads in maps for do in heads)])
     width = min(key_blocks, max(1, -(-longest // WIDTHS)) * WIDTHS)
     lists = {
         heads: BlockLists.from_map(attended, query_block, key_block, width).to(place.device)
@@ -302,43 +320,16 @@ def _rests(place: Place, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dic
     return {step: found[heads] for step, heads in decided.items()}
 
 
-def _limits(place: Place, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dict[int, tuple[Tensor, Tensor]]:
-    """By step what heads find in a call, ``keep`` and ``mass``; nothing where no head does in any step.
-
-    With it in all steps if in one: a graph serves them all, and static heads find nothing.
-    """
-    _, key_block = kernel_blocks(place.site.queries, place.site.keys)
-    key_blocks = blocks(place.site.keys, key_block)
-    found = {heads: [_found(do, key_blocks) for do in heads] for heads in dict.fromkeys(decided.values())}
-    if not any(map(any, found.values())):
-        return {}
-    limits = {
-        heads: (_of_heads(keep, torch.int32, place), _of_heads([_mass(do) for do in heads], torch.float32, place))
-        for heads, keep in found.items()
-    }
-    return {step: limits[heads] for step, heads in decided.items()}
+def _kept(place: Place, computed: Sequence[int], decided: Mapping[int, tuple[HeadDecision, ...]]) -> KeptSteps:
+    """In which steps which heads find the lists that they keep, and in which they read them."""
+    return kept_steps(
+        LISTS, place.site.name, computed, decided, lambda do: refresh_of(do) if room_of(do, place.key_blocks) else None
+    )
 
 
 def _of_heads(values: Sequence[float], dtype: torch.dtype, place: Place) -> Tensor:
     """``[H]``: a number for every head of a site."""
     return torch.tensor(values, dtype=dtype, device=place.device)
-
-
-def _draft(decision: HeadDecision) -> Draft | None:
-    """The dynamic pattern of a head; None under a static one."""
-    choice = choice_of(decision)
-    return choice.pattern if choice is not None and isinstance(choice.pattern, Draft) else None
-
-
-def _found(decision: HeadDecision, key_blocks: int) -> int:
-    """How many of so many blocks a head finds in a call at most; 0 where its lists are given."""
-    draft = _draft(decision)
-    return 0 if draft is None or draft.everything(key_blocks) else draft.room(key_blocks)
-
-
-def _mass(decision: HeadDecision) -> float:
-    draft = _draft(decision)
-    return math.inf if draft is None or draft.mass is None else draft.mass
 
 
 def _fitting(geometry: Geometry, tokens: int) -> Iterator[Geometry]:

@@ -21,6 +21,7 @@ from ditopt.passes.audit import audit, only_needed_by
 from ditopt.passes.cast import cast
 from ditopt.passes.features import feature
 from ditopt.passes.flash import flash
+from ditopt.passes.kept import kept_slots
 from ditopt.passes.lower_attention import lower_attention_with
 from ditopt.passes.predict import predict
 from ditopt.passes.prune import prune
@@ -40,7 +41,8 @@ PASSES = (record, predict, second_order, sparse, prune, simplify, cast, flash)
 class Variant:
     """One compiled graph. ``inputs`` lists positions of captured inputs and names of added ones.
 
-    ``recorded`` gives, per recorded site, how many tensors of the outputs behind the user's are its.
+    ``recorded`` gives, per recorded site and per slot that is kept, how many tensors of the outputs behind the user's
+    are its.
     """
 
     plan: StepPlan
@@ -99,6 +101,7 @@ class VariantCache:
         inputs = tuple(gm.meta["ditopt_inputs"])
         users = int(gm.meta["ditopt_user_outputs"])
         recorded = tuple((site, len(feature(self.trace.gm, self.index, site).ends)) for site in plan.recorded)
+        recorded += kept_slots(plan)
         nodes = sum(node.op == "call_function" for node in gm.graph.nodes)
         values = (node.meta["val"] for node in self.trace.placeholders)
         sample = next(value for value in values if isinstance(value, Tensor))

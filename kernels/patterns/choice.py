@@ -1,4 +1,7 @@
-"""What a sparse decision asks for: blocks that a pattern keeps, what becomes of others, tokens' order, products."""
+"""What a sparse decision asks for: blocks that a pattern keeps, what becomes of others, tokens' order, products.
+
+And whether blocks that a step finds are kept for those that follow it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from ditopt.kernels.patterns.registry import choice_from_data, pattern_to_data
 from ditopt.kernels.patterns.whole import Everything, Nothing
 
 REST, POOLED, TAYLOR, ORDER, QK, INT8 = "rest", "pooled", "taylor", "order", "qk", "int8"
+REFRESH = "refresh"
 WITHOUT_PLACES = (Draft, Everything, Nothing)
 """Patterns that do not speak of where tokens are."""
 LEAST_POOL = 4
@@ -59,13 +63,15 @@ class SparseChoice:
     """A pattern, and the ``rest`` of what it keeps; None: that is lost.
 
     Blocks are of tokens in an ``order`` of the video; None: in raster order. ``qk`` is what queries and keys of these
-    blocks are multiplied as; None: as they are.
+    blocks are multiplied as; None: as they are. A draft's blocks are found in the first of a run of computed steps with
+    the same decision and in every ``refresh``-th behind it, and kept in between; None: in each.
     """
 
     pattern: Pattern | Draft
     rest: Pooled | None = None
     order: TokenOrder | None = None
     qk: Literal["int8"] | None = None
+    refresh: int | None = None
 
     @property
     def in_any_order(self) -> bool:
@@ -77,11 +83,14 @@ class SparseChoice:
         """What the mapping of a sparse decision asks for: ``{pattern: draft, keep: 0.25, rest: pooled, order: tiles}``.
 
         Raises:
-            ValueError: the pattern is unknown, or a parameter, the rest, the order or ``qk`` does not validate, or the
-                pattern is one of places and the order one that calls find.
+            ValueError: the pattern is unknown, or a parameter, the rest, the order, ``qk`` or the refresh does not
+                validate, or the pattern is one of places and the order one that calls find, or what is to be kept is
+                not found.
         """
         settings = dict(data) if isinstance(data, dict) else data
-        rest, order, qk = (settings.pop(key, None) if isinstance(settings, dict) else None for key in (REST, ORDER, QK))
+        rest, order, qk, refresh = (
+            settings.pop(key, None) if isinstance(settings, dict) else None for key in (REST, ORDER, QK, REFRESH)
+        )
         if qk not in (None, INT8):
             raise ValueError(
                 f"{QK} {qk!r} is unknown; write {QK}: {INT8}, or nothing for products of the model's dtype"
@@ -91,7 +100,11 @@ class SparseChoice:
             None if rest is None else _rest(rest),
             None if order is None else TokenOrder.from_data(order),
             qk,
+            refresh,
         )
+        refused = None if refresh is None else _not_kept(found)
+        if refused is not None:
+            raise ValueError(f"refresh {refresh!r}: {refused}")
         if found.order is not None and found.order.is_found and not isinstance(found.pattern, WITHOUT_PLACES):
             raise ValueError(
                 f"order {order}: tokens of a block are alike there wherever they are, so that {settings['pattern']}, "
@@ -106,7 +119,21 @@ class SparseChoice:
             **pattern_to_data(self.pattern),
             **{key: value.to_data() for key, value in beside.items() if value is not None},
             **({} if self.qk is None else {QK: self.qk}),
+            **({} if self.refresh is None else {REFRESH: self.refresh}),
         }
+
+
+def _not_kept(choice: SparseChoice) -> str | None:
+    """Why a choice's blocks cannot be kept between steps; None if they can."""
+    if not (type(choice.refresh) is int and choice.refresh >= 2):
+        return (
+            "write 2 or more: N finds blocks in every N-th step and keeps them in between; leave it out for every step"
+        )
+    if not isinstance(choice.pattern, Draft):
+        return f"{pattern_to_data(choice.pattern)['pattern']} finds no blocks; only a draft's are kept between steps"
+    if choice.order is not None and choice.order.is_found:
+        return "clusters are found in every call, so that blocks of one step are not those of the next; leave one out"
+    return None
 
 
 def _rest(written: Any) -> Pooled:
