@@ -29,7 +29,8 @@ from ditopt._torch import forget_compiled_code
 from ditopt.backend import Session, ditopt_backend
 from ditopt.bench import versions
 from ditopt.decisions import Dense, Reuse
-from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint, write_text_atomically
+from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrint
+from ditopt.plan_text import write_text_atomically
 from ditopt.runtime.program import Program
 
 BOUND = 0.01

@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.goals import GOALS, Check, Goal, checks
-from ditopt.plan import Plan, write_text_atomically
+from ditopt.plan import Plan
+from ditopt.plan_text import write_text_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("ditopt", "passes", "kernels", "cost_models")

@@ -32,7 +32,7 @@ from torch import Tensor
 from ditopt.adapters import adapt
 from ditopt.console import Reporter
 from ditopt.device import describe_device
-from ditopt.plan import write_text_atomically
+from ditopt.plan_text import write_text_atomically
 from ditopt.prepare import Preparation, Prepared, as_it_was
 from ditopt.profile import NetworkProfile, Profile
 from ditopt.profiler.head_edits import under_blocks
@@ -82,7 +82,7 @@ def draw_plan(rng: np.random.Generator, problem: SearchProblem, network: Network
         for site, table in network.tables["patterns"].items():
             written = {label: json.loads(str(label)) for label in table.labels.get("candidate", ())}
             plain = {label: each["pattern"] for label, each in written.items() if not {"rest", "order"} & each.keys()}
-            labels = [label for label, pattern in plain.items() if pattern != "draft"]
+            labels = [label for label, pattern in plain.items() if pattern not in ("draft", "listed")]
             if len(labels) < 2 or not steps:  # masks are in raster order, have no rest and are not found in calls
                 continue
             for head in range(table["error"].size("head")):

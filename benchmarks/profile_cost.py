@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import ditopt
 from ditopt.device import describe_device
-from ditopt.plan import write_text_atomically
+from ditopt.plan_text import write_text_atomically
 
 SIDES = ("nothing", "eager", "profile")
 

@@ -29,7 +29,7 @@ from ditopt.kernels.block_sparse_attention.cpu import block_sparse_attention
 from ditopt.kernels.block_sparse_attention.gpu import gpu_refusal
 from ditopt.kernels.block_sparse_attention.lists import BlockLists
 from ditopt.kernels.block_sparse_attention.pooled import PooledRest
-from ditopt.plan import write_text_atomically
+from ditopt.plan_text import write_text_atomically
 from ditopt.profiler.timing import product_seconds, time_in_turn, timed, warmed
 
 HEADS, TOKENS, CHANNELS, BLOCK, POOL = 8, 4096, 64, 64, 16

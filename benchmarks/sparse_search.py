@@ -41,7 +41,8 @@ from ditopt.cost_models.sparse import SparseCost
 from ditopt.decisions import Sparse
 from ditopt.device import describe_device
 from ditopt.kernels.block_sparse_attention.lists import blocks, kernel_blocks
-from ditopt.plan import Plan, Rule, write_text_atomically
+from ditopt.plan import Plan, Rule
+from ditopt.plan_text import write_text_atomically
 from ditopt.prepare import Preparation, Prepared, as_it_was, seeded
 from ditopt.profile import NetworkProfile, Profile
 from ditopt.profiler.head_edits import BlockMask, under_blocks

@@ -202,7 +202,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about a plan (with all that lies beside it) or about a profile."""
-    from ditopt.plan import write_text_atomically
+    from ditopt.plan_text import write_text_atomically
     from ditopt.report.html import render_report
     from ditopt.report.sources import gather
 

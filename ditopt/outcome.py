@@ -14,7 +14,8 @@ from rich.table import Table
 
 from ditopt import store
 from ditopt.errors import InputError, PlanError
-from ditopt.plan import Plan, Rule, write_text_atomically
+from ditopt.plan import Plan, Rule
+from ditopt.plan_text import write_text_atomically
 from ditopt.profile import Profile
 from ditopt.quality import Quality
 from ditopt.report.explained import side_path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -32,7 +32,8 @@ from ditopt.decisions import (
 )
 from ditopt.errors import PlanError
 from ditopt.geometry import Geometry
-from ditopt.plan_text import explain, number_ranges, read_yaml, short, write_yaml
+from ditopt.plan_tensors import BlockMaps, PlanTensors, TensorFile, is_listed, map_text
+from ditopt.plan_text import explain, number_ranges, read_yaml, short, write_text_atomically, write_yaml
 from ditopt.sites import STEP, range_names
 
 FORMAT_VERSION = 1
@@ -167,6 +168,16 @@ class Rule(_Part):
         return site == self.sites or fnmatch.fnmatchcase(site, self.sites)
 
     @property
+    def is_listed(self) -> bool:
+        """Whether its blocks stand in the file beside the plan."""
+        return isinstance(self.do, Sparse) and is_listed(self.do.pattern)
+
+    def reads(self, maps: BlockMaps) -> bool:
+        """Whether it is for the site of such maps, under their pattern."""
+        same = isinstance(self.do, Sparse) and map_text(self.do.pattern) == maps.pattern
+        return same and self.names(maps.site) and fnmatch.fnmatchcase(maps.network, self.network)
+
+    @property
     def for_heads(self) -> bool:
         """Whether it speaks of heads of attention sites, and of nothing else."""
         return self.heads is not None or isinstance(self.do, Sparse)
@@ -265,7 +276,7 @@ class Plan(_Part):
 
     ``settings`` is what the pipeline was called with, ``geometry`` the shape of each network's latents (batch first),
     ``tokens`` how the tokens of that lie, ``breaks`` which networks are several graphs, ``recipe`` what the search was
-    restricted to.
+    restricted to, ``tensors`` the file beside the plan that has the lists of blocks of which rules speak.
     """
 
     ditopt: Literal[1] = 1
@@ -281,7 +292,20 @@ class Plan(_Part):
     recipe: Annotated[str, Field(max_length=100)] | None = None
     predicted: dict[str, float] = {}
     measured: dict[str, Any] = {}
+    tensors: TensorFile | None = None
     rules: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES), BeforeValidator(_bounded)] = ()
+    _maps: PlanTensors = PrivateAttr(default_factory=PlanTensors)
+
+    @property
+    def maps(self) -> PlanTensors:
+        """The lists of blocks that its rules read, or may: of the file beside it, or from where it was made."""
+        return self._maps
+
+    def with_maps(self, maps: PlanTensors) -> Plan:
+        """The same plan with these lists, which ``save`` writes beside it as far as rules read them."""
+        found = self.model_copy(update={"tensors": None})
+        found._maps = maps
+        return found
 
     def decisions(self, step: int, sites: Sequence[str], network: str = "transformer") -> dict[str, FeatureDecision]:
         """The decision of every site of ``sites`` in ``step``; a site that no rule names is ``Dense()``.
@@ -319,14 +343,23 @@ class Plan(_Part):
         return {key: value for key, value in data.items() if value not in ({}, [])}
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as YAML, whole or not at all.
+        """Write the plan as YAML, whole or not at all, and before it the file beside it that its rules read, if any.
 
         Raises:
-            PlanError: the folder is missing or not writable.
+            PlanError: the folder is missing or not writable, or the lists that rules read are not known.
         """
         path = Path(path)
+        tensors = self.tensors
+        if any(rule.is_listed for rule in self.rules):
+            used = self.maps.used_by(self.rules)
+            if not used:
+                raise PlanError(
+                    f"{path}: is not written: its rules read lists of blocks that it does not have; load the plan from "
+                    "its file (Plan.load), which has them beside it"
+                )
+            tensors = used.save(path.parent)
         text = "# A ditopt plan. Later rules win; what no rule names is dense.\n"
-        text += write_yaml(self.to_data())
+        text += write_yaml(self.model_copy(update={"tensors": tensors}).to_data())
         write_text_atomically(path, text)
 
     @classmethod
@@ -334,8 +367,9 @@ class Plan(_Part):
         """Read and validate a plan file.
 
         Raises:
-            PlanError: the file is missing, too large, not YAML, of another version or malformed; the
-                message names file, line and field and says what was expected.
+            PlanError: the file is missing, too large, not YAML, of another version or malformed, or the file of
+                tensors that it names is not there as it was written; the message names file, line and field and says
+                what was expected.
         """
         path = Path(path)
         try:
@@ -355,7 +389,10 @@ class Plan(_Part):
             ) from None
         except OSError as error:
             raise PlanError(f"{path}: cannot be read as a plan: {error}") from error
-        return cls.parse(text, str(path))
+        found = cls.parse(text, str(path))
+        if found.tensors is not None:
+            found._maps = PlanTensors.load(path.parent, found.tensors)
+        return found
 
     @classmethod
     def parse(cls, text: str, source: str = "plan") -> Plan:
@@ -378,21 +415,3 @@ class Plan(_Part):
             return cls.model_validate(data)
         except ValidationError as error:
             raise PlanError(explain(error, node, source)) from None
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write ``text`` to a temporary neighbour of ``path`` and rename it into place.
-
-    Raises:
-        PlanError: the folder is missing or not writable.
-    """
-    try:
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # made by open, so that the umask counts
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except IsADirectoryError:
-        raise PlanError(f"{path}: is a folder; give the name of a file in it") from None
-    except OSError as error:
-        raise PlanError(
-            f"{path}: cannot be written: {error.strerror or error}; choose a folder that exists and is writable"
-        ) from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -153,3 +155,21 @@ def short(value: Any, limit: int = 80) -> str:
     """``value`` as text of at most ``limit`` characters, for messages."""
     text = str(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write ``text`` to a temporary neighbour of ``path`` and rename it into place.
+
+    Raises:
+        PlanError: the folder is missing or not writable.
+    """
+    try:
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # made by open, so that the umask counts
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except IsADirectoryError:
+        raise PlanError(f"{path}: is a folder; give the name of a file in it") from None
+    except OSError as error:
+        raise PlanError(
+            f"{path}: cannot be written: {error.strerror or error}; choose a folder that exists and is writable"
+        ) from error

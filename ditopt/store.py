@@ -53,15 +53,20 @@ def find_plan(structure: str) -> Plan | None:
 def keep_plan(source: Path, structure: str) -> Path:
     """Copy a plan file into the folder, so that later compilations find it; returns the copy's path.
 
+    What it has beside it (its file of tensors) goes with it, before it.
+
     Raises:
-        PlanError: the folder cannot be written.
+        PlanError: the plan is malformed, or the folder cannot be written.
     """
     target = plan_path(structure)
+    tensors = Plan.load(source).tensors
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        shutil.copyfile(source, partial)
-        os.replace(partial, target)
+        beside = {} if tensors is None else {tensors.file: tensors.file}
+        for name, copy in {**beside, source.name: target.name}.items():
+            partial = target.with_name(f".{copy}.{os.getpid()}.partial")
+            shutil.copyfile(source.with_name(name), partial)
+            os.replace(partial, target.with_name(copy))
     except OSError as error:
         raise PlanError(
             f"{target}: cannot be written: {error.strerror or error}; set DITOPT_CACHE to a writable folder"

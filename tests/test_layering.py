@@ -1,6 +1,6 @@
 """Who may import whom, as the design page draws the house; read off the syntax trees, nothing is imported.
 
-    L0  errors, sites, decisions, plan(_text, _diff), profile, measures, device, geometry, (block_)roles,
+    L0  errors, sites, decisions, plan(_text, _diff, _tensors), profile, measures, device, geometry, (block_)roles,
         findings, observations, recipes, kept                 data
     L1  kernels      cost_models                              never each other
     L2  passes -> kernels.ops      search -> cost_models      never each other
@@ -28,6 +28,7 @@ DATA = (
         "decisions",
         "plan",
         "plan_text",
+        "plan_tensors",
         "plan_diff",
         "profile",
         "measures",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
+from ditopt import store
 from ditopt._torch import compile_counts
 from ditopt.decisions import Sparse
 from ditopt.measure import Evaluator
@@ -20,8 +23,10 @@ from ditopt.outcome import Result
 from ditopt.plan import Plan
 from ditopt.profiler import take
 from ditopt.profiler.attention_timing import attention_latency
+from ditopt.recipes import ANY, RECIPES, Recipe
 from ditopt.report.explained import Explained, side_path
 from ditopt.target import Target
+from ditopt.terminal import show_plan
 from ditopt.verify import VerifiedSearch
 from tests.tiny import tiny_wan
 
@@ -115,6 +120,42 @@ def test_under_a_recipe_heads_are_what_it_allows_and_every_step_is_computed(
     assert {rule.do.settings["pattern"] for rule in heads_of(plan)} <= {"radial", "union"}
     told = Explained.load(side_path(path)).reasons
     assert any(reason.startswith("recipe radial (Radial Attention, arXiv 2506.19852)") for reason in told)
+    torch._dynamo.reset()
+
+
+def test_lists_that_profiled_prompts_chose_stand_beside_the_plan_and_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From prompts to a plan with nothing but listed heads, and from its two files to the same generation."""
+    monkeypatch.setenv("DITOPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(RECIPES, "lists", Recipe("lists", "Lists", "none", forms=({"pattern": "listed", "keep": ANY},)))
+    measured_as(monkeypatch, FASTER)
+    path = tmp_path / "wan.plan.yaml"
+    model = tiny_wan()
+    made = Optimizer(model, PROMPTS, Target(min_psnr=40), euler, path, budget=4, resume=False, quiet=True,
+                     recipe="lists")  # fmt: skip
+    result = made.run()
+    assert heads_of(result.plan) and heads_of(result.plan) == list(result.plan.rules), made.reasons  # type: ignore[union-attr]  # there is one
+    plan = Plan.load(path)
+    assert plan.tensors is not None and (tmp_path / plan.tensors.file).exists()
+    assert all(rule.do.settings["pattern"] == "listed" for rule in heads_of(plan))
+    assert {each.heads for each in plan.maps.maps} <= {(0,), (1,), (0, 1)}
+    shares = {rule.do.pattern: rule.do.settings["keep"] for rule in heads_of(plan)}
+    for maps in plan.maps.maps:
+        share = shares[maps.pattern]
+        for head in maps.heads:
+            assert share <= maps.kept(head, 0).mean() <= share + 1 / 16, "the share of blocks of keys, and the own one"
+    kept = store.find_plan(plan.model.structure.split()[0])
+    assert kept is not None and kept.maps == plan.maps
+    shown = Console(width=200, record=True, file=io.StringIO())
+    shown.print(show_plan(plan, 200))
+    assert f"in {plan.tensors.file} beside the plan" in shown.export_text()
+    sample = euler(model, "five", 9)
+    torch._dynamo.reset()
+    again = tiny_wan()
+    again.compile(backend="ditopt", options={"plan": str(path)}, fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(euler(again, "five", 9), sample, atol=1e-5)
     torch._dynamo.reset()
 
 

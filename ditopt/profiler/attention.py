@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -268,8 +268,11 @@ def attention_collectors(
     *,
     map_side: int = 128,
     names: Sequence[str] = ("attention", "patterns"),
+    before: Mapping[str, Sequence[Table]] | None = None,
 ) -> list[Collector]:
     """The collectors of one generation that look at attention, by the names of their tables; they share what they read.
+
+    ``before`` are the tables ``patterns`` of earlier prompts, by site.
 
     Raises:
         InputError: a name is unknown, or ``map_side`` is not from 1 to 128.
@@ -282,5 +285,5 @@ def attention_collectors(
     if "attention" in names:
         found.append(AttentionCollector(trace, calls, geometry, map_side, rows))
     if "patterns" in names:
-        found.append(PatternCollector(trace, calls, geometry, rows))
+        found.append(PatternCollector(trace, calls, geometry, rows, before))
     return found

@@ -71,7 +71,7 @@ class DetailRun:
         found: dict[str, list[Tables]] = {name: [] for name in self.programs}
         with self.reporter.stage(f"profile: {', '.join(self.collect)}", len(pairs)) as stage:
             for index, pair in enumerate(pairs):
-                for name, tables in self._prompt(index, pair).items():
+                for name, tables in self._prompt(index, pair, found).items():
                     found[name].append(tables)
                 collect()  # collectors that share rows refer to each other
                 stage.advance()
@@ -135,8 +135,8 @@ class DetailRun:
         config = getattr(self.evaluator.adapter.networks[name], "config", None)
         return find_geometry(trace, program.variants.latents, config, None, tables[0], arguments=arguments)
 
-    def _prompt(self, index: int, pair: Pair) -> dict[str, Tables]:
-        """The tables of one prompt per network, from its checkpoint if there is one."""
+    def _prompt(self, index: int, pair: Pair, earlier: Mapping[str, Sequence[Tables]]) -> dict[str, Tables]:
+        """The tables of one prompt per network, from its checkpoint if there is one; ``earlier``: of those before."""
         names = list(self.programs)
         key = f"tables{index}.{'-'.join(self.collect)}"
         kept = {name: self.checkpoints.load(f"{key}.{name}", [HEADER]) for name in names}
@@ -145,7 +145,7 @@ class DetailRun:
         if all(each is not None for each in kept.values()):
             self.reasons += [reason for each in kept.values() for reason in reasons_in(each or {})]
             return {name: from_tensors(each or {}) for name, each in kept.items()}
-        collectors = {name: self._collectors(name, program) for name, program in self.programs.items()}
+        collectors = {name: self._collectors(name, program, earlier[name]) for name, program in self.programs.items()}
         sample = self._generate(pair, collectors)
         apart = relative_l2(sample, self.evaluator.references[pair])
         differs = f"prompt {pair[0]!r}: its interpreted and compiled samples differ by {apart:.1%}"
@@ -163,7 +163,7 @@ class DetailRun:
             self.checkpoints.save(f"{key}.{name}", bundle)
         return found
 
-    def _collectors(self, name: str, program: Program) -> list[Collector]:
+    def _collectors(self, name: str, program: Program, earlier: Sequence[Tables]) -> list[Collector]:
         trace, calls, geometry = program.variants.trace, self.calls[name], self.geometry[name]
         wanted = [each for each in ("attention", "patterns") if each in self.collect]
         found: list[Collector] = []
@@ -171,7 +171,9 @@ class DetailRun:
             heads = sum(entry.site.heads for entry in attentions(trace))
             maps = max(1, heads * ANCHORS * calls.branches)
             side = int(min(128, max(16, np.sqrt(MAP_BYTES / 2 / maps))))
-            found += attention_collectors(trace, calls, geometry, map_side=side, names=tuple(wanted))
+            of_patterns = [tables.get("patterns", {}) for tables in earlier]
+            before = {site: [each[site] for each in of_patterns] for site in (of_patterns[0] if of_patterns else ())}
+            found += attention_collectors(trace, calls, geometry, map_side=side, names=tuple(wanted), before=before)
         if "features" in self.collect:
             found.append(FeatureTables(trace, calls, shared=self._shared.get(name)))
         if "tokens" in self.collect:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.measures import Label, Measure, Numbers, Table
 from ditopt.passes.attention import rest_refusal
 from ditopt.profiler.interpret import Seen
+from ditopt.profiler.listed_blocks import periods_that_fit, summed, sums_of
 from ditopt.profiler.rows import Operands, Part, Place, Reads, RowReader, SharedRows, first_samples
 from ditopt.profiler.tried import Tried
 from ditopt.search.heads import SKIP
@@ -77,8 +79,15 @@ class _Call:
 class _Site:
     """Where a site's numbers go, and what is remembered of its outputs."""
 
-    def __init__(self, place: Place, ordered: Place | None, calls: NetworkCalls) -> None:
-        self.place = place
+    def __init__(
+        self,
+        place: Place,
+        ordered: Place | None,
+        calls: NetworkCalls,
+        starts: Sequence[int] = (),
+        before: Sequence[Table] = (),
+    ) -> None:
+        self.place, self.starts = place, tuple(starts)
         first, last = (max(place.video[0], place.entry.rows[0]), min(place.video[1], place.entry.rows[1]))
         self.known = first < last
         if not self.known:
@@ -88,7 +97,10 @@ class _Site:
         self.tried: dict[TokenOrder | None, Tried] = {}
         if place.geometry is not None:
             places = (place,) if ordered is None else (place, ordered)
-            self.tried = {each.order: Tried(each, place.geometry, (first, last)) for each in places}
+            rows = first, last
+            self.tried = {
+                each.order: Tried(each, place.geometry, rows, starts, summed(before, sums_of(each))) for each in places
+            }
         self.names = tuple(name for each in self.tried.values() for name in each.names) or (SKIP,)
         steps, branches, heads = len(calls.timesteps), calls.branches, place.entry.site.heads
         self.error = np.full((1, steps, branches, heads, len(self.names)), np.nan, dtype=np.float32)
@@ -116,7 +128,9 @@ class _Site:
     def measures(self) -> dict[str, Measure]:
         """All of them."""
         along = ("prompt", "step", "branch")
+        sums = [each.listed.measures() for each in self.tried.values() if each.listed is not None]
         return {
+            **{name: measure for each in sums for name, measure in each.items()},
             "error": Measure((*along, "head", "candidate"), self.error, True),
             "reuse": Measure((*along, "head", "lag"), self.reuse, True),
             "branches": Measure(("prompt", "step", "head"), self.branches, True),
@@ -133,6 +147,8 @@ class PatternCollector(RowReader):
     projection and without its bias. Patterns keep whole blocks, of tokens in raster order or in the ``order`` that a
     candidate's name has (``orders.compact_order``), and text as ``Pattern`` says: ``skip`` in joint attention keeps the
     blocks that hold text, and ``share`` is the error of leaving a head out altogether.
+    Listed patterns are chosen by the earlier prompts' sums of attention (``before``, the tables of each site), so under
+    the first prompt they have no error; what this prompt adds to the sums is among the measures (``listed_blocks``).
     Candidates with a ``rest`` have the blocks that they skip by means of their keys and values; their ``density`` has
     one pair of a query and a group for each group of the sequence more. Of a batch the first sample of each guidance
     branch is looked at. ``rows`` is what other collectors of the generation read, too.
@@ -141,13 +157,24 @@ class PatternCollector(RowReader):
     name = "patterns"
 
     def __init__(
-        self, trace: Trace, calls: NetworkCalls, geometry: Geometry | None, rows: SharedRows | None = None
+        self,
+        trace: Trace,
+        calls: NetworkCalls,
+        geometry: Geometry | None,
+        rows: SharedRows | None = None,
+        before: Mapping[str, Sequence[Table]] | None = None,
     ) -> None:
         super().__init__()
         self.rows = SharedRows(trace, geometry) if rows is None else rows
         self.rows.readers.append(self)
+        places = [*self.rows.places.values(), *self.rows.ordered.values()]
+        fitting = [place for place in places if place.geometry is not None]
+        starts = periods_that_fit(fitting, len(calls.timesteps))
+        if fitting and not starts:
+            self.skip("sums of attention by blocks would be too large: lists chosen from them are not tried")
         self._sites = {
-            place.name: _Site(place, self.rows.ordered.get(node), calls) for node, place in self.rows.places.items()
+            place.name: _Site(place, self.rows.ordered.get(node), calls, starts, (before or {}).get(place.name, ()))
+            for node, place in self.rows.places.items()
         }
         self._behind: dict[str, _Site] = {}
         for name, site in self._sites.items():
@@ -247,7 +274,9 @@ class PatternCollector(RowReader):
         for name, site in self._sites.items():
             place = site.place
             labels: dict[str, tuple[Label, ...]] = {"candidate": site.names, "lag": tuple(range(1, LAGS + 1))}
+            labels |= {"period": site.starts} if site.tried and site.starts else {}
             facts = {
+                "tokens": place.entry.site.queries,
                 "kind": place.kind,
                 "tried": bool(site.tried),
                 "block_queries": place.sample.block,

@@ -17,6 +17,7 @@ from ditopt.errors import InputError
 from ditopt.geometry import Geometry
 from ditopt.prepare import Preparation, Prepared, as_it_was, seeded
 from ditopt.profile import LATENCY, NetworkProfile, Profile
+from ditopt.profiled_maps import profiled_maps
 from ditopt.profiler.checkpoint import Checkpoints, weights_print
 from ditopt.profiler.observe import Pair
 from ditopt.profiler.run import ProfileRun
@@ -25,7 +26,7 @@ from ditopt.quality import value_range
 from ditopt.search.sparse import site_costs
 from ditopt.techniques import Techniques
 
-TABLES = 9
+TABLES = 10
 """Counts up when collectors measure otherwise: checkpoints of before are not taken up."""
 
 
@@ -110,7 +111,7 @@ def add_sparse_tables(
 ) -> Profile:
     """The profile with what the choice of sparse heads needs, where that may pay; else ``reasons`` say why not.
 
-    How the tokens of networks lie is told by the evaluator's plans from then on.
+    How the tokens of networks lie is told by the evaluator's plans from then on, and which blocks listed heads have.
     """
     if not prepared.whole or len(prepared.calls) != 1:
         reasons.append("sparse: heads are looked at where one network runs in a loop, and as one graph")
@@ -136,7 +137,8 @@ def add_sparse_tables(
     reasons += [f"sparse: {reason}" for reason in left_out]
     tables = {**networks[name].tables, LATENCY: timed}
     evaluator = prepared.evaluator
-    evaluator.template = evaluator.template.model_copy(update={"tokens": {name: geometry}})
+    template = evaluator.template.model_copy(update={"tokens": {name: geometry}})
+    evaluator.template = template.with_maps(profiled_maps(name, networks[name]))
     return replace(profile, networks={name: replace(networks[name], tables=tables)})
 
 

@@ -25,9 +25,10 @@ from ditopt.measures import Numbers
 from ditopt.passes.attention import first_order_refusal
 from ditopt.profiler.cluster_errors import ClusterReader
 from ditopt.profiler.draft_blocks import DraftReader, drafts_of
+from ditopt.profiler.listed_blocks import ListedReader, lists_of
 from ditopt.profiler.rows import Operands, Part, Place
 
-WITH_REST = ("skip", "spatial", "temporal", "window", "band", "draft")
+WITH_REST = ("skip", "spatial", "temporal", "window", "band", "draft", "listed")
 """Patterns that are tried with a rest as well."""
 TO_FIRST_ORDER = ({"pattern": "skip"}, {"pattern": "draft", "by": "error"})
 """Those of them that are tried with a rest to first order, too: they have these settings."""
@@ -132,22 +133,30 @@ def _by_query_block(sums: Tensor, blocks: int) -> Tensor:
 
 
 class Tried:
-    """The candidates of a site whose blocks are of tokens in one order, and what they have of the calls seen."""
+    """The candidates of a site whose blocks are of tokens in one order, and what they have of the calls seen.
 
-    def __init__(self, place: Place, geometry: Geometry, rows: tuple[int, int]) -> None:
+    ``starts`` are those of the periods in which lists are chosen, none if they are not; ``before`` the sums of
+    attention of earlier prompts that choose them. Where there are none, errors of listed candidates are NaN.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        geometry: Geometry,
+        rows: tuple[int, int],
+        starts: Sequence[int] = (),
+        before: Numbers | None = None,
+    ) -> None:
         block, order = place.sample.block, place.order
         self.place = place
         self.candidates = candidates_of(geometry, block, order)
         self.drafts = DraftReader(drafts_of(geometry, block, order))
-        every = (*self.candidates.names, *self.drafts.drafts.names)
-        self.compensated: Compensated | None = None
-        if place.pool:
-            self.compensated = compensated_of(
-                every, place.key_block, place.pool, first_order_refusal(place.entry.node) is None
-            )
-            every += self.compensated.names
         self.clusters = ClusterReader(geometry, place.key_block) if order is None else None
-        every += self.clusters.names if self.clusters is not None else ()
+        self.listed = ListedReader(place, lists_of(geometry, block, order), tuple(starts), before) if starts else None
+        listed = self.listed.lists.names if self.listed is not None else ()
+        every, self._with_rests = self._names(listed)
+        self.tries_lists = self.listed is not None and self.listed.tried
+        measured, self.compensated = self._names(listed if self.tries_lists else ())
         # What means the same in every order has its numbers in raster order.
         self.told = tuple(
             at
@@ -156,8 +165,19 @@ class Tried:
         )
         self.every = len(every)
         self.names = tuple(every[at] for at in self.told)
+        self._measured = [every.index(name) for name in measured]
         self.weights = place.sample.weights(*rows, place.sequence)
         self._errors: dict[int, Tensor] = {}
+
+    def _names(self, listed: tuple[str, ...]) -> tuple[tuple[str, ...], Compensated | None]:
+        """All candidates with these listed ones, and those of them with a rest."""
+        every = (*self.candidates.names, *self.drafts.drafts.names, *listed)
+        found, place = None, self.place
+        if place.pool:
+            linear = first_order_refusal(place.entry.node) is None
+            found = compensated_of(every, place.key_block, place.pool, linear)
+            every += found.names
+        return (*every, *(self.clusters.names if self.clusters is not None else ())), found
 
     @property
     def density(self) -> Numbers:
@@ -166,8 +186,10 @@ class Tried:
         A rest costs a pair of a query and a group for each group of the sequence.
         """
         found = np.concatenate([self.candidates.density, self.drafts.density])
-        if self.compensated is not None:
-            of_rests = found[[*self.compensated.which]] + 1 / self.compensated.pool
+        if self.listed is not None:
+            found = np.concatenate([found, self.listed.density])
+        if self._with_rests is not None:
+            of_rests = found[[*self._with_rests.which]] + 1 / self._with_rests.pool
             found = np.concatenate([found, np.minimum(of_rests, 1)])
         if self.clusters is not None:
             found = np.concatenate([found, self.clusters.density])
@@ -176,7 +198,10 @@ class Tried:
     def kept(self, part: Part) -> Tensor:
         """``[q, C, Kb]``: what the candidates without a rest keep of some rows of a head."""
         found = self.drafts.kept(part.head)[part.blocks]
-        return torch.cat([self.candidates.kept[part.blocks].to(found.device), found], 1)
+        each = [self.candidates.kept[part.blocks].to(found.device), found]
+        if self.listed is not None and self.tries_lists:
+            each.append(self.listed.kept(part).to(found.device))
+        return torch.cat(each, 1)
 
     def start(self, operands: Operands, index: int) -> None:
         """Remember what heads would find their blocks by."""
@@ -195,9 +220,11 @@ class Tried:
         assert part.sums is not None
         if part.branch not in self._errors:
             width = part.sums.shape[-1] - 1
-            shape = (self.place.entry.site.heads, self.every, width, width)
+            shape = (self.place.entry.site.heads, len(self._measured), width, width)
             self._errors[part.branch] = torch.zeros(shape, device=part.sums.device)
         self._errors[part.branch][part.head] += self._moments(part, part.sums)
+        if self.listed is not None:
+            self.listed.take(part)
 
     def _moments(self, part: Part, sums: Tensor) -> Tensor:
         """``[C, E, E]``: second moments of the errors of all candidates in some rows of a head."""
@@ -212,5 +239,8 @@ class Tried:
         return torch.cat([found, error_moments(of_clusters, kept, weights.view(-1, 1))])
 
     def errors(self, branch: int) -> Tensor:
-        """``[H, C, E, E]``: second moments of the errors in a branch's call, which are then forgotten."""
-        return self._errors.pop(branch)[:, [*self.told]]
+        """``[H, C, E, E]``: second moments of the errors in a branch's call, which are then forgotten; NaN: unknown."""
+        found = self._errors.pop(branch)
+        whole = found.new_full((len(found), self.every, *found.shape[2:]), torch.nan)
+        whole[:, self._measured] = found
+        return whole[:, [*self.told]]

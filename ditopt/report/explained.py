@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ditopt.errors import InputError
-from ditopt.plan import write_text_atomically
+from ditopt.plan_text import write_text_atomically
 
 MAX_BYTES = 64 * 2**20
 

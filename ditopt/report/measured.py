@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ditopt.plan import write_text_atomically
+from ditopt.plan_text import write_text_atomically
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ditopt.kernels.ops import ATTENTION, FIRST_ORDER_ON_GPU, MASK_AND_REST
 from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.draft import OWN, Draft
+from ditopt.kernels.patterns.listed import Listed
 from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.kernels.patterns.whole import Nothing
 from ditopt.passes._infra import SITE, SparseAttention, tensor_value
@@ -33,6 +34,7 @@ from ditopt.plan import Plan, Rule
 from ditopt.runtime.choices import choice_of
 from ditopt.runtime.drafts import finding, limits_of_steps, room_of, selectors_of_steps
 from ditopt.runtime.kept import KeptRead, KeptSteps, kept_steps, refresh_of
+from ditopt.runtime.listed import BoundList, ListedHeads
 from ditopt.runtime.products import int8_heads, is_int8
 from ditopt.runtime.token_orders import clustered_heads, site_orders
 from ditopt.sites import AttentionSite
@@ -121,8 +123,10 @@ class AttentionSites:
 
         Raises:
             PlanMismatchError: a rule names a site or head that is not there, or a pattern that is unknown, is given
-                parameters, a rest or an order that it has not, or is for self-attention only and the site is none.
+                parameters, a rest or an order that it has not, or is for self-attention only and the site is none, or
+                has no lists in the plan's file.
         """
+        listed = ListedHeads(plan, network, self.retarget)
         for number, rule in enumerate(plan.rules):
             if rule.for_heads and fnmatchcase(network, rule.network):
                 told = f"rule {number} ({rule.place})"
@@ -132,6 +136,7 @@ class AttentionSites:
                     raise PlanMismatchError(f"{told}: no attention site is called so; the model has {known}")
                 for place in named:
                     self._check_heads(rule, told, place)
+                    listed.check(rule, told, place.site.name, place.site.heads)
 
     def _check_heads(self, rule: Rule, told: str, place: Place) -> None:
         heads = place.site.heads
@@ -167,9 +172,11 @@ class AttentionSites:
         And why what is decided comes to nothing, where it does.
 
         Raises:
-            PlanMismatchError: how the tokens of a site lie is not known, or a rest is not in pools of one size that
-                divides its blocks.
+            PlanMismatchError: how the tokens of a site lie is not known, or lists of the plan's file are for others, or
+                a rest is not in pools of one size that divides its blocks.
+            AuditError: lists are not those of the plan's file.
         """
+        listed = ListedHeads(plan, network, self.retarget)
         found: list[list[tuple[SparseAttention, dict[str, Tensor], tuple[KeptRead, ...]]]]
         found = [[] for _ in plan.sampler.timesteps[network]]
         notes: dict[str, None] = {}  # a set in order
@@ -180,6 +187,7 @@ class AttentionSites:
             if not decided:
                 continue
             geometry = self._geometry(plan, network, place) if place.own else None
+            decided = listed.bind(name, geometry, kernel_blocks(place.site.queries, place.site.keys), decided, notes)
             of_steps = _lists(place, geometry, decided, notes)
             decided = {step: decided[step] for step in of_steps}
             kept = _kept(place, computed, decided)
@@ -190,6 +198,7 @@ class AttentionSites:
             ordered, orders = site_orders(decided, geometry, block, place.device)
             products = int8_heads(name, decided, place.device)
             for step, lists in of_steps.items():
+                listed.audit(name, geometry, decided[step], step, lists)
                 pool, heads = rests[step]
                 width = int(lists.indices.shape[-1])
                 inputs = dict(zip(list_names(name), (lists.indices, lists.counts), strict=True))
@@ -344,10 +353,13 @@ def _map(
 
     Without a geometry it is all, or nothing where it is skipped; of a dynamic pattern it is what it always keeps.
     """
+    if isinstance(decision, BoundList):
+        return decision.bound.kept
     size = blocks(site.queries, query_block), blocks(site.keys, key_block)
     choice = choice_of(decision)
     if choice is not None and geometry is not None:
         pattern, order = choice.pattern, choice.order
+        assert not isinstance(pattern, Listed), "its lists are bound"
         if isinstance(pattern, Draft):
             if pattern.everything(size[1]):
                 return torch.ones(size, dtype=torch.bool)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ditopt.errors import InputError
-from ditopt.measures import PROMPT, Label, Table, growth_over_prompts
+from ditopt.measures import PROMPT, Label, Table, growth_over_prompts, nanmean
 from ditopt.profile import Array, NetworkProfile, branch_shares
 from ditopt.search.joint import carried
 from ditopt.search.problem import SearchProblem
@@ -141,7 +141,8 @@ def output_errors(
     """``[len(steps), H, C]``: norms of the guided output's error, mean square over prompts; NaN if not measured.
 
     They are what each of ``heads`` of a site does under each of ``candidates`` (positions in the table ``patterns``). A
-    pattern errs nearly alike in both guidance branches, so their errors are mixed as those of steps are.
+    pattern errs nearly alike in both guidance branches, so their errors are mixed as those of steps are. Prompts under
+    which a candidate was not measured (lists have to be chosen by others) do not count.
 
     Raises:
         InputError: no error that was planted at any attention site moved anything.
@@ -149,7 +150,7 @@ def output_errors(
     at = list(steps)
     shares = branch_shares(network.present, network.branch_weights).T[None, ..., None, None]
     each = (_errors(network, site, heads, candidates) * shares)[:, at]
-    squares = mixed(each.sum(axis=2) ** 2, (each**2).sum(axis=2)).mean(axis=0)
+    squares = nanmean(mixed(each.sum(axis=2) ** 2, (each**2).sum(axis=2)), (0,))
     labels = network.tables["patterns"][site].labels["candidate"]
     kinds = [LEFT_OUT if labels[candidate] == SKIP else PATTERN for candidate in candidates]
     near, growth = _near(network, sensitivity, site), np.empty(squares.shape)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.draft import Draft
+from ditopt.kernels.patterns.listed import Listed
 from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.kernels.patterns.registry import choice_from_data, pattern_to_data
 from ditopt.kernels.patterns.whole import Everything, Nothing
@@ -67,7 +68,7 @@ class SparseChoice:
     the same decision and in every ``refresh``-th behind it, and kept in between; None: in each.
     """
 
-    pattern: Pattern | Draft
+    pattern: Pattern | Draft | Listed
     rest: Pooled | None = None
     order: TokenOrder | None = None
     qk: Literal["int8"] | None = None

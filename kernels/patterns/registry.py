@@ -1,4 +1,4 @@
-"""All patterns by name, static and dynamic; a further one is a file beside this and a line here."""
+"""All patterns by name, static, dynamic and from a file; a further one is a file beside this and a line here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.band import Band
 from ditopt.kernels.patterns.draft import Draft
+from ditopt.kernels.patterns.listed import Listed
 from ditopt.kernels.patterns.radial import Radial
 from ditopt.kernels.patterns.sink import Sink
 from ditopt.kernels.patterns.spatial import Spatial
@@ -31,6 +32,8 @@ PATTERNS: dict[str, type[Pattern]] = {
 
 DYNAMIC: dict[str, type[Draft]] = {"draft": Draft}
 """Those that have no map: which blocks they keep is found in every call anew."""
+FROM_FILE: dict[str, type[Listed]] = {"listed": Listed}
+"""Those whose maps stand in the file beside the plan, head by head."""
 
 
 def pattern_from_data(data: Any) -> Pattern:
@@ -40,6 +43,8 @@ def pattern_from_data(data: Any) -> Pattern:
         ValueError: the name is unknown or that of a dynamic one, or its parameters do not validate.
     """
     found = choice_from_data(data)
+    if isinstance(found, Listed):
+        raise ValueError(f"pattern {data!r}: {found.kind} has a map for each head of its own; no union takes it")
     if isinstance(found, Draft):
         raise ValueError(
             f"pattern {data!r}: {found.kind} finds its blocks anew in every call; it has no map, and no union takes it"
@@ -47,8 +52,8 @@ def pattern_from_data(data: Any) -> Pattern:
     return found
 
 
-def choice_from_data(data: Any) -> Pattern | Draft:
-    """As ``pattern_from_data``, for static and dynamic patterns.
+def choice_from_data(data: Any) -> Pattern | Draft | Listed:
+    """As ``pattern_from_data``, for all patterns.
 
     Raises:
         ValueError: the name is unknown, or its parameters do not validate.
@@ -56,7 +61,7 @@ def choice_from_data(data: Any) -> Pattern | Draft:
     written = {"pattern": data} if isinstance(data, str) else data
     settings: dict[str, Any] = dict(written) if isinstance(written, dict) else {}
     name = settings.pop("pattern", None)
-    known: dict[str, type[Pattern] | type[Draft]] = {**PATTERNS, **DYNAMIC}
+    known: dict[str, type[Pattern] | type[Draft] | type[Listed]] = {**PATTERNS, **DYNAMIC, **FROM_FILE}
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"pattern {data!r} is unknown; write one of {', '.join(known)}, e.g. {{pattern: spatial}}")
     if name == "union":
@@ -77,9 +82,9 @@ def _told(at: tuple[int | str, ...], message: str) -> str:
     return ": ".join([*([".".join(map(str, at))] if at else ()), message.removeprefix("Value error, ")])
 
 
-def pattern_to_data(pattern: Pattern | Draft) -> dict[str, Any]:
-    """The mapping that describes a pattern; of a dynamic one without what it leaves as it is by default."""
-    if isinstance(pattern, Draft):
+def pattern_to_data(pattern: Pattern | Draft | Listed) -> dict[str, Any]:
+    """The mapping that describes a pattern; of one without a map without what it leaves as it is by default."""
+    if isinstance(pattern, Draft | Listed):
         return {"pattern": pattern.kind, **pattern.model_dump(mode="json", exclude={"kind"}, exclude_defaults=True)}
     settings = pattern.model_dump(mode="json", exclude={"kind", "of"})
     if isinstance(pattern, Union):

@@ -17,7 +17,7 @@ from ditopt.calls import NetworkCalls
 from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.band import Band
 from ditopt.kernels.patterns.candidates import block_for, candidates
-from ditopt.kernels.patterns.registry import DYNAMIC, pattern_from_data, pattern_to_data
+from ditopt.kernels.patterns.registry import DYNAMIC, FROM_FILE, pattern_from_data, pattern_to_data
 from ditopt.kernels.patterns.whole import Nothing
 from ditopt.measures import Table
 from ditopt.profiler import pattern_errors
@@ -64,9 +64,8 @@ def static(table: Table) -> list[str]:
     """The candidates in raster order and without a rest whose blocks do not depend on the call: the first ones."""
     names = [str(name) for name in table.labels["candidate"]]
     beside = [{"rest", "order"} & json.loads(name).keys() for name in names]
-    found = [
-        name for name, has in zip(names, beside, strict=True) if json.loads(name)["pattern"] not in DYNAMIC and not has
-    ]
+    mapped = [json.loads(name)["pattern"] not in {*DYNAMIC, *FROM_FILE} for name in names]
+    found = [name for name, has, known in zip(names, beside, mapped, strict=True) if known and not has]
     assert names[: len(found)] == found
     return found
 

@@ -18,6 +18,7 @@ from ditopt.geometry import Geometry
 from ditopt.kernels.block_sparse_attention.lists import blocks, kernel_blocks
 from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.draft import Draft
+from ditopt.kernels.patterns.listed import Listed
 from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.passes._infra import Ordered
 from ditopt.passes.sparse import list_names, order_names
@@ -81,6 +82,7 @@ def in_token_space(decided: list[Any], geometry: Geometry) -> Edit:
             group = head * key.shape[1] // query.shape[1]
             for sample in range(len(query)):
                 q, k, v = query[sample, head], key[sample, group], values[sample, group]
+                assert not isinstance(choice.pattern, Listed)
                 if isinstance(choice.pattern, Draft):
                     limit = [choice.pattern.room(blocks(tokens, sizes[1]))]
                     own, mass = always(geometry, sizes)[None, None], [choice.pattern.mass or math.inf]
