@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -9,23 +10,29 @@ import numpy as np
 
 from ditopt.errors import InputError
 
-SHARED = ("means", "mass", "error", "pooled", "taylor")
+FINDING = ("means", "mass", "error")
+SHARED = (*FINDING, "pooled", "taylor")
 """What heads may need that a site computes once a step: blocks found by each of three selectors, means of what is
 skipped, and the first-order term beside them."""
 Need = tuple[str, int]
 """One of ``SHARED``, and once in how many steps."""
 
 
-def shared_seconds(prices: Mapping[str, float], needs: Iterable[Need]) -> float:
+def shared_seconds(prices: Mapping[str, float], needs: Iterable[Need], steps: int | None = None) -> float:
     """What a site's needs take together: each as often as the head that needs it most often; unknown ones nothing.
 
+    ``prices`` are of so many ``steps`` in a row, in the first of which all is found; None: of any number of them.
+
     >>> shared_seconds({"mass": 3.0, "means": 1.0}, [("mass", 3), ("mass", 6), ("means", 1)])
+    2.0
+    >>> shared_seconds({"mass": 4.0}, [("mass", 3)], steps=4)
     2.0
     """
     often: dict[str, int] = {}
     for name, every in needs:
         often[name] = min(every, often.get(name, every))
-    return sum(prices.get(name, 0.0) / every for name, every in often.items())
+    shares = {name: 1 / every if steps is None else math.ceil(steps / every) / steps for name, every in often.items()}
+    return sum(prices.get(name, 0.0) * share for name, share in shares.items())
 
 
 @dataclass(frozen=True)

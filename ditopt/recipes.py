@@ -148,6 +148,16 @@ RECIPES: dict[str, Recipe] = {
             "where the paper keeps the first block dense",
         ),
         Recipe(
+            "adaspa",
+            "AdaSpa",
+            "2502.21079",
+            forms=({"pattern": "draft", "keep": ANY, "by": "mass", "refresh": ANY},),
+            dense_first=0.2,
+            departs="blocks are found anew in every 4th, 8th or 16th computed step, first behind the dense start (the "
+            "paper: in steps 10 and 30 of 50), each time with the log-sum-exp of that step; every block of queries has "
+            "the same share, an eighth or a quarter by the price of a head's error (the paper: 20%, moved by recall)",
+        ),
+        Recipe(
             "pisa",
             "PISA",
             "2602.01077",

@@ -21,6 +21,7 @@ from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.measures import Label, Measure, Numbers, Table
 from ditopt.passes.attention import rest_refusal
+from ditopt.profiler.draft_blocks import KEPT_BYTES
 from ditopt.profiler.interpret import Seen
 from ditopt.profiler.listed_blocks import periods_that_fit, summed, sums_of
 from ditopt.profiler.rows import Operands, Part, Place, Reads, RowReader, SharedRows, first_samples
@@ -94,15 +95,18 @@ class _Site:
             first, last = place.entry.rows
         self.rows = last - first
         self.weights = place.sample.weights(first, last)
+        steps, branches, heads = len(calls.timesteps), calls.branches, place.entry.site.heads
         self.tried: dict[TokenOrder | None, Tried] = {}
         if place.geometry is not None:
             places = (place,) if ordered is None else (place, ordered)
             rows = first, last
             self.tried = {
-                each.order: Tried(each, place.geometry, rows, starts, summed(before, sums_of(each))) for each in places
+                each.order: Tried(
+                    each, place.geometry, rows, starts, summed(before, sums_of(each)), steps=steps, branches=branches
+                )
+                for each in places
             }
         self.names = tuple(name for each in self.tried.values() for name in each.names) or (SKIP,)
-        steps, branches, heads = len(calls.timesteps), calls.branches, place.entry.site.heads
         self.error = np.full((1, steps, branches, heads, len(self.names)), np.nan, dtype=np.float32)
         self.reuse = np.full((1, steps, branches, heads, LAGS), np.nan, dtype=np.float32)
         self.branches = np.full((1, steps, heads), np.nan, dtype=np.float32)
@@ -150,8 +154,9 @@ class PatternCollector(RowReader):
     Listed patterns are chosen by the earlier prompts' sums of attention (``before``, the tables of each site), so under
     the first prompt they have no error; what this prompt adds to the sums is among the measures (``listed_blocks``).
     Candidates with a ``rest`` have the blocks that they skip by means of their keys and values; their ``density`` has
-    one pair of a query and a group for each group of the sequence more. Of a batch the first sample of each guidance
-    branch is looked at. ``rows`` is what other collectors of the generation read, too.
+    one pair of a query and a group for each group of the sequence more. Those with a ``refresh`` have in a step what
+    they found in the last one that is a multiple of it, as a run that starts in the first step has. Of a batch the
+    first sample of each guidance branch is looked at. ``rows`` is what other collectors of the generation read, too.
     """
 
     name = "patterns"
@@ -190,6 +195,9 @@ class PatternCollector(RowReader):
             if not site.tried and not entry.cross:
                 sizes = f"{entry.site.queries} queries and {entry.site.keys} keys"
                 self.skip(f"{name}: {sizes} do not fit the {geometry}; no pattern is tried")
+            held = max((each.held for each in site.tried.values()), default=0)
+            if held > KEPT_BYTES:
+                self.skip(f"{name}: {held >> 20} MiB of blocks to keep between steps; no draft with a refresh is tried")
             if site.tried and not site.place.pool:
                 self.skip(f"{name}: {rest_refusal(entry.node)}; no pattern is tried with means of what it skips")
         self.wanted = frozenset({*self.rows.places, *self._behind})

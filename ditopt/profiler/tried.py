@@ -24,7 +24,7 @@ from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.measures import Numbers
 from ditopt.passes.attention import first_order_refusal
 from ditopt.profiler.cluster_errors import ClusterReader
-from ditopt.profiler.draft_blocks import DraftReader, drafts_of
+from ditopt.profiler.draft_blocks import KEPT_BYTES, DraftReader, drafts_of
 from ditopt.profiler.listed_blocks import ListedReader, lists_of
 from ditopt.profiler.rows import Operands, Part, Place
 
@@ -136,7 +136,8 @@ class Tried:
     """The candidates of a site whose blocks are of tokens in one order, and what they have of the calls seen.
 
     ``starts`` are those of the periods in which lists are chosen, none if they are not; ``before`` the sums of
-    attention of earlier prompts that choose them. Where there are none, errors of listed candidates are NaN.
+    attention of earlier prompts that choose them. Where there are none, errors of listed candidates are NaN. ``steps``
+    and ``branches`` are those of a generation.
     """
 
     def __init__(
@@ -146,11 +147,19 @@ class Tried:
         rows: tuple[int, int],
         starts: Sequence[int] = (),
         before: Numbers | None = None,
+        *,
+        steps: int = 1,
+        branches: int = 1,
     ) -> None:
         block, order = place.sample.block, place.order
         self.place = place
         self.candidates = candidates_of(geometry, block, order)
-        self.drafts = DraftReader(drafts_of(geometry, block, order))
+        drafts = drafts_of(geometry, block, order, steps)
+        self.held = drafts.bytes_kept(place.entry.site.heads, branches)
+        """Bytes of blocks that would be kept between steps; with more than ``KEPT_BYTES`` none are."""
+        if self.held > KEPT_BYTES:
+            drafts = drafts_of(geometry, block, order)
+        self.drafts = DraftReader(drafts)
         self.clusters = ClusterReader(geometry, place.key_block) if order is None else None
         self.listed = ListedReader(place, lists_of(geometry, block, order), tuple(starts), before) if starts else None
         listed = self.listed.lists.names if self.listed is not None else ()
@@ -197,7 +206,7 @@ class Tried:
 
     def kept(self, part: Part) -> Tensor:
         """``[q, C, Kb]``: what the candidates without a rest keep of some rows of a head."""
-        found = self.drafts.kept(part.head)[part.blocks]
+        found = self.drafts.kept(part.head, part.step, part.branch)[part.blocks]
         each = [self.candidates.kept[part.blocks].to(found.device), found]
         if self.listed is not None and self.tries_lists:
             each.append(self.listed.kept(part).to(found.device))

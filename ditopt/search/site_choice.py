@@ -14,6 +14,7 @@ import numpy as np
 
 from ditopt.cost_models.sparse import Need, shared_seconds
 from ditopt.decisions import Decision, Sparse
+from ditopt.kept import Use
 from ditopt.measures import Label, Numbers
 from ditopt.search.heads import HeadPattern
 
@@ -33,6 +34,18 @@ def needs_of(decision: Decision) -> Needs:
         name = str(next(iter(rest)) if isinstance(rest, Mapping) else rest)
         found |= {(name, 1), *([("pooled", 1)] if name == "taylor" else [])}
     return frozenset(found)
+
+
+def refresh_of(decision: Decision) -> int | None:
+    """N, where a head finds its blocks in every N-th step of a run; None: in each, or they are given."""
+    return decision.settings.get("refresh") if isinstance(decision, Sparse) else None
+
+
+def needs_now(decision: Decision, use: Use) -> Needs:
+    """What a head needs in one step: where it reads blocks that an earlier one found, nothing to find them."""
+    every = refresh_of(decision)
+    needs = needs_of(decision)
+    return needs if every is None else frozenset((name, 1) for name, n in needs if n != every or use is Use.FOUND)
 
 
 @dataclass(frozen=True)
@@ -58,14 +71,15 @@ class SiteCandidates:
     """The heads of one site in some steps; ``heads`` are the candidates of each, beside dense.
 
     ``lost`` are the seconds of a generation that the block-sparse kernel takes longer than dense attention where every
-    head attends to everything; below 0 where it is the faster one. ``prices`` are those of what heads need, by name.
-    ``alike``: all heads have to do the same.
+    head attends to everything; below 0 where it is the faster one. ``prices`` are those of what heads need, by name,
+    in so many ``steps`` in a row (None: of any number). ``alike``: all heads have to do the same.
     """
 
     heads: tuple[tuple[HeadCandidate, ...], ...]
     lost: float
     alike: bool = False
     prices: Mapping[str, float] = field(default_factory=dict)
+    steps: int | None = None
 
     def chosen(self, price: float) -> tuple[HeadCandidate, ...]:
         """The candidates of most gain together, one a head at most; none where dense attention is better."""
@@ -89,7 +103,11 @@ class SiteCandidates:
 
     def paid(self, candidates: Iterable[HeadCandidate]) -> float:
         """Seconds of a generation that some heads cost the site beside lists: the kernel's, and what they need."""
-        return self.lost + shared_seconds(self.prices, union(candidates))
+        return self.lost + self.seconds(union(candidates))
+
+    def seconds(self, needs: Needs) -> float:
+        """Seconds of a generation that the site takes for what its heads need."""
+        return shared_seconds(self.prices, needs, self.steps)
 
     def _chosen_alike(self, price: float) -> tuple[HeadCandidate, ...]:
         """Of what every head may do, that of most gain together."""
@@ -99,7 +117,7 @@ class SiteCandidates:
         together = [made for made in of_label.values() if len(made) == len(self.heads)]
 
         def gain(made: list[HeadCandidate]) -> float:
-            return sum(each.gain(price) for each in made) - shared_seconds(self.prices, union(made))
+            return sum(each.gain(price) for each in made) - self.seconds(union(made))
 
         best = max(together, key=gain, default=[])
         return tuple(best) if gain(best) > max(self.lost, 0.0) else ()
@@ -115,7 +133,7 @@ class SiteCandidates:
             for column, each in enumerate(of_head):
                 saved[row, column], error[row, column] = each.saved, each.error
                 within[:, row, column] = [each.needs <= needs for needs in sets]
-        paid = np.array([shared_seconds(self.prices, needs) for needs in sets])
+        paid = np.array([self.seconds(needs) for needs in sets])
         return _Table(heads, saved, error, within, paid)
 
 

@@ -14,13 +14,22 @@ from typing import NamedTuple
 from ditopt.cost_models.sparse import Need, SparseCost, shared_seconds
 from ditopt.decisions import Sparse
 from ditopt.errors import InputError
+from ditopt.kept import uses
 from ditopt.measures import Table
 from ditopt.plan import Plan, Rule, format_steps
 from ditopt.profile import LATENCY, NetworkProfile
 from ditopt.recipes import Recipe
 from ditopt.search.heads import HeadPattern, squared_errors
 from ditopt.search.problem import SearchProblem
-from ditopt.search.site_choice import HeadCandidate, SiteCandidates, needs_of, not_worse, union
+from ditopt.search.site_choice import (
+    HeadCandidate,
+    SiteCandidates,
+    needs_now,
+    needs_of,
+    not_worse,
+    refresh_of,
+    union,
+)
 from ditopt.search.solution import Draft, Explanation, Rival, SparsePart
 
 LOWEST_PRICE, HIGHEST_PRICE = 1e-9, 1e15
@@ -115,7 +124,7 @@ def head_candidates(
                 of_heads.append(tuple(each) if alike else not_worse(each))
             lost = (cost.seconds(1.0) - cost.dense) * len(steps)
             prices = {name: seconds * len(steps) for name, seconds in cost.shared.items()}
-            found.append(SiteCandidates(tuple(of_heads), lost, alike, prices))
+            found.append(SiteCandidates(tuple(of_heads), lost, alike, prices, len(steps)))
     return tuple(found)
 
 
@@ -190,7 +199,7 @@ def _explained(
                 if worth > gain and site.alike:
                     why = f"{told}, but the site's heads do alike, and together they would gain less"
                 elif worth > gain and made and not each.needs <= paid:
-                    further = shared_seconds(site.prices, paid | each.needs) - shared_seconds(site.prices, paid)
+                    further = site.seconds(paid | each.needs) - site.seconds(paid)
                     what = ", ".join(sorted({name for name, _ in each.needs - paid}))
                     why = f"{told}, but would cost the site {1e3 * further:.3g} ms more for {what}"
                 elif worth > gain:
@@ -210,7 +219,7 @@ def planned_saving(
 ) -> float:
     """Seconds that sparse heads save in ``steps``, which the plan computes; patterns not profiled save nothing.
 
-    What a site computes for its heads once a step is taken off.
+    What a site computes for its heads is taken off, in the steps in which it does.
     """
     saved = 0.0
     for site, cost in costs.items():
@@ -218,11 +227,12 @@ def planned_saving(
         heads = table["error"].size("head")
         density = dict(zip(table.labels["candidate"], table["density"].values.tolist(), strict=True))
         decided = plan.head_decisions(site, name)
-        for step in steps:
+        in_turn = [decided[step].of(heads) for step in steps]
+        of_uses = zip(*(uses(each, refresh_of) for each in zip(*in_turn, strict=True)), strict=True)
+        for step, of_heads, used in zip(steps, in_turn, of_uses, strict=True):
             if decided[step].any_sparse:
-                of_heads = decided[step].of(heads)
                 each = [density.get(do.pattern, 1.0) if isinstance(do, Sparse) else 1.0 for do in of_heads]
-                needs = frozenset[Need]().union(*map(needs_of, of_heads))
+                needs = frozenset[Need]().union(*map(needs_now, of_heads, used))
                 saved += cost.dense - cost.seconds(sum(each) / heads) - shared_seconds(cost.shared, needs)
     return saved
 

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ditopt.cost_models.sparse import SparseCost
+from ditopt.cost_models.sparse import FINDING, SparseCost
+from ditopt.decisions import Decision, Dense, Sparse
+from ditopt.kept import Use, uses
 from ditopt.profile import NetworkProfile
 from ditopt.recipes import Recipe
 from ditopt.search.problem import SearchProblem
-from ditopt.search.site_choice import MASS, SiteCandidates, needs_of
+from ditopt.search.site_choice import MASS, SiteCandidates, needs_now, refresh_of
 from ditopt.search.solution import Solution, SparsePart, signatures
 from ditopt.search.sparse import (
     head_candidates,
@@ -80,17 +82,22 @@ class HeadsBeside:
 def count_graphs(problem: SearchProblem, solution: Solution) -> int:
     """Number of distinct graphs that a plan needs with its sparse heads.
 
-    A site in some step may be sparse or not, and choose blocks by their true mass or not.
+    A site in some step may be sparse or not, and choose blocks by their true mass or not; where heads keep lists, it
+    may find some, by either selector, and read some.
     """
-    of_steps = [[rule for rule in solution.sparse.rules if step in rule.steps] for step in range(problem.steps)]
-    sparse = [
-        (
-            frozenset(rule.sites for rule in rules),
-            frozenset(rule.sites for rule in rules if MASS in dict(needs_of(rule.do))),
-        )
-        for rules in of_steps
-    ]
-    return len(set(zip(signatures(problem, solution.draft), sparse, strict=True)))
+    decided: dict[tuple[str, int], dict[int, Decision]] = {}
+    for rule in solution.sparse.rules:
+        for head in rule.heads or (0,):
+            decided.setdefault((rule.sites, head), {}).update(dict.fromkeys(rule.steps, rule.do))
+    does: list[set[tuple[str, ...]]] = [set() for _ in range(problem.steps)]
+    for (site, _), of_steps in decided.items():
+        in_turn = [of_steps.get(step, Dense()) for step in solution.kept]
+        for step, do, use in zip(solution.kept, in_turn, uses(in_turn, refresh_of), strict=True):
+            if isinstance(do, Sparse):
+                by = {*FINDING} & dict(needs_now(do, use)).keys()
+                told = {MASS} & by if use is Use.NONE else {use.name, *by}
+                does[step] |= {(site,), *((site, each) for each in told)}
+    return len({*zip(signatures(problem, solution.draft), map(frozenset, does), strict=True)})
 
 
 def further_schedules(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -102,6 +103,50 @@ def test_each_branch_finds_its_own_and_density_is_the_mean() -> None:
     prompts = joined(alone)
     np.testing.assert_allclose(prompts["density"].values, table["density"].values, rtol=1e-6)
     assert prompts["density"].axes == ("candidate",)
+
+
+def kept_names(table: Table) -> dict[str, int]:
+    """Where the drafts that keep their blocks between steps stand."""
+    return {name: at for name, at in dynamic(table).items() if "refresh" in json.loads(name)}
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_blocks_that_are_kept_are_those_of_the_step_that_found_them(batched: bool) -> None:
+    """In every fourth step they are found anew; of each branch its own."""
+    count, branches = 6, 1 + batched
+    inputs = [operands(LINE.tokens, seed=seed, sharp=1.5, batch=branches) for seed in range(count)]
+    captured = planted(inputs[0])
+    table = measured(captured, LINE, *inputs, calls=steps(count, branches, batched=batched))
+    weight, video, block = heads_weight(captured), of_video(LINE), table.facts["block_queries"]
+    places = kept_names(table)
+    assert {json.loads(name)["keep"] for name in places} == {0.125, 0.25}, places
+    assert {json.loads(name)["refresh"] for name in places} == {4}, "of six steps the eighth is none"
+    moved = 0
+    for name, at in places.items():
+        for step, branch in product(range(count), range(branches)):
+            then, now = (inputs[at][branch : branch + 1] for at in (step - step % 4, step))
+            blocks = kept(then, (2, 2), LINE, block, name)
+            moved += not torch.equal(blocks, kept(now, (2, 2), LINE, block, name))
+            dense = attend(now)[:, video]
+            error = attend(now, mask=expanded(blocks, block, LINE.tokens))[:, video] - dense
+            expected = norm(error, weight) / total(dense, weight)
+            np.testing.assert_allclose(
+                table["error"].values[0, step, branch, :, at], expected, atol=1e-5, err_msg=f"{name} {step}"
+            )
+    assert moved > 0
+
+
+def test_more_kept_blocks_than_a_site_may_hold_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, held = operands(LINE.tokens), 2 * 2 * -(-11 * 11 // 8)
+    captured = planted(x)
+    assert drafts_of(LINE, 4, steps=4).bytes_kept(heads=2, branches=1) == held
+    for most in (held, held - 1):
+        for module in ("tried", "pattern_errors"):
+            monkeypatch.setattr(f"ditopt.profiler.{module}.KEPT_BYTES", most)
+        collector = PatternCollector(trace_of(captured), steps(4), LINE)
+        names = kept_names(collector.tables()[SITE])
+        told = [reason for reason in collector.reasons if "to keep between steps; no draft with a refresh" in reason]
+        assert (len(names), len(told)) == ((2, 0) if most == held else (0, 1))
 
 
 def test_what_no_call_was_seen_of_has_the_density_that_it_has_room_for() -> None:

@@ -175,6 +175,11 @@ def test_a_head_alone_does_not_pay_for_what_two_would() -> None:
     assert two.paid(two.chosen(0.0)) == pytest.approx(1.6)
     seldom = replace(one, heads=(head(0, (KEPT, 1.0, frozenset({("mass", 4)}))), one.heads[1]))
     assert [each.choice.candidate for each in seldom.chosen(0.0)] == [KEPT, BAND], "a quarter of it each step"
+    assert [each.choice.candidate for each in replace(seldom, prices={"mass": 2.2}).chosen(0.0)] == [KEPT, BAND]
+    short = replace(seldom, prices={"mass": 2.2}, steps=2)
+    assert [each.choice.candidate for each in short.chosen(0.0)] == [BAND], "and half of it where there are two"
+    (told, _) = sparse_part([seldom], 0.0).explanations
+    assert told.chosen == f"head 0 in steps 0: {KEPT}" and '"refresh": 4' in told.chosen
     alike = replace(two, heads=(head(0, finds), head(1, finds)), alike=True)
     assert len(alike.chosen(0.0)) == 2 and not replace(alike, prices={"mass": 2.0}).chosen(0.0)
     (told, _) = sparse_part([one], 0.0).explanations
@@ -248,6 +253,10 @@ def test_what_a_plan_saves_is_that_of_its_heads_in_the_steps_it_computes(network
     assert planned_saving(shared, "net", network, {"attn": COST}, (1, 2)) == pytest.approx(
         2 * (2.0 - COST.seconds(1.0)) - 2 * (0.01 + 0.02)
     ), "once a step, however many heads"
+    steps = (1, 2, 3, 4, 6, 7)
+    kept = plan.model_copy(update={"rules": sparse_rules([HeadPattern("attn", 0, KEPT, steps)])})
+    saving = planned_saving(kept, "net", network, {"attn": COST}, steps)
+    assert saving == pytest.approx(len(steps) * (2.0 - COST.seconds(1.0)) - 2 * 1.0), "paid in the first and the fifth"
     unknown = sparse_rules([HeadPattern("attn", 0, '{"pattern": "sink"}', (1,))])
     plan = plan.model_copy(update={"rules": unknown})
     assert planned_saving(plan, "net", network, {"attn": COST}, (1,)) == pytest.approx(2.0 - COST.seconds(1.0))

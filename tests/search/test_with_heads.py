@@ -109,15 +109,37 @@ def test_steps_that_score_all_pairs_need_a_graph_of_their_own(network: NetworkPr
     def graphs(*by: tuple[str, str]) -> int:
         """Of rules for steps, with what their drafts choose blocks by."""
         rules = tuple(
-            Rule(sites="attn", heads=(0,), steps=parse_steps(steps),
+            Rule(sites="attn", heads=(head,), steps=parse_steps(steps),
                  do=Sparse(pattern=pattern_text({"pattern": "draft", "keep": 0.25, "by": each})))
-            for steps, each in by
+            for head, (steps, each) in enumerate(by)
         )  # fmt: skip
         return count_graphs(problem, base.with_sparse(SparsePart(rules, 1.0, 0.0)))
 
     assert graphs(("0-7", "means")) == graphs(("0-3", "means"), ("4-7", "error")) == graphs(("0-7", "mass")) == 1
     assert graphs(("0-3", "mass"), ("4-7", "error")) == graphs(("0-3", "mass"), ("0-7", "error")) == 2
     assert graphs(("2-3", "mass"), ("4-7", "error")) == 3, "and dense ones"
+
+
+def test_steps_that_find_lists_and_steps_that_read_them_are_graphs_of_their_own(network: NetworkProfile) -> None:
+    problem = SearchProblem.from_profile(network)
+
+    def graphs(*rules: tuple[str, int | None], kept: Sequence[int] = range(STEPS)) -> int:
+        """Of rules for steps, one a head, in which blocks are found in every so many."""
+        made = tuple(
+            Rule(sites="attn", heads=(head,), steps=parse_steps(steps), do=Sparse(pattern=pattern_text(
+                {"pattern": "draft", "keep": 0.25, "by": "mass", **({} if every is None else {"refresh": every})})))
+            for head, (steps, every) in enumerate(rules)
+        )  # fmt: skip
+        return count_graphs(problem, from_kept(problem, kept).with_sparse(SparsePart(made, 1.0, 0.0)))
+
+    assert graphs(("0-7", 4)) == graphs(("0-7", 4), ("0-7", 4)) == 2
+    assert graphs(("1-7", 4)) == 3, "and a dense one"
+    assert graphs(("0-7", 2), ("0-7", 4)) == 3, "and one that does both"
+    assert graphs(("0-7", 4), ("0-7", None)) == 2, "find; read beside what is found in every step"
+    predicted = (0, 1, 4, 7)
+    assert (
+        graphs(("0-7", 4), kept=predicted) == graphs(("0-7", 2), kept=predicted) == graphs(("0-7", 99), kept=predicted)
+    )
 
 
 def test_further_schedules_end_with_the_whole_one() -> None:
