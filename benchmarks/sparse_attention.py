@@ -52,7 +52,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists) -> Callab
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     count = TOKENS // BLOCK
-    indices = F.pad(lists.indices, (0, count - lists.indices.shape[-1])).contiguous()
+    indices = (~lists.to_map(count)).to(torch.int8).argsort(dim=-1, stable=True).to(torch.int32)
     none = torch.zeros_like(lists.counts)
     mask = BlockMask.from_kv_blocks(none, torch.zeros_like(indices), lists.counts, indices, BLOCK_SIZE=(BLOCK, BLOCK))
     compiled: Any = torch.compile(flex_attention, fullgraph=True)

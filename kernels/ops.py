@@ -26,6 +26,7 @@ from ditopt.kernels.block_sparse_attention.lists import QUERY_TASK, check
 from ditopt.kernels.block_sparse_attention.lists import BlockLists as BlockLists
 from ditopt.kernels.block_sparse_attention.pooled import PooledRest as PooledRest
 from ditopt.kernels.block_sparse_attention.pooled import check_pooled
+from ditopt.kernels.cpp import PAIRS, compiler_refusal
 from ditopt.kernels.patterns.draft import SELECTORS, Selector
 
 LIBRARY = torch.library.Library("ditopt", "DEF")
@@ -127,6 +128,9 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, scale: float, dtype: torc
         return f"there is a kernel for torch.bfloat16 only, not for {dtype}"
     if not has_bfloat16_dot_products():
         return "this processor has no dot products of bfloat16 pairs (avx512_bf16)"
+    unbuilt = compiler_refusal(PAIRS)
+    if unbuilt is not None:
+        return unbuilt
     if has_amx():
         return "this processor has AMX, which torch's attention uses"
     if len({part.dtype for part in parts}) > 1:

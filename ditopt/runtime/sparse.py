@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ditopt.decisions import HeadDecision, Sparse
 from ditopt.errors import InputError, PlanMismatchError
 from ditopt.geometry import Geometry
-from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kernel_blocks
+from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kernel_blocks, longest_list
 from ditopt.kernels.block_sparse_attention.pooled import FIRST_ORDER, ZEROTH_ORDER
 from ditopt.kernels.ops import ATTENTION, FIRST_ORDER_ON_GPU, MASK_AND_REST
 from ditopt.kernels.patterns._infra import Pattern
@@ -180,6 +180,7 @@ class AttentionSites:
         found: list[list[tuple[SparseAttention, dict[str, Tensor], tuple[KeptRead, ...]]]]
         found = [[] for _ in plan.sampler.timesteps[network]]
         notes: dict[str, None] = {}  # a set in order
+        known: dict[object, BlockLists] = {}
         for name, place in self.places.items():
             of_plan = plan.head_decisions(name, network)
             computed = [step for step in range(len(of_plan)) if not inside(step, place.block)]
@@ -188,7 +189,7 @@ class AttentionSites:
                 continue
             geometry = self._geometry(plan, network, place) if place.own else None
             decided = listed.bind(name, geometry, kernel_blocks(place.site.queries, place.site.keys), decided, notes)
-            of_steps = _lists(place, geometry, decided, notes)
+            of_steps = _lists(place, geometry, decided, notes, known)
             decided = {step: decided[step] for step in of_steps}
             kept = _kept(place, computed, decided)
             rests = _rests(place, decided)
@@ -271,8 +272,12 @@ def _lists(
     geometry: Geometry | None,
     decided: Mapping[int, tuple[HeadDecision, ...]],
     notes: dict[str, None],
+    known: dict[object, BlockLists],
 ) -> dict[int, BlockLists]:
-    """The lists of a site by step; steps in which its heads attend to all blocks have none, and run dense."""
+    """The lists of a site by step; steps in which its heads attend to all blocks have none, and run dense.
+
+    Those of heads that do the same at another site are the same tensors; ``known`` is what others have.
+    """
     site = place.site
     query_block, key_block = kernel_blocks(site.queries, site.keys)
     key_blocks = blocks(site.keys, key_block)
@@ -285,13 +290,15 @@ def _lists(
         size = f"{query_block} queries and {key_block} keys"
         notes[f"{site.name}: patterns that keep every block of {size} run dense"] = None
     maps = {heads: attended for heads, attended in maps.items() if heads not in whole}
-    longest = max((int(attended.sum(-1).max()) for attended in maps.values()), default=0)
+    longest = max(map(longest_list, maps.values()), default=0)
     longest = max([longest, *(room_of(do, key_blocks) for heads in maps for do in heads)])
     width = min(key_blocks, max(1, -(-longest // WIDTHS)) * WIDTHS)
-    lists = {
-        heads: BlockLists.from_map(attended, query_block, key_block, width).to(place.device)
-        for heads, attended in maps.items()
-    }
+    lists = {}
+    for heads, attended in maps.items():
+        key = (heads, geometry, site.queries, site.keys, width, place.device)
+        if key not in known:
+            known[key] = BlockLists.from_map(attended, query_block, key_block, width).to(place.device)
+        lists[heads] = known[key]
     return {step: lists[heads] for step, heads in decided.items() if heads in lists}
 
 

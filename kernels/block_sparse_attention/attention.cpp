@@ -10,17 +10,26 @@
 // Neighbouring blocks of a list make a run, and a run is taken in chunks of at most CHUNK keys between two rescalings.
 // Behind them come the means of groups of keys, where a head has a rest: all groups of a chunk are scored, and those that
 // lie in listed blocks count as none. A chunk that a mask hides from all queries of a task is passed over.
+#if !defined(__x86_64__)
+#error "this kernel is for x86-64"
+#endif
+#if !defined(__has_builtin)
+#error "__builtin_shufflevector is needed: GCC 12 or Clang"
+#elif !__has_builtin(__builtin_shufflevector)
+#error "__builtin_shufflevector is needed: GCC 12 or Clang"
+#endif
+
 #include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -182,6 +191,8 @@ inline void transpose(const char* from, int64_t stride, int high, int wide, char
     for (int i = 0; i < LANES && i < wide; ++i)
         std::memcpy(to + i * to_stride, &rows[i], high == LANES ? LANES * 4 : high * 4);
 }
+
+constexpr int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct State {
     alignas(64) float scores[CHUNK][STRIP];
@@ -378,7 +389,34 @@ inline float bias_of(float added, float scale) {
     return std::isfinite(added) && added < -0x1p30f * scale ? -0x1p119f : added / scale;
 }
 
+// What a mask adds to the scores of a chunk: [key][query], or in the first row where it is the same for all queries.
+struct alignas(64) Hidden { float rows[CHUNK][TASK]; };
+
+// Memory that a thread works in, one after the other: all of it begins at lines of 64 bytes.
+struct Space {
+    int64_t packed, result, bias, hidden, all;  // where they begin behind `State`, and the bytes of all
+
+    Space(const Sizes& s, int packed_in_a_word, bool masked) {
+        packed = whole_lines(sizeof(State));
+        result = packed + s.depth / packed_in_a_word * TASK * 4;
+        bias = result + s.channels * TASK * 4;
+        hidden = bias + whole_lines(s.groups * 4);
+        all = hidden + (masked ? sizeof(Hidden) : 0);
+    }
+};
+
 inline int64_t blocks(int64_t tokens, int64_t block) { return (tokens + block - 1) / block; }
+
+// A list; one that counts as many as there are key blocks is all of them, and its entries are not read.
+struct List {
+    const int32_t* entries;
+    int64_t count;
+    bool all;
+
+    List(const Sizes& s, const int32_t* indices, const int32_t* counts, int64_t row)
+        : entries(indices + row * s.width), count(counts[row]), all(count == blocks(s.keys, s.key_block)) {}
+    int64_t operator[](int64_t at) const { return all ? at : entries[at]; }
+};
 
 // The first list that is wrong, as {row, what, value}: what is 1 for a count, 2 for an index; row -1 if none is.
 void check(const Sizes& s, const int32_t* indices, const int32_t* counts, int64_t* wrong) {
@@ -386,13 +424,15 @@ void check(const Sizes& s, const int32_t* indices, const int32_t* counts, int64_
     const int64_t key_blocks = blocks(s.keys, s.key_block);
     wrong[0] = -1;
     for (int64_t row = 0; row < rows; ++row) {
-        if (counts[row] < 0 || counts[row] > s.width) {
-            wrong[0] = row, wrong[1] = 1, wrong[2] = counts[row];
+        const List list(s, indices, counts, row);
+        if (list.all) continue;
+        if (list.count < 0 || list.count > s.width) {
+            wrong[0] = row, wrong[1] = 1, wrong[2] = list.count;
             return;
         }
         int64_t before = -1;
-        for (int64_t i = 0; i < counts[row]; ++i) {
-            const int64_t index = indices[row * s.width + i];
+        for (int64_t i = 0; i < list.count; ++i) {
+            const int64_t index = list[i];
             if (index <= before || index >= key_blocks) {
                 wrong[0] = row, wrong[1] = 2, wrong[2] = index;
                 return;
@@ -405,7 +445,8 @@ void check(const Sizes& s, const int32_t* indices, const int32_t* counts, int64_
 template <class F>
 void attend(const typename F::Element* query, const Rows<F>& all_keys, const Rows<F>& pooled, const int32_t* rest,
             const Mask& mask, typename F::Element* out, float* lse, float* kept, const int32_t* indices,
-            const int32_t* counts, const Sizes& s, const int64_t* of_query, const int64_t* of_out, float scale, int threads) {
+            const int32_t* counts, const Sizes& s, const int64_t* of_query, const int64_t* of_out, float scale, int threads,
+            char* memory) {
     typedef typename F::Element Element;
     const int words = int(s.depth / F::PACKED), channels = int(s.channels), out_words = channels / F::PACKED;
     const int64_t tiles = blocks(s.queries, TASK), query_blocks = blocks(s.queries, s.query_block);
@@ -432,13 +473,14 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
                 for (int64_t row = 0; row < s.batch * s.key_heads * rows->words(); ++row) rows->interleave(row);
             }
 
-        auto* state = (State*)std::aligned_alloc(64, sizeof(State));
+        const Space space(s, F::PACKED, mask.data != nullptr);
+        char* own = memory + omp_get_thread_num() * space.all;
+        auto* state = new (own) State;
+        auto* packed = (int32_t*)(own + space.packed);  // [STRIPS][words][STRIP]
+        auto* result = (float*)(own + space.result);    // [STRIPS][channels][STRIP]
+        auto* bias = (float*)(own + space.bias);        // [groups]
+        auto* hidden = mask.data ? new (own + space.hidden) Hidden : nullptr;
         const int64_t room = (int64_t(words) + channels) * TASK;
-        auto* packed = (int32_t*)std::aligned_alloc(64, room * 4);  // [STRIPS][words][STRIP]
-        float* result = (float*)packed + int64_t(words) * TASK;     // [STRIPS][channels][STRIP]
-        std::vector<float> bias(s.groups);
-        struct alignas(64) Hidden { float rows[CHUNK][TASK]; };
-        auto* hidden = mask.data ? (Hidden*)std::aligned_alloc(64, sizeof(Hidden)) : nullptr;
 #pragma omp for schedule(dynamic)
         for (int64_t number = 0; number < tasks; ++number) {
             const int64_t task = order[number], list = list_of(task);
@@ -493,10 +535,10 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
                             values + first / F::PACKED * rows.value_stride(), rows.value_stride(), count, of_chunk, of_each);
                 }
             };
-            const int32_t* listed = indices + list * s.width;
-            for (int at = 0; at < counts[list];) {
-                int next = at + 1;
-                while (next < counts[list] && listed[next] == listed[next - 1] + 1) ++next;
+            const List listed(s, indices, counts, list);
+            for (int64_t at = 0; at < listed.count;) {
+                int64_t next = at + 1;
+                while (next < listed.count && listed[next] == listed[next - 1] + 1) ++next;
                 in_chunks(all_keys, listed[at] * s.key_block, std::min<int64_t>(s.keys, (listed[next - 1] + 1) * s.key_block), nullptr);
                 at = next;
             }
@@ -509,12 +551,12 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
             };
             if (has_rest(head)) {
                 if (kept) write_logs(kept, counts[list] > 0);
-                std::fill(bias.begin(), bias.end(), std::log(float(s.pool)) / scale);
-                bias.back() = std::log(float(s.keys - (s.groups - 1) * s.pool)) / scale;
+                std::fill(bias, bias + s.groups, std::log(float(s.pool)) / scale);
+                bias[s.groups - 1] = std::log(float(s.keys - (s.groups - 1) * s.pool)) / scale;
                 const int64_t each = s.key_block / s.pool;
-                for (int at = 0; at < counts[list]; ++at)
-                    std::fill(bias.begin() + listed[at] * each, bias.begin() + std::min((listed[at] + 1) * each, s.groups), lowest);
-                in_chunks(pooled, 0, s.groups, bias.data());
+                for (int64_t at = 0; at < listed.count; ++at)
+                    std::fill(bias + listed[at] * each, bias + std::min((listed[at] + 1) * each, s.groups), lowest);
+                in_chunks(pooled, 0, s.groups, bias);
             }
             const bool attended = counts[list] > 0 || has_rest(head);
             write_logs(lse, attended);
@@ -543,9 +585,6 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
                 }
             }
         }
-        std::free(hidden);
-        std::free(packed);
-        std::free(state);
     }
 }
 
@@ -554,38 +593,55 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
 // How many floats a vector has.
 extern "C" int ditopt_lanes() { return LANES; }
 
+// Whether there is a kernel for products of bfloat16 pairs.
+extern "C" int ditopt_pairs() {
+#if defined(DITOPT_PAIRS)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// Bytes that a thread works in, for elements of so many bytes and with a mask or without.
+extern "C" int64_t ditopt_space(const int64_t* sizes, int element_bytes, int masked) {
+    Sizes s;
+    std::memcpy(&s, sizes, sizeof s);
+    return Space(s, element_bytes == 4 ? 1 : 2, masked != 0).all;
+}
+
 // Sizes as in `Sizes`. Strides, in elements: of query, key, value, result, pooled keys and pooled values each batch, head,
 // row; the last dimension is dense; then those of the mask, as in `Mask`, which may be null. `lse` is [batch, heads,
 // queries]; so is `kept`, of listed keys alone, written for heads with a rest, or null. `rest` [heads] says which heads
 // have one, and is not read where there are no groups. `interleaved` and `pooled_interleaved` have room for the values in
-// bfloat16, and are not read otherwise. Returns 0; 1 if a list is wrong (`wrong` says which), 2 if no kernel for the element
-// was compiled.
+// bfloat16, and are not read otherwise; `memory` has `ditopt_space` bytes for each thread, and begins at a line of 64. Returns 0;
+// 1 if a list is wrong (`wrong` says which), 2 if no kernel for the element was compiled, 3 if memory is short.
 extern "C" int ditopt_block_sparse_attention(const void* query, const void* key, const void* value, void* out, float* lse,
                                              float* kept, const int32_t* indices, const int32_t* counts, int32_t* interleaved,
                                              const void* pooled_key, const void* pooled_value, const int32_t* rest,
-                                             int32_t* pooled_interleaved, const float* mask, const int64_t* sizes, const int64_t* strides,
+                                             int32_t* pooled_interleaved, const float* mask, char* memory, const int64_t* sizes, const int64_t* strides,
                                              float scale, int element_bytes, int threads, int64_t* wrong) {
     Sizes s;
     std::memcpy(&s, sizes, sizeof s);
     check(s, indices, counts, wrong);
     if (wrong[0] >= 0) return 1;
-    const auto run = [&](auto form) {
+    const auto run = [&](auto form) -> int {
         typedef decltype(form) F;
         typedef typename F::Element Element;
         const Rows<F> all_keys{(const Element*)key, (const Element*)value, strides + 3, strides + 6,
                                s.keys, s.channels, s.key_heads, interleaved};
         const Rows<F> pooled{(const Element*)pooled_key, (const Element*)pooled_value, strides + 12, strides + 15,
                              s.groups, s.channels, s.key_heads, pooled_interleaved};
-        attend<F>((const Element*)query, all_keys, pooled, rest, Mask{mask, strides + 18}, (Element*)out, lse, kept, indices, counts, s, strides, strides + 9,
-                  scale, threads);
-    };
-    if (element_bytes == 4) {
-        run(Single());
+        try {
+            attend<F>((const Element*)query, all_keys, pooled, rest, Mask{mask, strides + 18}, (Element*)out, lse, kept, indices,
+                      counts, s, strides, strides + 9, scale, threads, memory);
+        } catch (const std::bad_alloc&) {  // of the order of tasks, before any thread is started
+            return 3;
+        }
         return 0;
-    }
+    };
+    if (element_bytes == 4) return run(Single());
 #if defined(DITOPT_PAIRS)
-    run(Paired());
-    return 0;
+    return run(Paired());
 #else
     return 2;
 #endif

@@ -7,16 +7,15 @@ and as float32 where not, as float16 does.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ditopt._torch import has_bfloat16_dot_products, load_cpp
+from ditopt._torch import has_bfloat16_dot_products
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, told
 from ditopt.kernels.block_sparse_attention.pooled import FIRST_ORDER, PooledRest, moments
+from ditopt.kernels.cpp import built, called, dense_rows, numbers, strides_of
 from ditopt.kernels.ops import LIBRARY, block_sparse_refusal
 
 SOURCE = Path(__file__).with_name("attention.cpp")
@@ -55,6 +54,7 @@ def block_sparse_attention(
 
     Raises:
         ValueError: the kernel does not take these operands, or a list is wrong; it says which and why.
+        RuntimeError: the kernel cannot be built, or memory is short.
     """
     lists = BlockLists(indices, counts, query_block, key_block)
     try:
@@ -66,12 +66,11 @@ def block_sparse_attention(
         raise ValueError(f"ditopt::block_sparse_attention: {refused}")
     dtype = query.dtype
     pairs = dtype == torch.bfloat16 and lanes == WIDEST and has_bfloat16_dot_products()
-    pairs = pairs and not (query.shape[3] % 2 or value.shape[3] % 2)
+    pairs = pairs and not (query.shape[3] % 2 or value.shape[3] % 2) and bool(library(lanes).ditopt_pairs())
     if pooled_key is None or pooled_value is None or rest is None:
         pooled_key, pooled_value, rest = key[:, :, :0], value[:, :, :0], torch.empty(0, dtype=torch.int32)
     parts = [part.float() if not pairs else part for part in (query, key, value, pooled_key, pooled_value)]
-    parts = [part if part.stride(-1) == 1 else part.contiguous() for part in parts]
-    query, key, value, pooled_key, pooled_value = parts
+    query, key, value, pooled_key, pooled_value = map(dense_rows, parts)
     (batch, heads, queries, depth), (_, key_heads, keys, channels) = query.shape, value.shape
     out = query.new_empty(batch, queries, heads, channels).transpose(1, 2)
     logs = query.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -84,31 +83,23 @@ def block_sparse_attention(
     kept = torch.empty_like(logs) if first_order else None
     blocked = (len(counts), width, query_block, key_block, pooled_key.shape[2], pool)
     sizes = (batch, heads, key_heads, queries, keys, depth, channels, *blocked)
-    strides = [stride for part in (query, key, value, out, pooled_key, pooled_value) for stride in part.stride()[:3]]
+    strides = strides_of(query, key, value, out, pooled_key, pooled_value)
     added = None if mask is None else _added(mask, (batch, heads, queries, keys))
     strides += [0] * 4 if added is None else added.stride()
     listed = (indices.contiguous(), counts.contiguous())
     of_rest = (pooled_key, pooled_value, rest.contiguous(), of_pooled)
-    tensors = (query, key, value, out, logs, kept, *listed, interleaved, *of_rest, added)
-    wrong = (ctypes.c_int64 * 3)()
-    failed = library(lanes).ditopt_block_sparse_attention(
-        *(ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors),
-        (ctypes.c_int64 * len(sizes))(*sizes),
-        (ctypes.c_int64 * len(strides))(*strides),
-        ctypes.c_float(scale),
-        ctypes.c_int(query.element_size()),
-        ctypes.c_int(torch.get_num_threads()),
-        wrong,
-    )
+    threads, element = torch.get_num_threads(), query.element_size()
+    space = working_memory(threads * library(lanes).ditopt_space(numbers(sizes), element, mask is not None))
+    tensors = (query, key, value, out, logs, kept, *listed, interleaved, *of_rest, added, space)
+    wrong = numbers([0] * 3)
+    run = library(lanes).ditopt_block_sparse_attention
+    failed = called(run, tensors, sizes, strides, ctypes.c_float(scale), element, threads, wrong)
     if failed == 1:
         row, what, index = wrong
         wrong_list = told(counts, row, None if what == 1 else index, width, blocks(keys, key_block))
         raise ValueError(f"ditopt::block_sparse_attention: {wrong_list}")
     if failed:
-        raise RuntimeError(
-            f"ditopt::block_sparse_attention: the compiler made no kernel for {dtype}, though the processor has the "
-            "instructions; a newer one (GCC 12 or later) does"
-        )
+        raise RuntimeError("ditopt::block_sparse_attention: there is no memory for the order of so many tasks")
     if kept is not None:
         add_first_order(out, (query, key, value), -torch.expm1(kept - logs), first_order, pool, scale)
     return out.to(dtype), logs
@@ -135,10 +126,21 @@ def add_first_order(
         out[:, head] += (linear * (scale * shares[:, head, :, None])).to(out.dtype)
 
 
-@cache
-def library(lanes: int = WIDEST) -> Any:
-    """The kernel, compiled for vectors of at most ``lanes`` floats."""
-    return load_cpp(SOURCE.read_text(encoding="utf-8"), (*FLAGS, f"-DDITOPT_LANES={lanes}"))
+def library(lanes: int = WIDEST) -> ctypes.CDLL:
+    """The kernel, compiled for vectors of at most ``lanes`` floats.
+
+    Raises:
+        RuntimeError: it cannot be built; tells what the compiler says.
+    """
+    found = built(SOURCE, (*FLAGS, f"-DDITOPT_LANES={lanes}"))
+    found.ditopt_space.restype = ctypes.c_int64
+    return found
+
+
+def working_memory(size: int) -> Tensor:
+    """So many bytes, which begin at a line of 64."""
+    space = torch.empty(size + 64, dtype=torch.uint8)
+    return space[-space.data_ptr() % 64 :]
 
 
 LIBRARY.impl("block_sparse_attention", block_sparse_attention, "CPU")

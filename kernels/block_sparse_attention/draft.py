@@ -49,7 +49,7 @@ def draft_lists(
 
     ``[B, H, S, D]`` and ``[B, Hkv, L, D]``; ``indices`` ``[B or 1, H, Qb, W]`` and ``counts`` ``[B or 1, H, Qb]`` int32
     name what is attended to whatever the scores; ``keep`` ``[H]`` int32 and ``mass`` ``[H]`` float32 are as in
-    ``draft_map``, with at most W blocks. A head with ``keep`` 0 has the lists that are given. The result is
+    ``draft_map``, with at most W blocks, or all. A head with ``keep`` 0 has the lists that are given. The result is
     ``[B, H, Qb, W]`` and ``[B, H, Qb]`` int32, in ascending order; behind a list's count there is 0.
 
     ``selectors`` are all that some head's blocks are chosen by, with commas between them; no other is computed. Where
@@ -69,7 +69,8 @@ def draft_lists(
     scores = draft_scores(query, key, query_block, key_block, scale, value, by, selectors_of(selectors))
     attended = draft_map(scores, lists.to_map(key_blocks), keep.clamp(max=width), mass)
     places = attended.cumsum(-1, dtype=torch.int32)
-    to = torch.where(attended, places - 1, width).long()  # what is not attended to goes behind the lists, and off
+    # what is not attended to goes behind the lists, and off; so does what is not read of lists of all blocks
+    to = torch.where(attended, places - 1, width).clamp(max=width).long()
     numbers = torch.arange(key_blocks, dtype=torch.int32, device=indices.device).expand(attended.shape)
     found = indices.new_zeros((*attended.shape[:-1], width + 1)).scatter(-1, to, numbers)
     return found[..., :width].contiguous(), places[..., -1].contiguous()

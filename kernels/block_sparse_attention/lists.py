@@ -27,9 +27,12 @@ def kernel_blocks(queries: int, keys: int) -> tuple[int, int]:
 class BlockLists:
     """Lists of whole blocks; what no list names is not attended to.
 
+    A list that counts as many as there are key blocks is all of them, and its indices are not read: so ``W`` need only
+    be as long as the longest of the others.
+
     Attributes:
         indices: ``[B or 1, H, Qb, W]`` int32: key blocks in ascending order; behind a list's count anything.
-        counts: ``[B or 1, H, Qb]`` int32: how many of ``W`` a query block has.
+        counts: ``[B or 1, H, Qb]`` int32: how many of ``W``, or of all, a query block has.
         query_block: tokens of a query block; the last one may be short.
         key_block: tokens of a key block.
     """
@@ -43,11 +46,12 @@ class BlockLists:
     def from_map(cls, attended: Tensor, query_block: int, key_block: int, width: int | None = None) -> BlockLists:
         """The lists of a boolean map ``[B or 1, H, Qb, Kb]``, padded to ``width`` (None: to the longest).
 
+        Lists of all blocks have no length.
+
         Raises:
             ValueError: a list is longer than ``width``, or this than there are key blocks.
         """
-        counts = attended.sum(-1)
-        longest = max(1, int(counts.max()) if counts.numel() else 1)
+        counts, longest = attended.sum(-1), longest_list(attended)
         width = longest if width is None else width
         if not longest <= width <= max(1, attended.shape[-1]):
             raise ValueError(f"lists of {longest} of {attended.shape[-1]} key blocks cannot be padded to {width}")
@@ -60,14 +64,14 @@ class BlockLists:
 
     def to_map(self, key_blocks: int) -> Tensor:
         """The boolean map ``[B or 1, H, Qb, key_blocks]``."""
-        spare = torch.where(self.used, self.indices.long(), key_blocks)
+        spare = torch.where(self.used(key_blocks), self.indices.long(), key_blocks)
         found = torch.zeros(*self.counts.shape, key_blocks + 1, dtype=torch.bool, device=self.indices.device)
-        return found.scatter_(-1, spare, True)[..., :key_blocks]
+        return found.scatter_(-1, spare, True)[..., :key_blocks] | (self.counts == key_blocks)[..., None]
 
-    @property
-    def used(self) -> Tensor:
-        """``[B or 1, H, Qb, W]``: which entries count."""
-        return torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
+    def used(self, key_blocks: int) -> Tensor:
+        """``[B or 1, H, Qb, W]``: which entries are read."""
+        entries = torch.arange(self.indices.shape[-1], device=self.indices.device)
+        return (entries < self.counts[..., None]) & (self.counts != key_blocks)[..., None]
 
     def density(self, queries: int, keys: int) -> Tensor:
         """``[H]``: the share of all query and key pairs that each head attends to."""
@@ -76,6 +80,13 @@ class BlockLists:
         query_sizes = _sizes(query_blocks, self.query_block, queries).to(self.indices.device)
         attended = self.to_map(key_blocks).double() @ key_sizes
         return (attended @ query_sizes).mean(0) / (queries * keys)
+
+
+def longest_list(attended: Tensor) -> int:
+    """Of the lists of a map ``[..., Kb]`` the longest, but for those of all blocks; at least 1."""
+    counts = attended.sum(-1)
+    some = counts[counts < attended.shape[-1]]
+    return max(1, int(some.max())) if some.numel() else 1
 
 
 def _sizes(count: int, block: int, tokens: int) -> Tensor:
@@ -104,11 +115,11 @@ def check(lists: BlockLists, batch: int, heads: int, queries: int) -> str | None
 def check_entries(lists: BlockLists, keys: int) -> str | None:
     """What is wrong with the entries themselves: a count beyond the padding, an index out of range or out of order."""
     width, key_blocks = lists.indices.shape[-1], blocks(keys, lists.key_block)
-    beyond = (lists.counts < 0) | (lists.counts > width)
+    beyond = (lists.counts < 0) | ((lists.counts > width) & (lists.counts != key_blocks))
     if beyond.any():
         return told(lists.counts, int(beyond.flatten().nonzero()[0]), None, width, key_blocks)
     before = torch.nn.functional.pad(lists.indices, (1, 0), value=-1)[..., :-1]
-    wrong = lists.used & ((lists.indices <= before) | (lists.indices >= key_blocks))
+    wrong = lists.used(key_blocks) & ((lists.indices <= before) | (lists.indices >= key_blocks))
     if wrong.any():
         at = int(wrong.flatten().nonzero()[0])
         return told(lists.counts, at // width, int(lists.indices.flatten()[at]), width, key_blocks)
@@ -122,5 +133,6 @@ def told(counts: Tensor, row: int, index: int | None, width: int, key_blocks: in
         f"batch {row // query_blocks // heads}, head {row // query_blocks % heads}, query block {row % query_blocks}"
     )
     if index is None:
-        return f"the list of {where} has {int(counts.flatten()[row])} entries, its padding has room for 0 to {width}"
+        count = int(counts.flatten()[row])
+        return f"the list of {where} has {count} entries, its padding has room for 0 to {width}; all are {key_blocks}"
     return f"the list of {where} names key block {index}; there are {key_blocks}, named once each, in ascending order"

@@ -115,13 +115,14 @@ def attend(
 
     count = tl.load(counts + row)
     entries = indices + row * padding
-    wrong = (count < 0) | (count > padding)
+    full = count == key_blocks  # whose entries are not read
+    wrong = (count < 0) | ((count > padding) & (full == 0))
     rested = 0
     if POOL:
         rested = tl.load(rest + head)
         wrong = wrong | (rested > FURTHEST_ORDER)
     count = tl.where(wrong, 0, count)
-    wrong = wrong | (wrong_entries(entries, count, key_blocks, 64) > 0)
+    wrong = wrong | (wrong_entries(entries, tl.where(full, 0, count), key_blocks, 64) > 0)
     count = tl.where(wrong, 0, count)
 
     depth = tl.arange(0, PADDED_DEPTH)
@@ -143,8 +144,8 @@ def attend(
 
     columns = tl.arange(0, COLUMNS)
     last = (key_blocks - 1) * KEY_BLOCK
-    ends = tl.load(entries + count - 1, mask=count > 0, other=-1) == key_blocks - 1
-    short = ends & (keys - last < KEY_BLOCK)  # only the last block can be
+    ends = tl.load(entries + count - 1, mask=(count > 0) & (full == 0), other=-1) == key_blocks - 1
+    short = (ends | full) & (keys - last < KEY_BLOCK)  # only the last block can be
     whole = count
     if KEY_BLOCK % COLUMNS == 0:
         whole = count - short.to(tl.int32)
@@ -152,7 +153,7 @@ def attend(
     if INT8:
         eight = tl.load(int8_heads + head) != 0
     sums, totals, tops = meet_listed(
-        sums, totals, tops, queries, key, value, key_stride, value_stride, entries, tl.where(eight, 0, whole),
+        sums, totals, tops, queries, key, value, key_stride, value_stride, entries, full, tl.where(eight, 0, whole),
         short & (eight == 0), keys, key_blocks, factor, factor, DEPTH, WIDTH, PADDED_DEPTH, PADDED_WIDTH, KEY_BLOCK,
         COLUMNS, WIDEN, False,
     )  # fmt: skip
@@ -163,15 +164,15 @@ def attend(
         scale = tl.div_rn(tl.where(largest < SMALLEST, SMALLEST, largest), LARGEST)
         sums, totals, tops = meet_listed(
             sums, totals, tops, rounded(wide, scale[:, None]), int8_key + of_head * keys * DEPTH, value, DEPTH,
-            value_stride, entries, tl.where(eight, whole, 0), short & eight, keys, key_blocks, factor * scale[:, None],
-            int8_scales + of_head * key_blocks, DEPTH, WIDTH, PADDED_DEPTH, PADDED_WIDTH, KEY_BLOCK, COLUMNS, WIDEN,
-            True,
+            value_stride, entries, full, tl.where(eight, whole, 0), short & eight, keys, key_blocks,
+            factor * scale[:, None], int8_scales + of_head * key_blocks, DEPTH, WIDTH, PADDED_DEPTH, PADDED_WIDTH,
+            KEY_BLOCK, COLUMNS, WIDEN, True,
         )  # fmt: skip
         mean = tl.load(int8_mean + of_head * DEPTH + depth, mask=depth < DEPTH, other=0.0)
         tops += tl.where(eight, factor * tl.sum(wide * mean[None, :], 1), 0.0)
     nothing = count == 0
     if POOL:
-        resting = (rested != 0) & (wrong == 0)
+        resting = (rested != 0) & (wrong == 0) & (full == 0)
         nothing = nothing & (resting == 0)
         pooled_key += batch * mean_key_batch + head // group * mean_key_head
         pooled_value += batch * mean_value_batch + head // group * mean_value_head

@@ -103,6 +103,7 @@ def meet_listed(
     key_stride: tl.tensor,
     value_stride: tl.tensor,
     entries: tl.tensor,
+    full: tl.tensor,
     whole: tl.tensor,
     short: tl.tensor,
     keys: tl.tensor,
@@ -120,13 +121,16 @@ def meet_listed(
 ) -> tl.tensor:
     """A tile of queries meets the first ``whole`` blocks of its list, and the last of all behind it if it is ``short``.
 
+    The list is read in ``entries`` unless it is ``full``, of all blocks.
+
     If ``INT8``, queries and keys are, and each block of keys has one of ``scales`` beside the ``factor``.
     """
     STEPS: tl.constexpr = (KEY_BLOCK + COLUMNS - 1) // COLUMNS
     UNEVEN: tl.constexpr = KEY_BLOCK % COLUMNS != 0
     columns = tl.arange(0, COLUMNS)
     for step in range(0, whole * STEPS):
-        block = tl.load(entries + step // STEPS)
+        block = tl.load(entries + step // STEPS, mask=full == 0, other=0)
+        block = tl.where(full, step // STEPS, block)
         begin = block * KEY_BLOCK + step % STEPS * COLUMNS
         end = tl.minimum((block + 1) * KEY_BLOCK, keys)
         scaled = factor

@@ -4,6 +4,10 @@
 // result [channel][query]. So maxima and sums over keys are plain vector operations, keys and values are read as
 // broadcast pairs of bfloat16, and no result is ever reduced across lanes. Keys are read where they lie; values are
 // interleaved once, rows 2j and 2j+1 channel by channel, as a product over keys takes them in pairs.
+#if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512BF16__)
+#error "AVX-512 with dot products of bfloat16 pairs is needed: GCC 10 or Clang 9, with -mavx512f -mavx512bw -mavx512bf16"
+#endif
+
 #include <immintrin.h>
 #include <omp.h>
 
@@ -106,7 +110,7 @@ inline void gather(const uint32_t* values, int channels, const uint32_t (*shares
 // Sizes: batch, heads, key heads, queries, keys, channels of a key (even), channels of a value (even).
 // Strides, in elements: of query, key, value and result each batch, head, row; the last dimension is dense.
 // `interleaved` has room for [batch, key heads, (keys + 1) / 2, value channels] pairs, `space` for `threads` results.
-extern "C" void ditopt_attention(const uint16_t* query, const uint16_t* key, const uint16_t* value, uint16_t* out,
+extern "C" int ditopt_attention(const uint16_t* query, const uint16_t* key, const uint16_t* value, uint16_t* out,
                                  uint32_t* interleaved, float* space, const int64_t* sizes, const int64_t* strides,
                                  float scale, int threads) {
     const int64_t batch = sizes[0], heads = sizes[1], key_heads = sizes[2], queries = sizes[3], keys = sizes[4];
@@ -209,4 +213,5 @@ extern "C" void ditopt_attention(const uint16_t* query, const uint16_t* key, con
             }
         }
     }
+    return 0;
 }

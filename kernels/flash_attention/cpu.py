@@ -7,18 +7,15 @@ summed by ``vdpbf16ps``, which does twice as much an instruction, and what lies 
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ditopt._torch import load_cpp
+from ditopt.kernels.cpp import PAIRS, built, called, dense_rows, strides_of
 from ditopt.kernels.ops import LIBRARY, refusal
 
 SOURCE = Path(__file__).with_name("avx512_bf16.cpp")
-FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512bf16")
 QUERIES = 64
 """Of a task, as in the source."""
 
@@ -31,35 +28,26 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
 
     Raises:
         ValueError: no kernel takes these operands; it says why.
+        RuntimeError: the kernel cannot be built.
     """
     refused = refusal(query, key, value, scale, query.dtype)
     if refused is not None:
         raise ValueError(f"ditopt::flash_attention: {refused}")
-    query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
+    query, key, value = (dense_rows(part) for part in (query, key, value))
     (batch, heads, queries, depth), (_, key_heads, keys, channels) = query.shape, value.shape
     out = query.new_empty(batch, queries, heads, channels).transpose(1, 2)
     threads, device = torch.get_num_threads(), query.device
     interleaved = torch.empty(batch * key_heads * ((keys + 1) // 2) * channels, dtype=torch.int32, device=device)
     space = torch.empty(threads * (channels + depth // 2) * QUERIES, dtype=torch.float32, device=device)
-    sizes = (batch, heads, key_heads, queries, keys, depth, channels)
-    strides = [stride for part in (query, key, value, out) for stride in part.stride()[:3]]
-    tensors = (query, key, value, out, interleaved, space)
-    _kernel()(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
-        (ctypes.c_int64 * len(sizes))(*sizes),
-        (ctypes.c_int64 * len(strides))(*strides),
+    called(
+        built(SOURCE, PAIRS).ditopt_attention,
+        (query, key, value, out, interleaved, space),
+        (batch, heads, key_heads, queries, keys, depth, channels),
+        strides_of(query, key, value, out),
         ctypes.c_float(scale),
         ctypes.c_int(threads),
     )
     return out
-
-
-@cache
-def _kernel() -> Any:
-    """The compiled function."""
-    function = load_cpp(SOURCE.read_text(encoding="utf-8"), FLAGS).ditopt_attention
-    function.restype = None
-    return function
 
 
 LIBRARY.impl("flash_attention", flash_attention, "CPU")

@@ -41,6 +41,13 @@ def drawn(
     return BlockLists.from_map(attended, block, key_block)
 
 
+def but_the_last(heads: int, queries: int, keys: int) -> BlockLists:
+    """Lists of all blocks of keys but the last: so they have entries, which are read."""
+    attended = torch.ones(1, heads, blocks(queries, 64), blocks(keys, 64), dtype=torch.bool)
+    attended[..., -1] = False
+    return BlockLists.from_map(attended, 64, 64)
+
+
 def check(ours: tuple[Tensor, Tensor], parts: Operands, lists: BlockLists, scale: float) -> None:
     """Against float64: what rounding allows."""
     check_against(ours, parts, lists, scale)
@@ -92,6 +99,23 @@ def check_empty_and_full_lists(attend: Attend) -> None:
     assert (out[0, 1, 128:192] == 0).all() and (logs[0, 1, 128:192] == -math.inf).all()
     dense[0, 1, 128:192] = 0
     torch.testing.assert_close(out, dense, atol=2e-6, rtol=2e-5)
+
+
+def check_lists_of_all_blocks(attend: Attend) -> None:
+    """They need no room among shorter ones, and nothing of what stands in it is read."""
+    parts = operands((1, 2, 2, 130, 300, 32, 32))
+    attended = torch.rand(1, 2, 3, 5, generator=torch.Generator().manual_seed(0)) < 0.4
+    attended[0, 0], attended[0, 1, 1] = True, True
+    lists = BlockLists.from_map(attended, 64, 64)
+    assert lists.indices.shape[-1] < 4 and torch.equal(lists.to_map(5), attended)
+    found = attend(parts, lists, 0.2)
+    check(found, parts, lists, 0.2)
+    narrow = lists.indices.masked_fill((lists.counts == 5)[..., None], 2**30)
+    again = attend(parts, BlockLists(narrow, lists.counts, 64, 64), 0.2)
+    wide = lists.indices.new_full((1, 2, 3, 5), -1)
+    wide[..., : lists.indices.shape[-1]] = lists.indices
+    for other in (again, attend(parts, BlockLists(wide, lists.counts, 64, 64), 0.2)):
+        assert all(torch.equal(one, two) for one, two in zip(found, other, strict=True))
 
 
 def check_numbers_that_are_not_finite(attend: Attend, dtype: torch.dtype) -> None:

@@ -21,8 +21,10 @@ from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION
 from tests.kernels.block_sparse import (
     ROUNDING,
     Operands,
+    but_the_last,
     check,
     check_empty_and_full_lists,
+    check_lists_of_all_blocks,
     check_numbers_that_are_not_finite,
     drawn,
     operands,
@@ -250,26 +252,30 @@ def test_what_the_kernel_does_not_take_has_a_reason() -> None:
     ("entries", "count", "told"),
     [
         (
-            [0, 1, 3],
+            [0, 1, 4],
             3,
-            "head 1, query block 2 names key block 3; there are 3, named once each, in ascending order",
+            "head 1, query block 2 names key block 4; there are 4, named once each, in ascending order",
         ),
         ([-1, 1, 2], 3, "names key block -1"),
         ([0, 2, 1], 3, "names key block 1"),
         ([0, 1, 1], 3, "names key block 1"),
-        ([0, 1, 2], 4, "head 1, query block 2 has 4 entries, its padding has room for 0 to 3"),
+        ([0, 1, 2], 5, "head 1, query block 2 has 5 entries, its padding has room for 0 to 3; all are 4"),
         ([0, 1, 2], -1, "has -1 entries"),
     ],
 )
 def test_wrong_lists_are_told(entries: list[int], count: int, told: str) -> None:
-    parts, lists = operands((1, 2, 2, 130, 130, 16, 16)), drawn(2, 130, 130, 1.1)
+    parts, lists = operands((1, 2, 2, 130, 200, 16, 16)), but_the_last(2, 130, 200)
     lists.indices[0, 1, 2] = torch.tensor(entries, dtype=torch.int32)
     lists.counts[0, 1, 2] = count
-    assert told in refused(parts, lists) and told in str(check_entries(lists, 130))
+    assert told in refused(parts, lists) and told in str(check_entries(lists, 200))
+
+
+def test_lists_of_all_blocks_have_no_entries() -> None:
+    check_lists_of_all_blocks(attend)
 
 
 def test_what_is_behind_a_count_is_not_read() -> None:
-    parts, lists = operands((1, 2, 2, 130, 130, 16, 16)), drawn(2, 130, 130, 1.1)
+    parts, lists = operands((1, 2, 2, 130, 200, 16, 16)), but_the_last(2, 130, 200)
     lists.counts[:] = 2
     expected, _ = attend(parts, lists, 0.25)
     lists.indices[..., 2] = 2**30

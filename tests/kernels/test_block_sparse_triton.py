@@ -45,7 +45,7 @@ def run_cases(root: Path, cache: Path, **settings: str) -> None:
         env={**variables, "TRITON_CACHE_DIR": str(cache), **settings},
         text=True,
         capture_output=True,
-        timeout=500,
+        timeout=1000,
     )
     if done.returncode or " passed" not in done.stdout or "skipped" in done.stdout:
         pytest.fail(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}", pytrace=False)

@@ -252,7 +252,7 @@ def test_what_is_described_is_what_is_given() -> None:
 
 
 def valid() -> dict[str, Any]:
-    lists = lists_of(torch.ones(1, 2, 2, 4) > 0, 16, 8)
+    lists = lists_of(torch.tensor([True, True, True, False]).expand(1, 2, 2, 4), 16, 8)
     return {
         "query": torch.randn(1, 2, 32, 8),
         "key": torch.randn(1, 2, 32, 8),

@@ -23,7 +23,9 @@ from tests.kernels import block_sparse
 from tests.kernels.block_sparse import (
     ROUNDING,
     Operands,
+    but_the_last,
     check_empty_and_full_lists,
+    check_lists_of_all_blocks,
     check_numbers_that_are_not_finite,
     drawn,
     operands,
@@ -178,18 +180,18 @@ def test_strides_do_not_matter(layout: str) -> None:
 @pytest.mark.parametrize(
     ("entries", "count"),
     [
-        ([0, 1, 3], 3),
+        ([0, 1, 4], 3),
         ([0, 1, 2**30], 3),
         ([-(2**30), 1, 2], 3),
         ([0, 2, 1], 3),
         ([0, 1, 1], 3),
-        ([0, 1, 2], 4),
+        ([0, 1, 2], 5),
         ([0, 1, 2], 2**30),
         ([0, 1, 2], -1),
     ],
 )
 def test_a_wrong_list_gives_nan_to_its_queries_and_to_no_others(entries: list[int], count: int) -> None:
-    parts, lists = operands((1, 2, 2, 130, 130, 16, 16)), drawn(2, 130, 130, 1.1)
+    parts, lists = operands((1, 2, 2, 130, 200, 16, 16)), but_the_last(2, 130, 200)
     expected = attend(parts, lists)
     lists.indices[0, 1, 1] = torch.tensor(entries, dtype=torch.int32)
     lists.counts[0, 1, 1] = count
@@ -199,14 +201,28 @@ def test_a_wrong_list_gives_nan_to_its_queries_and_to_no_others(entries: list[in
 
 
 def test_a_wrong_entry_is_found_far_behind_in_a_list() -> None:
-    parts, lists = operands((1, 1, 1, 64, 400, 16, 16)), drawn(1, 64, 400, 1.1, key_block=4)
-    assert lists.indices.shape[-1] == 100
-    lists.indices[..., 99] = 100
+    parts, lists = operands((1, 1, 1, 64, 6400, 16, 16)), but_the_last(1, 64, 6400)
+    assert lists.indices.shape[-1] == 99
+    lists.indices[..., 98] = 100
     assert all(result.isnan().all() for result in attend(parts, lists))
 
 
+def test_lists_of_all_blocks_have_no_entries() -> None:
+    check_lists_of_all_blocks(attend)
+
+
+def test_lists_of_all_blocks_leave_no_rest_and_may_have_int8_scores() -> None:
+    parts, lists = operands((1, 2, 2, 64, 300, 32, 32)), drawn(2, 64, 300, 1.1)
+    assert lists.indices.shape[-1] == 1
+    plain = attend(parts, lists)
+    for found, other in zip(attend(parts, lists, 0.2, rest_of(parts, [1, 1], 16)), plain, strict=True):
+        assert torch.equal(found, other)
+    eight = heads_of(1, 0)
+    block_sparse.check_against(attend(parts, lists, int8=eight), parts, lists, 0.2, int8=eight)
+
+
 def test_what_is_behind_a_count_is_not_read() -> None:
-    parts, lists = operands((1, 2, 2, 130, 130, 16, 16)), drawn(2, 130, 130, 1.1)
+    parts, lists = operands((1, 2, 2, 130, 200, 16, 16)), but_the_last(2, 130, 200)
     lists.counts[:] = 2
     expected, _ = attend(parts, lists)
     lists.indices[..., 2] = 2**30
@@ -274,8 +290,7 @@ def test_strides_of_means_do_not_matter(layout: str) -> None:
 
 
 def test_wrong_lists_and_rests_to_first_order_give_nan() -> None:
-    parts, lists = operands((1, 2, 2, 64, 130, 16, 16)), drawn(2, 64, 130, 1.1)
-    lists.counts[:] = 2
+    parts, lists = operands((1, 2, 2, 64, 130, 16, 16)), but_the_last(2, 64, 130)
     lists.indices[0, 0, 0, 1] = 2**30
     for result in attend(parts, lists, 0.2, rest_of(parts, [1, 2], 16)):
         assert result.isnan().all()
@@ -288,16 +303,15 @@ def heads_of(*numbers: int) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize(
-    ("shape", "sizes", "density", "pool"),
+    ("shape", "sizes", "density", "pool", "dtype"),
     [
-        ((1, 2, 2, 130, 200, 64, 64), (64, 64), 0.6, 0),
-        ((2, 4, 2, 70, 150, 40, 24), (64, 64), 0.6, 0),  # channels padded, two heads to a key's, a short block
-        ((1, 2, 2, 64, 90, 96, 33), (64, 4), 0.5, 0),  # blocks of fewer keys than a tile
-        ((1, 1, 1, 65, 300, 16, 16), (64, 192), 1.1, 0),  # several tiles to a block
-        ((2, 4, 2, 70, 150, 40, 24), (64, 64), 0.5, 16),  # beside a rest
-        ((1, 2, 1, 64, 300, 16, 48), (64, 48), 0.0, 4),  # nothing listed
+        ((1, 2, 2, 130, 200, 64, 64), (64, 64), 0.6, 0, torch.bfloat16),
+        ((2, 4, 2, 70, 150, 40, 24), (64, 64), 0.6, 0, torch.float32),  # channels padded, shared keys, a short block
+        ((1, 2, 2, 64, 90, 96, 33), (64, 4), 0.5, 0, torch.float16),  # blocks of fewer keys than a tile
+        ((1, 1, 1, 65, 300, 16, 16), (64, 192), 1.1, 0, torch.float32),  # several tiles to a block
+        ((2, 4, 2, 70, 150, 40, 24), (64, 64), 0.5, 16, torch.bfloat16),  # beside a rest
+        ((1, 2, 1, 64, 300, 16, 48), (64, 48), 0.0, 4, torch.float32),  # nothing listed
     ],
 )
 def test_int8_scores_are_those_of_the_quantised_numbers(
@@ -386,8 +400,7 @@ def test_queries_and_keys_of_nothing_but_zeros_have_equal_shares() -> None:
 
 
 def test_wrong_lists_give_nan_under_int8_scores_too() -> None:
-    parts, lists = operands((1, 1, 1, 64, 130, 16, 16)), drawn(1, 64, 130, 1.1)
-    lists.counts[:] = 2
+    parts, lists = operands((1, 1, 1, 64, 130, 16, 16)), but_the_last(1, 64, 130)
     lists.indices[0, 0, 0, 1] = 2**30
     assert all(result.isnan().all() for result in attend(parts, lists, int8=heads_of(1)))
 

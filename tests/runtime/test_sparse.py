@@ -23,6 +23,7 @@ from ditopt.plan import DevicePrint, Inputs, ModelPrint, Plan, Rule, SamplerPrin
 from ditopt.profiler.head_edits import BlockMask, under_blocks, without_head
 from ditopt.profiler.interpret import Edit, Watched
 from ditopt.runtime.program import Program
+from ditopt.runtime.sparse import AttentionSites, Place
 from ditopt.sites import STEP, AttentionSite
 from tests.test_graph_breaks import captured as captured
 from tests.test_graph_breaks import hand_written
@@ -411,3 +412,20 @@ def test_networks_that_graph_breaks_cut_are_refused(captured: tuple[Session, For
     with pytest.raises(PlanMismatchError, match="rules for heads of transformer, which graph breaks cut into several"):
         session.bind(hand_written(session, rule("blocks.0", "1", sparse("skip"))))
     session.bind(None)
+
+
+def test_heads_that_attend_to_all_need_no_room_in_lists_and_sites_alike_share_them() -> None:
+    """19,200 tokens in 300 blocks: a dense head among sparse ones would have made lists of 300 of them."""
+    tokens = Geometry(frames=12, rows=40, columns=40)
+    sites = [AttentionSite(f"blocks.{block}.attn1", 0, 3, tokens.tokens, tokens.tokens, 8, False) for block in (0, 1)]
+    places = {site.name: Place(site, site.name[:8], True, torch.device("cpu")) for site in sites}
+    rules = (rule("*.attn1", "1-3", sparse("spatial")), rule("blocks.1.attn1", "3", sparse("skip"), "2"))
+    plan = plan_of("", *rules, rule("*.attn1", "2", sparse("dense"), "0-1"), tokens=tokens)
+    found, _ = AttentionSites(places).steps(plan, "transformer", lambda step, block: False)
+    assert {each.width for step in found for each in step.variant} == {128}
+    (first, counts), (second, _) = ([step.inputs[name] for name in list_names(sites[0].name)] for step in found[1:3])
+    assert first.shape == (1, 3, 300, 128) and counts.max() < 128
+    named = BlockLists(second, found[2].inputs[list_names(sites[0].name)[1]], 64, 64)
+    assert named.to_map(300)[0, :2].all() and not named.to_map(300)[0, 2].all()
+    held = {found[step].inputs[list_names(site.name)[0]].data_ptr() for step in (1, 2, 3) for site in sites}
+    assert len(held) == 3, "one of steps 1 and 3, one of step 2, one of step 3 at the site that does otherwise"
