@@ -68,6 +68,7 @@ def run_bench(
     reporter: Reporter | None = None,
     sheet: Path | None = None,
     source: str = "",
+    retarget: bool = False,
 ) -> BenchResult:
     """Measure a plan on a diffusers pipeline against dense, fewer steps, UniPC and DPM-Solver++.
 
@@ -85,6 +86,7 @@ def run_bench(
         reporter: prints progress.
         sheet: where to write a contact sheet.
         source: the plan's file name, for the result.
+        retarget: fit a plan that was made for another size or schedule to this one; else it is refused.
 
     Raises:
         InputError: no prompts, or too few repeats.
@@ -99,6 +101,7 @@ def run_bench(
         seed=seed,
         score_prompts=score_prompts,
         reporter=reporter,
+        retarget=retarget,
     )
     return measured[0]
 
@@ -113,6 +116,7 @@ def run_benches(
     seed: int = 1000,
     score_prompts: Sequence[str] = (),
     reporter: Reporter | None = None,
+    retarget: bool = False,
 ) -> list[BenchResult]:
     """Measure several plans for one setting in one interleaved run: ``run_bench`` for each, with shared dense runs.
 
@@ -149,7 +153,7 @@ def run_benches(
                     f"{found}); measure them one by one"
                 )
         adapter = DiffusersAdapter(pipe, called[0])
-        contest = Contest(adapter, tuple(prompts), repeats, seed, order, reporter or Reporter(quiet=True))
+        contest = Contest(adapter, tuple(prompts), repeats, seed, order, reporter or Reporter(quiet=True), retarget)
         entries = [contest.enter(each.plan) for each in plans]
         contest.run(tuple(score_prompts) or tuple(prompts))
     finally:

@@ -230,6 +230,7 @@ def bench(
         Path | None, typer.Option(metavar="FILE", help="prompts for the pipeline's own score, untimed")
     ] = None,
     score_limit: Annotated[int | None, typer.Option(min=1, help="use the first N of these only")] = None,
+    retarget: Annotated[bool, typer.Option("--retarget", help="fit plans made for another size or schedule")] = False,
     trust_remote_code: Trust = None,
     dtype: Precision = Dtype.float32,
     device: Device = None,
@@ -260,6 +261,7 @@ def bench(
         seed=seed,
         score_prompts=scored,
         reporter=reporter,
+        retarget=retarget,
     )
     for result, path in zip(results, json, strict=True):
         result.save(path)

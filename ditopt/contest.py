@@ -81,6 +81,8 @@ class Entry:
 class Contest:
     """One contest. ``order`` is that of the pipeline's scheduler; prompt i has the noise of ``seed + i``.
 
+    ``retarget``: plans made for another size or schedule are re-targeted, else refused.
+
     After ``run``: ``seconds`` holds every generation's by contender, ``made`` the samples that were kept by prompt and
     contender, ``failed`` why a contender does not run; ``cold``, ``warm`` and ``ended`` what Dynamo had counted before
     anything was compiled, when everything had run once, and at the end.
@@ -92,6 +94,7 @@ class Contest:
     seed: int
     order: int
     reporter: Reporter
+    retarget: bool = False
     entries: list[Entry] = field(default_factory=list)
     contenders: dict[str, Contender] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -107,12 +110,16 @@ class Contest:
         if not self.contenders:
             self.contenders[EAGER] = Contender(self.adapter, {})
             self.contenders[DENSE] = Contender(self.adapter, compiled_calls(networks, {}))
-        sessions = {name: Session(plan=plan, network=name) for name in networks if name in plan.sampler.timesteps}
+        mismatch = "retarget" if self.retarget else "error"
+        planned = [name for name in networks if name in plan.sampler.timesteps]
+        sessions = {name: Session(plan=plan, network=name, on_mismatch=mismatch) for name in planned}
         name = f"optimized {len(self.entries)}"
         self.contenders[name] = Contender(self.adapter, compiled_calls(networks, sessions))
         entry = Entry(plan, sessions, {EAGER: EAGER, DENSE: DENSE, "optimized": name})
         self.entries.append(entry)
         self._enter_cast(entry)
+        if self.retarget:
+            self.note("calls of another size or schedule than the plan was made for run by the plan re-targeted", entry)
         guidance = self.adapter.sampler().guidance
         if guidance != plan.sampler.guidance:
             self.note(f"the plan was made at guidance {plan.sampler.guidance:g}, this runs at {guidance:g}", entry)

@@ -193,6 +193,24 @@ def test_a_plan_for_another_scheduler_or_model_is_refused(pipe: TinyVideoPipelin
     assert pipe.transformer._compiled_call_impl is None
 
 
+def test_a_plan_for_another_size_is_refused_or_fitted_to_this_one(
+    pipe: TinyVideoPipeline, desk: Path, plan: Plan
+) -> None:
+    other = {"height": SIZE + 16, "width": SIZE}
+    with pytest.raises(PlanMismatchError, match="the plan was made for"):
+        run_bench(pipe, plan, PROMPTS[:1], settings=other)
+    words = ["bench", str(desk / "model"), "--plan", str(desk / "plan.yaml"), "--prompts", str(desk / "prompts.txt")]
+    words += ["--json", str(desk / "fitted.json"), "--limit", "1", "--retarget"]
+    words += [word for name, value in other.items() for word in ("--set", f"{name}={value}")]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found = json.loads((desk / "fitted.json").read_text())
+    assert found["variants"] == 2 and found["recompiles"] == 0
+    assert 10 < found["psnr_db"] < 119  # it predicts, beside the dense run of this size
+    assert found["settings"]["height"] == SIZE + 16
+    assert any("re-targeted" in note for note in found["notes"])
+
+
 @pytest.fixture(scope="module")
 def shared(pipe: TinyVideoPipeline, plan: Plan) -> tuple[Contest, list[BenchResult]]:
     """Two plans in one run, the second in bfloat16, scored on a prompt more than is timed."""
