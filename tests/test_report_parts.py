@@ -221,6 +221,8 @@ def test_patterns_are_told_in_words() -> None:
     assert candidate_name(json.dumps({"of": parts, "pattern": "union"})) == "sink, frames 1 + band, width 0.125"
     assert candidate_name("dense") == "dense"
     assert candidate_name('{"pattern": "skip", "rest": "pooled"}') == "skip, rest by means"
+    first_order = {"pattern": "skip", "rest": {"taylor": 16}}
+    assert candidate_name(json.dumps(first_order)) == "skip, rest to first order around means of 16"
     assert candidate_name('{"frames": 1, "pattern": "spatial", "rest": {"pooled": 16}}') == (
         "spatial, frames 1, rest by means of 16"
     )

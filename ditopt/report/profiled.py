@@ -89,6 +89,8 @@ def candidate_name(text: str | int | float) -> str:
     'spatial, frames 0'
     >>> candidate_name('{"pattern": "skip", "rest": {"pooled": 16}}')
     'skip, rest by means of 16'
+    >>> candidate_name('{"pattern": "skip", "rest": {"taylor": 16}}')
+    'skip, rest to first order around means of 16'
     >>> candidate_name('{"keep": 0.25, "order": {"tiles": [4, 4, 4]}, "pattern": "draft"}')
     'draft, keep 0.25, order tiles 4×4×4'
     """
@@ -102,7 +104,19 @@ def candidate_name(text: str | int | float) -> str:
     words = _pattern_words({key: value for key, value in data.items() if key != "rest"})
     if rest is None:
         return words
-    return f"{words}, rest by means" + (f" of {rest.get('pooled')}" if isinstance(rest, Mapping) else "")
+    return f"{words}, rest {_rest_words(rest)}"
+
+
+def _rest_words(rest: Any) -> str:
+    """What a head does about the blocks that it skips."""
+    match rest:
+        case "pooled":
+            return "by means"
+        case {"pooled": tokens}:
+            return f"by means of {tokens}"
+        case {"taylor": tokens}:
+            return f"to first order around means of {tokens}"
+    return _value(rest)
 
 
 def _pattern_words(data: Mapping[str, Any]) -> str:
