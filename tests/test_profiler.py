@@ -49,6 +49,21 @@ def test_range_gram_is_that_of_the_residuals(first: int, last: int) -> None:
     np.testing.assert_allclose(range_gram(collector.edge_gram(), first, last), (rows @ rows.T).numpy(), atol=1e-4)
 
 
+def test_last_block_may_end_in_fewer_streams_than_the_others() -> None:
+    """The last block of an MM-DiT gives no text; of ranges of the others the Gram matrices are as they were."""
+    collector = FeatureCollector(CALLS, 0, (2, 2, 1))
+    generator = torch.Generator().manual_seed(1)
+    residuals = torch.zeros(2, STEPS, 70)
+    for step, branch in CALLS.calls:
+        image, text, latents = (torch.randn(3, size, generator=generator) for size in (50, 20, 30))
+        streams = [image[0], text[0], image[1], text[1], image[2]]
+        collector(Observation([latents[0]], [latents[1]], streams))
+        residuals[branch, step] = torch.cat([image[1] - image[0], text[1] - text[0]])
+    rows = residuals.flatten(0, 1).double()
+    np.testing.assert_allclose(range_gram(collector.edge_gram(), 0, 0), (rows @ rows.T).numpy(), atol=1e-4)
+    assert collector.comparable(0, 0) and not collector.comparable(0, 1) and not collector.comparable(1, 1)
+
+
 def test_guided_gram_is_that_of_the_guided_output() -> None:
     collector, seen = collect(CALLS, 50)
     gram = FeatureGram("step", STEPS, CALLS.branch_names, collector.step_gram()[None], collector.present(), True)

@@ -110,7 +110,10 @@ class FeatureCollector:
         return tuple(float(w) for w in np.median(found, axis=0)) if found else None
 
     def edge_gram(self) -> Array:
-        """Inner products ``[E, N, E, N]`` of the streams at all edges over (branch, step)."""
+        """Inner products ``[E, N, E, N]`` of the streams at all edges over (branch, step).
+
+        Between edges that are not `comparable` (a joint block that ends in fewer streams) they mean nothing.
+        """
         edges = len(self.streams)
         rows = [
             self._row(f"edge{e}", b, t)
@@ -119,6 +122,8 @@ class FeatureCollector:
             for t in range(len(self.calls.timesteps))
         ]
         count = self.calls.branches * len(self.calls.timesteps)
+        longest = max(row.numel() for row in rows)
+        rows = [torch.nn.functional.pad(row, (0, longest - row.numel())) for row in rows]
         return _gram(rows).reshape(edges, count, edges, count)
 
     def present(self) -> np.ndarray:
