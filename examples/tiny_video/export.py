@@ -8,20 +8,18 @@ The default directory is this one, where the pipeline's source already is.
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from ..common.exporting import export
 from .pipeline import TinyVideoPipeline
 from .text import build_tokenizer
 from .train import SHIFT, Trainee
 
 HERE = Path(__file__).parent
-MAX_BYTES = 40_000_000
 
 
 def build_pipeline(weights: dict[str, Tensor] | None = None) -> TinyVideoPipeline:
@@ -33,28 +31,6 @@ def build_pipeline(weights: dict[str, Tensor] | None = None) -> TinyVideoPipelin
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     trainee.eval()
     return TinyVideoPipeline(tokenizer, trainee.text_encoder, trainee.transformer, scheduler)
-
-
-def export(pipeline: TinyVideoPipeline, out: Path) -> int:
-    """Write the pipeline to ``out``, each file whole or not at all, and return its size in bytes.
-
-    Raises:
-        ValueError: if it is larger than `MAX_BYTES`; ``out`` is then as before.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as name:
-        fresh = Path(name)
-        pipeline.save_pretrained(fresh)
-        files = sorted(path.relative_to(fresh) for path in fresh.rglob("*") if path.is_file())
-        size = sum((fresh / path).stat().st_size for path in files)
-        if size > MAX_BYTES:
-            raise ValueError(f"the pipeline takes {size:,} bytes; it must be at most {MAX_BYTES:,}")
-        for path in files:
-            if out.resolve() == HERE.resolve() and path.suffix == ".py":
-                continue
-            (out / path).parent.mkdir(exist_ok=True)
-            os.replace(fresh / path, out / path)
-    return size
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor
 
-from .clips import COLOURS, Scene, Thing
+from .clips import Scene, Thing
+from .drawing import COLOURS
 from .text import MAX_WORDS
 
 HEAD = 0  # of the cross-attention; the others are free

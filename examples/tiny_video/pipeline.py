@@ -18,8 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-import numpy.typing as npt
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, WanTransformer3DModel
@@ -33,15 +31,17 @@ from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from .clips import FRAMES, SIZE
 from .detector import attribute_score
+from .drawing import Array
+from .seeing import colour_masks  # noqa: F401 -- the detector needs this file, see above
 from .space_to_depth import FACTOR, coordinates, from_latents
-from .text import encode
+from .words import encode
 
 logger = logging.get_logger(__name__)
 
-SOURCES = ("pipeline.py", "clips.py", "detector.py", "space_to_depth.py", "text.py")
+SOURCES = ("pipeline.py", "clips.py", "detector.py", "drawing.py", "seeing.py", "space_to_depth.py", "words.py")
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 
-Frames = npt.NDArray[np.float32] | Tensor | list[list[PIL.Image.Image]]
+Frames = Array | Tensor | list[list[PIL.Image.Image]]
 Generators = torch.Generator | list[torch.Generator]
 StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Any]], dict[str, Any]]
 
@@ -292,7 +292,7 @@ class TinyVideoPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers s
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
     @staticmethod
-    def attribute_score(frames: npt.NDArray[np.float32], prompts: list[str]) -> float:
+    def attribute_score(frames: Array, prompts: list[str]) -> float:
         """Share in [0, 1] of the captions' attributes that the analytic detector finds in ``[B, F, H, W, 3]``.
 
         Raises:
@@ -328,5 +328,5 @@ def _frames(latents: Tensor, output_type: str) -> Frames:
     clips = from_latents(latents).float().clamp(0, 1)
     if output_type == "pt":
         return clips.permute(0, 1, 4, 2, 3)
-    array: npt.NDArray[np.float32] = clips.cpu().numpy()
+    array: Array = clips.cpu().numpy()
     return array if output_type == "np" else [VaeImageProcessor.numpy_to_pil(clip) for clip in array]

@@ -1,23 +1,15 @@
-"""What stands where in a scene, token by token: the targets of the auxiliary loss of training.
-
-A transformer learns to draw what its middle layers can name (representation alignment: Yu et al., 2024,
-arXiv 2410.06940, with features of a pretrained encoder). These scenes are procedural, so the true answer
-takes the place of a pretrained encoder: for every token the thing it belongs to, and where in it.
-"""
+"""What stands where in a scene, token by token: the targets of the `SceneHead` of training."""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from .clips import BACKGROUNDS, COLOURS, FRAMES, MOTIONS, SHAPES, Array, Scene, pose, signed_distance
+from .clips import FRAMES, MOTIONS, SHAPES, Scene, pose
+from .drawing import BACKGROUNDS, COLOURS, Array, signed_distance
 
 TOKEN_EDGE = 4  # pixels of a token: space-to-depth 2, patch 2
 NEAR = 0.5  # a token this many radii outside of a thing still names it
 CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, len(MOTIONS) + 1, len(BACKGROUNDS))  # the first three: 0 is "no thing"
-NUMBERS_WEIGHT = 3.0  # of the squared errors beside the cross-entropies
 NUMBERS = 9  # distance to the outline, offset to the centre (2), orientation (2), velocity (2), position (2)
 _TURNS = {"circle": 0, "square": 4, "triangle": 3, "cross": 4}  # rotational symmetry; a circle has no orientation
 _SPEED = 0.5  # travel in canvas edges that counts as velocity 1
@@ -57,27 +49,3 @@ def scene_maps(scene: Scene, size: int, frames: int = FRAMES) -> tuple[Array, Ar
             numbers[frame][here, 3:5] = orientation
             numbers[frame][here, 5:7] = velocity
     return classes.reshape(-1, len(CLASSES)), numbers.reshape(-1, NUMBERS)
-
-
-class SceneHead(nn.Module):
-    """Reads `scene_maps` off token features ``[B, tokens, width]``; used in training alone and never saved."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.read = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 256), nn.SiLU(), nn.Linear(256, sum(CLASSES) + NUMBERS)
-        )
-
-    def forward(self, features: Tensor, classes: Tensor, numbers: Tensor) -> Tensor:
-        """Mean over tokens of cross-entropies and weighted squared errors; tokens far from things count a quarter."""
-        read = self.read(features).float()
-        *logits, values = read.split([*CLASSES, NUMBERS], -1)
-        near = classes[..., 0] > 0
-        weight = torch.where(near, 1.0, 0.25)
-        loss = sum(
-            F.cross_entropy(part.flatten(0, 1), classes[..., i].flatten().long(), reduction="none").view_as(weight)
-            for i, part in enumerate(logits)
-        )
-        loss = (loss / len(CLASSES) + NUMBERS_WEIGHT * (values - numbers).square().mean(-1)) * weight
-        mean: Tensor = loss.sum() / weight.sum()
-        return mean

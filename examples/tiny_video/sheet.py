@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
-from .clips import Array
+from .drawing import Array
 
 EDGE = 96  # pixels of a frame as drawn
 GAP = 4

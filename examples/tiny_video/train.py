@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import queue
 import tempfile
 import threading
@@ -32,12 +31,16 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 
+from ..common import training
+from ..common.scene_head import SceneHead
+from ..common.training import Optimisers, follow, learning_rate, plain_attention, save, stage_at
 from .clips import FRAMES, RADII, render, sample_scene
 from .grounding import grounding_loss, word_owners
-from .scene_maps import SceneHead, scene_maps
+from .scene_maps import CLASSES, NUMBERS, scene_maps
 from .space_to_depth import AXES, CHANNELS, coordinates, to_latents
 from .teaching import teach_words
-from .text import build_text_encoder, build_tokenizer, encode
+from .text import build_text_encoder, build_tokenizer
+from .words import encode
 
 SEED = 20261120
 SHIFT = 3.0  # of the noise schedule; the sampler uses the same
@@ -45,21 +48,17 @@ DROP_CAPTION = 0.12
 
 
 @dataclass(frozen=True)
-class Stage:
-    """``steps`` steps of ``batch`` clips of ``size`` x ``size`` pixels with things of ``radii``."""
+class Stage(training.Stage):
+    """A stage with things of ``radii``."""
 
-    size: int
-    batch: int
-    steps: int
     radii: tuple[float, float] = RADII
 
 
 STAGES = (Stage(32, 16, 1100, (0.18, 0.24)), Stage(64, 6, 1050), Stage(32, 16, 750, (0.18, 0.24)), Stage(64, 6, 2550))
 FIRST_SCENE = SEED + 2_000_000  # seed of the first scene drawn
 FIRST_TAUGHT = SEED + 500_000_000  # seed of the first scene whose caption the text encoder is taught
-MUON_LR = 2e-3
-ADAM_LR = 1e-3
 WARMUP = 100
+FALL = 0.1  # share of the run over which the learning rate falls at its end
 TAPPED_BLOCK = 4  # whose features the scene loss reads
 GROUNDED_BLOCKS = (2, 3, 4, 5)  # whose cross-attention has a grounding loss
 THING_WEIGHT = 3.0  # of the cells near things in the velocity loss
@@ -74,24 +73,6 @@ def build_transformer() -> WanTransformer3DModel:
         out_channels=CHANNELS, text_dim=128, freq_dim=256, ffn_dim=576, num_layers=8, cross_attn_norm=True,
         rope_max_seq_len=64,
     )  # fmt: skip
-
-
-_fused_attention = nn.functional.scaled_dot_product_attention
-
-
-def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
-    """Attention as two matrix products: at these lengths 1.5 times as fast to train on a CPU as the fused op.
-
-    That is for the transformer; the text encoder's attention, which has a bias, a mask and a scale, stays fused.
-    """
-    if attn_mask is not None or dropout_p or is_causal or scale is not None or enable_gqa:
-        return _fused_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
-    mixed: Tensor = scores.softmax(-1).to(value.dtype) @ value
-    return mixed
 
 
 def velocity_loss(velocity: Tensor, wanted: Tensor, here: Tensor) -> Tensor:
@@ -114,7 +95,7 @@ class Trainee(nn.Module):
         super().__init__()
         self.transformer = build_transformer()
         self.text_encoder = build_text_encoder(vocabulary)
-        self.scene_head = SceneHead(self.transformer.proj_out.in_features)
+        self.scene_head = SceneHead(self.transformer.proj_out.in_features, CLASSES, NUMBERS)
         nn.init.zeros_(self.transformer.proj_out.weight)
         nn.init.zeros_(self.transformer.proj_out.bias)
         self._tapped: list[Tensor] = []
@@ -171,20 +152,6 @@ def batches(start: int, stages: tuple[Stage, ...], mine: slice) -> queue.Queue[B
     return ready
 
 
-def stage_at(step: int, stages: tuple[Stage, ...]) -> Stage:
-    """The stage that ``step`` (counted over all stages) belongs to."""
-    for stage in stages:
-        if step < stage.steps:
-            return stage
-        step -= stage.steps
-    return stages[-1]
-
-
-def learning_rate(step: int, total: int) -> float:
-    """Linear warm-up, constant, then linear decay over the last tenth of the run, as a share of the peak."""
-    return min(1.0, (step + 1) / WARMUP, max(0.02, (total - step) / (0.1 * total)))
-
-
 def main() -> None:
     """Train (or resume) as the command line says, one process per core."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -228,21 +195,14 @@ def _train(rank: int, args: argparse.Namespace) -> None:
     if args.start is not None:
         load_weights(trainee, args.start)
     average = {name: value.detach().clone() for name, value in trainee.state_dict().items()}
-    hidden = [p for n, p in trainee.named_parameters() if p.ndim == 2 and ".blocks." in n and "scale_shift" not in n]
-    chosen = {id(p) for p in hidden}
-    rest = [p for p in trainee.parameters() if id(p) not in chosen]
-    optimisers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(hidden, lr=MUON_LR, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    optimisers = Optimisers(trainee, lambda name: ".blocks." in name and "scale_shift" not in name)
     step, taught = 0, False
     latest = args.out / "latest.pt"
     if latest.exists():
         state = torch.load(latest, weights_only=True)
         trainee.load_state_dict(state["model"])
         average = state["average"]
-        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+        optimisers.load_state_dicts(state["optimisers"])
         step, taught = state["step"], state.get("taught", False)
         if rank == 0:
             print(f"resumed at step {step}", flush=True)
@@ -273,20 +233,13 @@ def _train(rank: int, args: argparse.Namespace) -> None:
             owners = owners.masked_fill(drop[:, None], -1)
             velocity, scene_loss, grounding = run((1 - mix) * latents + mix * noise, sigma * 1000, text, maps, owners)
         loss = velocity_loss(velocity, noise - latents, maps[0][..., 0])
-        scale = learning_rate(step, total)
+        scale = learning_rate(step, total, WARMUP, FALL)
         (loss + scale * (SCENE_WEIGHT * scene_loss + GROUNDING_WEIGHT * grounding)).backward()
         average_gradients(list(trainee.parameters()), args.workers)
         nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
-        for optimiser, peak in zip(optimisers, (MUON_LR, ADAM_LR), strict=True):
-            for group in optimiser.param_groups:
-                group["lr"] = peak * scale
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        optimisers.step(scale)
         step += 1
-        decay = min(0.998, 1 - 1 / (step / 10 + 1))
-        with torch.no_grad():
-            for name, value in trainee.state_dict().items():
-                average[name].lerp_(value, 1 - decay) if value.is_floating_point() else average[name].copy_(value)
+        follow(average, trainee, step)
         recent.append((loss.item(), scene_loss.item(), grounding.item()))
         if rank == 0 and (step % 20 == 0 or step - first == 5):
             rate = (time.time() - began) / (len(recent) if step - first > 20 else step - first)
@@ -300,15 +253,8 @@ def _train(rank: int, args: argparse.Namespace) -> None:
             raise SystemExit(f"loss is {loss.item()} at step {step}; the last good checkpoint is {latest}")
         if rank == 0 and (step % args.save_every == 0 or step == total):
             save(latest, {"model": trainee.state_dict(), "average": average, "step": step, "taught": taught,
-                          "optimisers": [optimiser.state_dict() for optimiser in optimisers]})  # fmt: skip
+                          "optimisers": optimisers.state_dicts()})  # fmt: skip
             (args.out / "progress.json").write_text(json.dumps({"step": step, "total": total}))
-
-
-def save(path: Path, state: dict[str, object]) -> None:
-    """Write a checkpoint whole or not at all."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from examples.common.scene_head import SceneHead
 from examples.tiny_video import prompts
-from examples.tiny_video.clips import BACKGROUNDS, COLOURS, FRAMES, SIZE, render, sample_scene
+from examples.tiny_video.clips import FRAMES, SIZE, render, sample_scene
 from examples.tiny_video.detector import KINDS, attribute_score, count_by_kind, count_right, parse_caption
-from examples.tiny_video.scene_maps import CLASSES, NUMBERS, TOKEN_EDGE, SceneHead, scene_maps
+from examples.tiny_video.drawing import BACKGROUNDS, COLOURS
+from examples.tiny_video.scene_maps import CLASSES, NUMBERS, TOKEN_EDGE, scene_maps
 from examples.tiny_video.space_to_depth import from_latents, to_latents
 from examples.tiny_video.train import SEED
 
@@ -108,7 +110,7 @@ def test_scene_head_reads_what_is_in_the_features() -> None:
         torch.from_numpy(np.stack(part)) for part in zip(*(scene_maps(s, 32) for s in scenes), strict=True)
     )
     torch.manual_seed(0)
-    head = SceneHead(32)
+    head = SceneHead(32, CLASSES, NUMBERS)
     known = torch.cat([numbers, classes, torch.zeros(*classes.shape[:2], 32 - NUMBERS - len(CLASSES))], -1)
     optimiser = torch.optim.Adam(head.parameters(), 1e-2)
     losses = []

@@ -20,8 +20,8 @@ from diffusers import (
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from torch import Tensor
 
+from examples.common.exporting import export
 from examples.tiny_video.detector import attribute_score
-from examples.tiny_video.export import export
 from examples.tiny_video.pipeline import SOURCES, TinyVideoPipeline
 
 PROMPT = "a red circle moving left over sand"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from examples.common.evaluating import generate, total
 from examples.tiny_video.detector import count_by_kind
-from examples.tiny_video.evaluate import generate, total
 from examples.tiny_video.prompts import captions
 
 CAPTIONS = 4

@@ -9,12 +9,15 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 
-from examples.tiny_video.clips import COLOURS, sample_scene
+from examples.common.training import plain_attention
+from examples.tiny_video.clips import sample_scene
+from examples.tiny_video.drawing import COLOURS
 from examples.tiny_video.grounding import HEAD, grounding_loss, word_owners
 from examples.tiny_video.space_to_depth import coordinates
 from examples.tiny_video.teaching import teach_words
-from examples.tiny_video.text import MAX_WORDS, build_text_encoder, build_tokenizer, encode
-from examples.tiny_video.train import THING_WEIGHT, plain_attention, velocity_loss
+from examples.tiny_video.text import MAX_WORDS, build_text_encoder, build_tokenizer
+from examples.tiny_video.train import THING_WEIGHT, velocity_loss
+from examples.tiny_video.words import encode
 
 TWO_THINGS = next(scene for scene in map(sample_scene, range(99)) if len(scene.things) == 2)
 

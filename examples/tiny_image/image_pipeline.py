@@ -1,0 +1,326 @@
+"""A text-to-image diffusers pipeline around a tiny MM-DiT; images are pixels, not a VAE's code.
+
+It loads with its components from the directory it stands in, from any working directory:
+
+    DiffusionPipeline.from_pretrained("examples/tiny_image", trust_remote_code=True)
+
+diffusers then copies this file, and the siblings that it imports by ``from .name import``, into its own
+module cache. It does not follow the siblings' imports, so whatever they need is imported here as well. The cache is one
+folder for all local pipelines: files of one name have to be the same file in all, which is why this is not pipeline.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin, SD3Transformer2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
+
+from .drawing import Array
+from .image_detector import attribute_score
+from .scenes import SIZE
+from .seeing import colour_masks  # noqa: F401 -- the detector needs this file, see above
+from .space_to_depth import FACTOR, from_latents
+from .words import encode_pooled
+
+logger = logging.get_logger(__name__)
+
+SOURCES = (
+    *("image_pipeline.py", "image_detector.py", "scenes.py"),
+    *("drawing.py", "seeing.py", "space_to_depth.py", "words.py"),  # shared with the other shipped models
+)
+OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+
+Images = Array | Tensor | list[PIL.Image.Image]
+Generators = torch.Generator | list[torch.Generator]
+StepCallback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Any]], dict[str, Any]]
+
+
+class TinyImagePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ships no type information
+    """Text to images of coloured shapes, with the loop of diffusers' `StableDiffusion3Pipeline`.
+
+    Under guidance the transformer runs once a step on a batch of twice the images, the unconditional half first; the
+    text features are one tensor object, handed over unchanged at every step.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer"
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "pooled_prompt_embeds"]
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        text_encoder: T5EncoderModel,
+        transformer: SD3Transformer2DModel,
+        scheduler: SchedulerMixin,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, scheduler=scheduler
+        )
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        self._current_timestep: Tensor | None = None
+        self._interrupt = False
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the current or the last call."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether a step has an unconditional half."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of scheduler steps of the current or the last call."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """The timestep of the step under way, None between calls."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Set by a callback (``pipe._interrupt = True``) to skip the rest of the steps."""
+        return self._interrupt
+
+    def check_inputs(
+        self,
+        prompt: object,
+        negative_prompt: object,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        num_images_per_prompt: int,
+        generator: object,
+        latents: Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Refuse what `__call__` cannot serve, with the name, the value and what would be right.
+
+        Raises:
+            ValueError: for any argument that is out of range or does not fit the others.
+        """
+        prompts, negatives = _texts(prompt), _texts(negative_prompt)
+        if not prompts:
+            raise ValueError(f"prompt is {prompt!r}; it must be a string or a list of at least one string")
+        if not isinstance(negative_prompt, str) and len(negatives) != len(prompts):
+            raise ValueError(
+                f"negative_prompt is {negative_prompt!r}; it must be a string"
+                f" or a list of as many strings as there are prompts ({len(prompts)})"
+            )
+        step = FACTOR * self.transformer.config.patch_size
+        limit = step * self.transformer.config.pos_embed_max_size
+        for name, value in (("height", height), ("width", width)):
+            if value <= 0 or value % step or value > limit:
+                near = min(max(step, round(value / step) * step), limit)
+                raise ValueError(
+                    f"{name} is {value}; it must be a multiple of {step} from {step} to {limit}, such as {near}"
+                )
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be at least 1")
+        if guidance_scale < 1:
+            raise ValueError(f"guidance_scale is {guidance_scale}; it must be at least 1, and 1 means no guidance")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1")
+        batch = len(prompts) * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(
+                f"generator is a list of {len(generator)}; it must be one generator or a list of {batch}, one per image"
+            )
+        shape = self._latent_shape(batch, height, width)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents has the shape {tuple(latents.shape)}; for these arguments it must be {shape}")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs names {', '.join(unknown)};"
+                f" a callback can have {', '.join(self._callback_tensor_inputs)}"
+            )
+
+    def encode_prompt(
+        self, texts: list[str], num_images_per_prompt: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Features ``[B, words, width]`` and their means ``[B, width]`` in the transformer's dtype.
+
+        ``B = len(texts) * num_images_per_prompt``.
+        """
+        lost = sorted({w for t in texts for w in self.tokenizer.tokenize(t) if w == self.tokenizer.unk_token})
+        if lost:
+            logger.warning(f"some words of {texts} are not in the vocabulary of the tiny image model and are ignored")
+        embeds, pooled = (
+            part.to(self.transformer.dtype).repeat_interleave(num_images_per_prompt, 0)
+            for part in encode_pooled(self.tokenizer, self.text_encoder, texts, device)
+        )
+        return embeds, pooled
+
+    def _latent_shape(self, batch: int, height: int, width: int) -> tuple[int, ...]:
+        return (batch, self.transformer.config.in_channels, height // FACTOR, width // FACTOR)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] = "",
+        height: int = SIZE,
+        width: int = SIZE,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> Any:
+        """Generate ``B = len(prompt) * num_images_per_prompt`` images.
+
+        Args:
+            prompt: captions such as ``a small red circle inside a large blue square over sand``.
+            negative_prompt: what the unconditional half reads; training used the empty caption.
+            height: in pixels, an even number up to 64, on which training ended. Less shows the middle of a canvas.
+            width: likewise.
+            num_inference_steps: as the scheduler counts them (Heun's runs the network twice for most).
+            guidance_scale: ``s`` in ``uncond + s * (cond - uncond)``; at 1 there is no unconditional half.
+            num_images_per_prompt: images per caption, side by side in the batch.
+            generator: of the noise; a list gives every image its own, whatever the batch.
+            latents: the noise itself, ``[B, 12, H/2, W/2]`` float32, in place of drawing it.
+            output_type: ``np`` ``[B, H, W, 3]`` float32 in [0, 1], ``pt`` ``[B, 3, H, W]``, ``pil`` (a list) or
+                ``latent``.
+            return_dict: False returns a tuple of one.
+            callback_on_step_end: called as ``(pipe, step, timestep, tensors)`` after each step; the tensors of
+                the dictionary that it returns replace the pipeline's.
+            callback_on_step_end_tensor_inputs: names of the tensors it is given (default: ``latents``); those of the
+                text hold both halves under guidance.
+
+        Returns:
+            A `StableDiffusion3PipelineOutput`, whose ``images`` are the images, or a tuple of the images alone.
+
+        Raises:
+            ValueError: see `check_inputs`.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        wanted = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        self.check_inputs(
+            prompt, negative_prompt, height, width, num_inference_steps, guidance_scale, num_images_per_prompt,
+            generator, latents, output_type, wanted,
+        )  # fmt: skip
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        device = self._execution_device
+
+        prompts, negatives = _texts(prompt), _texts(negative_prompt)
+        if isinstance(negative_prompt, str):
+            negatives = negatives * len(prompts)
+        prompt_embeds, pooled_prompt_embeds = self.encode_prompt(prompts, num_images_per_prompt, device)
+        if self.do_classifier_free_guidance:
+            negative = self.encode_prompt(negatives, num_images_per_prompt, device)
+            prompt_embeds = torch.cat([negative[0], prompt_embeds])
+            pooled_prompt_embeds = torch.cat([negative[1], pooled_prompt_embeds])
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        self.scheduler.set_begin_index(0)
+        if latents is None:
+            shape = self._latent_shape(len(prompts) * num_images_per_prompt, height, width)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        latents = latents.to(device=device, dtype=torch.float32)
+
+        with self.progress_bar(total=len(timesteps)) as progress:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+                model_input = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
+                prediction = self.transformer(
+                    hidden_states=model_input.to(self.transformer.dtype),
+                    timestep=t.expand(model_input.shape[0]),
+                    encoder_hidden_states=prompt_embeds,
+                    pooled_projections=pooled_prompt_embeds,
+                    return_dict=False,
+                )[0]
+                if self.do_classifier_free_guidance:
+                    unconditional, conditional = prediction.chunk(2)
+                    prediction = unconditional + guidance_scale * (conditional - unconditional)
+                latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    tensors = {
+                        "latents": latents,
+                        "prompt_embeds": prompt_embeds,
+                        "pooled_prompt_embeds": pooled_prompt_embeds,
+                    }
+                    given = callback_on_step_end(self, i, t, {name: tensors[name] for name in wanted})
+                    latents = given.pop("latents", latents)
+                    prompt_embeds = given.pop("prompt_embeds", prompt_embeds)
+                    pooled_prompt_embeds = given.pop("pooled_prompt_embeds", pooled_prompt_embeds)
+                progress.update()
+        self._current_timestep = None
+
+        images = latents if output_type == "latent" else _images(latents, output_type)
+        self.maybe_free_model_hooks()
+        return StableDiffusion3PipelineOutput(images=images) if return_dict else (images,)
+
+    @staticmethod
+    def attribute_score(images: Array, prompts: list[str]) -> float:
+        """Share in [0, 1] of the captions' attributes that the analytic detector finds in ``[B, H, W, 3]``.
+
+        Raises:
+            ValueError: if the numbers of images and captions differ, or a caption is not of the training form.
+        """
+        return attribute_score(list(images), prompts)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save the components and this pipeline's source, so that the directory loads by itself.
+
+        Keyword arguments are those of `DiffusionPipeline.save_pretrained`.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        target, here = Path(save_directory), Path(inspect.getfile(type(self))).parent
+        index = target / self.config_name
+        entries = {k: v for k, v in json.loads(index.read_text()).items() if k != "_name_or_path"}
+        entries["_class_name"] = [Path(SOURCES[0]).stem, type(self).__name__]
+        index.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
+        if target.resolve() != here.resolve():
+            for name in SOURCES:
+                shutil.copyfile(here / name, target / name)
+
+
+def _texts(value: object) -> list[str]:
+    """The strings of a prompt argument; none if it is not a string or a list of strings."""
+    if isinstance(value, str):
+        return [value]
+    return value if isinstance(value, list) and all(isinstance(text, str) for text in value) else []
+
+
+def _images(latents: Tensor, output_type: str) -> Images:
+    """``[B, 12, H/2, W/2]`` -> images in [0, 1], in the form that ``output_type`` names."""
+    images = from_latents(latents).float().clamp(0, 1)
+    if output_type == "pt":
+        return images.permute(0, 3, 1, 2)
+    array: Array = images.cpu().numpy()
+    pictures: Images = array if output_type == "np" else VaeImageProcessor.numpy_to_pil(array)
+    return pictures
