@@ -172,6 +172,24 @@ def is_mutating(target: object) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
+def is_repeatable(target: object) -> bool:
+    """Whether a graph node's target is an operator without side effects, chance or shapes that depend on values."""
+    chance = torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    return bool(target._schema.returns) and not any(tag in target.tags for tag in chance)
+
+
+def written_inputs(context: CompileContext) -> frozenset[int]:
+    """Positions of the inputs that a call of the captured graph writes into."""
+    metadata = getattr(context.tracing, "fw_metadata", None)
+    return frozenset(
+        position
+        for position, found in enumerate(metadata.input_info if metadata is not None else ())
+        if found.mutates_data or found.mutates_metadata
+    )
+
+
 @dataclass(frozen=True)
 class CompileCounts:
     """What Dynamo has counted in this process so far."""

@@ -40,7 +40,8 @@ def optimize(
         model: a diffusers pipeline (its networks are compiled in place), or an ``nn.Module`` with ``rollout``.
         calib_prompts: at least two; half of them are profiled, the other half only judge the result.
         rollout: ``rollout(model, prompt, seed) -> Tensor``, the caller's own sampling loop for a bare module.
-        quality: ``high``, ``balanced`` or ``fast``: 42, 36 or 32 dB mean paired PSNR to the dense run.
+        quality: ``high``, ``balanced`` or ``fast``: 42, 36 or 32 dB mean paired PSNR to the dense run; or ``exact``:
+            nothing is approximated, what is the same in many steps is computed ahead of them.
         max_rel_error: instead, the largest mean relative L2 error of the sample.
         min_psnr: instead, the mean paired PSNR in dB to reach.
         target_speedup: instead, the least ratio of dense to optimised seconds of whole generations; the best quality
@@ -122,12 +123,12 @@ def apply(model: ModelT, plan: str | Path | Plan, *, on_mismatch: str = "error")
         networks = dict.fromkeys(list(networks)[:1], model)
     else:
         scheduler = type(getattr(model, "scheduler", None)).__name__
-        if scheduler != found.sampler.class_name and on_mismatch == "error":
+        if scheduler != found.sampler.class_name and on_mismatch == "error" and not found.is_exact:
             raise PlanMismatchError(
                 f"plan was made for {found.sampler.class_name}, the pipeline samples with {scheduler}; "
                 'set that scheduler, make a plan for this one, or pass on_mismatch="retarget"'
             )
-    watch = watch_guidance(model, found) if is_pipeline(model) else None
+    watch = watch_guidance(model, found) if is_pipeline(model) and not found.is_exact else None
     for name, network in networks.items():
         if not isinstance(network, nn.Module):
             raise PlanMismatchError(f"plan is for network {name!r}, which {type(model).__name__} does not have")

@@ -110,9 +110,8 @@ class Session:
             follows = self._follows(structure, plan)
             positions = InputPositions(None, None, None) if follows else self._positions(graph, arguments, plan)
             trace = analyse(graph, context, index, arguments, state, positions.latents, follows=follows)
-            program = Program(
-                VariantCache(trace, positions.latents, self.check_passes), positions, self.network, self.on_mismatch
-            )
+            variants = VariantCache(trace, positions.latents, self.check_passes, timestep=positions.timestep)
+            program = Program(variants, positions, self.network, self.on_mismatch)
             program.on_generation = self.on_generation
             program.find_geometry = functools.cache(functools.partial(_geometry_of, trace, positions.latents))
             self.programs.append(program)
@@ -227,6 +226,8 @@ def check_model(plan: Plan, trace: Trace) -> None:
     Raises:
         PlanMismatchError: the hash of parameter names and shapes differs.
     """
+    if plan.is_exact:  # it is right for every model
+        return
     if plan.breaks and not trace.blocks:  # what lies between graph breaks belongs to no decision
         return
     if trace.structure not in plan.model.structure.split():

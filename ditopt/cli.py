@@ -82,7 +82,10 @@ def optimize(
     model: Directory,
     prompts: Prompts,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="PLAN", help="where to write the plan")],
-    quality: Annotated[Quality | None, typer.Option(help="42, 36 or 32 dB to the dense run; default: balanced")] = None,
+    quality: Annotated[
+        Quality | None,
+        typer.Option(help="42, 36 or 32 dB to the dense run, or nothing approximated; default: balanced"),
+    ] = None,
     min_psnr: Annotated[float | None, typer.Option(help="instead: mean PSNR in dB; or beside a speed-up")] = None,
     max_rel_error: Annotated[float | None, typer.Option(help="instead: mean relative L2 error")] = None,
     target_speedup: Annotated[float | None, typer.Option(help="instead: at least this many times faster")] = None,

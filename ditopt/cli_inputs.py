@@ -17,6 +17,7 @@ class Quality(StrEnum):
     high = "high"
     balanced = "balanced"
     fast = "fast"
+    exact = "exact"
 
 
 class Mismatch(StrEnum):

@@ -152,7 +152,17 @@ class Sparse(_Decision):
         return found
 
 
-Decision = Dense | Reuse | Forecast | Fit | Sparse
+class Hoist(_Decision):
+    """Compute ahead of the steps what is the same in many of them (``passes.hoist``); exact but for rounding.
+
+    It goes with whatever else is decided, of which it changes nothing, and is decided for whole steps (the site
+    ``step``): those that it names read what was computed ahead.
+    """
+
+    kind: Literal["hoist"] = "hoist"
+
+
+Decision = Dense | Reuse | Forecast | Fit | Sparse | Hoist
 Predictor = Reuse | Forecast | Fit
 FeatureDecision = Dense | Predictor
 """What may be done at the whole step and at ranges of blocks."""
@@ -183,12 +193,13 @@ class HeadDecisions:
         return tuple(self.named.get(head, self.others) for head in range(heads))
 
 
-KINDS: dict[str, type[Dense] | type[Reuse] | type[Forecast] | type[Fit] | type[Sparse]] = {
+KINDS: dict[str, type[Dense] | type[Reuse] | type[Forecast] | type[Fit] | type[Sparse] | type[Hoist]] = {
     "dense": Dense,
     "reuse": Reuse,
     "forecast": Forecast,
     "fit": Fit,
     "sparse": Sparse,
+    "hoist": Hoist,
 }
 
 

@@ -105,7 +105,17 @@ class Evaluator:
         turns: int,
         after: Callable[[], None] | None = None,
     ) -> list[float]:
-        """Median seconds of a generation under each of several sets of rules, measured alternately.
+        """Median seconds of a generation under each of several sets of rules, as ``times_in_turn`` measures them."""
+        return [statistics.median(seconds) for seconds in self.times_in_turn(contenders, pairs, turns, after)]
+
+    def times_in_turn(
+        self,
+        contenders: Sequence[Sequence[Rule]],
+        pairs: Sequence[tuple[str, int]],
+        turns: int,
+        after: Callable[[], None] | None = None,
+    ) -> list[list[float]]:
+        """Seconds of each generation under each of several sets of rules, measured alternately.
 
         A turn is one generation under each, of one of ``pairs``; ``after`` is called behind every one. Compiling does
         not count.
@@ -120,7 +130,7 @@ class Evaluator:
                 seconds.append(time.perf_counter() - began)
                 if after is not None:
                     after()
-        return [statistics.median(seconds) for seconds in spent]
+        return spent
 
     def compare(self, samples: Sequence[Tensor] | None, pairs: Sequence[tuple[str, int]]) -> Quality:
         """Quality of samples of ``pairs`` against their references; ``FAILED`` where there are none."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from ditopt.adapters import Adapter, DiffusersAdapter, adapt
 from ditopt.console import Reporter
+from ditopt.exact import Hoisted, Hoisting
 from ditopt.finish import looks
 from ditopt.guidance import watch_guidance
 from ditopt.measure import Evaluator
@@ -21,12 +22,13 @@ from ditopt.outcome import (
     Row,
     check_writable,
     closing_table,
+    exact_plan,
     finished_plan,
     write_outcome,
     write_side,
 )
 from ditopt.plan import Plan, Rule
-from ditopt.prepare import CannotDecideError, Preparation, as_it_was, seeded
+from ditopt.prepare import CannotDecideError, Preparation, Prepared, as_it_was, seeded
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.observe import Pair, captured_once
 from ditopt.profiler.take import TABLES, add_sparse_tables, take_profile
@@ -95,6 +97,8 @@ class Optimizer:
         except CannotDecideError as error:
             return self._stay_dense(str(error))
         evaluator, calls = prepared.evaluator, prepared.calls
+        if self.target.exact:
+            return self._exactly(prepared, held_out)
         facts = {"ranges": self.chosen.ranges, "pairs": [*profiled, *held_out], "tables": TABLES}
         checkpoints = prepared.checkpoints(facts, self.pipe_kwargs, self.resume)
         if min(len(part.timesteps) for part in calls.values()) < 2:
@@ -145,6 +149,53 @@ class Optimizer:
                 found = search.timed(found)
         return self._finish(search, found, prepared.graphs, prepared.eager_seconds)
 
+    def _exactly(self, prepared: Prepared, held_out: list[Pair]) -> Result:
+        """Compute ahead of the steps what is the same in many, if generations are faster so; nothing else is tried."""
+        evaluator, template = prepared.evaluator, prepared.evaluator.template
+        if prepared.whole:
+            with self._timed("hoisting"):
+                found = Hoisting(evaluator, held_out, self.reporter)()
+        else:
+            found = Hoisted((), reason="graph breaks cut the network, so that nothing can be computed ahead of steps")
+        evaluator.bind(())
+        if found.seconds is not None:
+            evaluations = self._evaluations(evaluator, ())
+            dense = Row("dense, compiled", found.seconds[1], 1.0, None, None, evaluations)
+            speedup = found.seconds[1] / found.seconds[0]
+            eager = Row(
+                "dense, eager (first run)",
+                prepared.eager_seconds,
+                dense.seconds / prepared.eager_seconds,
+                None,
+                None,
+                evaluations,
+            )
+            ours = Row("ditopt, exact", found.seconds[0], speedup, None, None, evaluations)
+            rows = [eager, dense, ours]
+        else:
+            rows = []
+        self._note_reasons(evaluator)
+        if found.reason is not None:
+            self.reporter.table(closing_table(rows))
+            return self._stay_dense(f"nothing is computed ahead of the steps: {found.reason}", rows, template)
+        plan = exact_plan(template, found, rows, len(held_out))
+        result = Result(plan, rows, self.reasons, None, self.timings)
+        path = Path(self.plan_path) if self.plan_path is not None else None
+        told = {"held_out": [prompt for prompt, _ in held_out]}
+        path = write_outcome(path, plan, None, None, result, told, {"hoisted": found.work})
+        self.reporter.say(f"plan: {path}  (explained by `ditopt explain {path}`)")
+        for session in evaluator.sessions.values():
+            session.settle(self.on_mismatch, None)
+            session.bind(plan)
+        self.reporter.table(closing_table(rows))
+        return result
+
+    def _note_reasons(self, evaluator: Evaluator) -> None:
+        """Keep what did not apply in any graph."""
+        for session in evaluator.sessions.values():
+            for program in session.programs:
+                self.reasons += [*program.variants.trace.notes, *program.variants.reasons]
+
     @staticmethod
     def _reference(evaluator: Evaluator, checkpoints: Checkpoints, name: str, pair: tuple[str, int]) -> float | None:
         """Take the dense sample of a held-out prompt; the seconds it took, None where its checkpoint was there."""
@@ -189,9 +240,7 @@ class Optimizer:
             )
         plan = finished_plan(evaluator.template, found, rows, graphs, len(held_out), search.state_bytes)
         plan = plan.model_copy(update={"recipe": self.recipe})
-        for session in evaluator.sessions.values():  # what did not apply is told, not dropped
-            for program in session.programs:
-                self.reasons += [*program.variants.trace.notes, *program.variants.reasons]
+        self._note_reasons(evaluator)  # what did not apply is told, not dropped
         further: Mapping[str, Any] = {}
         path = Path(self.plan_path) if self.plan_path is not None else None
         if path is not None:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ditopt import store
 from ditopt.errors import InputError, PlanError
+from ditopt.exact import Hoisted
 from ditopt.plan import Plan, Rule
 from ditopt.plan_text import write_text_atomically
 from ditopt.profile import Profile
@@ -120,18 +121,33 @@ def finished_plan(
     return whole.model_copy(update={"measured": measured, "predicted": predicted})
 
 
+def exact_plan(template: Plan, found: Hoisted, rows: Sequence[Row], held_out: int) -> Plan:
+    """The plan of what is computed ahead of the steps, with what was measured on ``held_out`` prompts."""
+    ours, dense = rows[OURS], rows[DENSE]
+    measured: dict[str, Any] = {
+        "prompts": held_out,
+        "max_rel_error": float(f"{found.apart:.3g}"),
+        "dense_s": round(dense.seconds, 3),
+        "plan_s": round(ours.seconds, 3),
+        "speedup": round(ours.speedup, 3),
+        "evaluations": ours.evaluations,
+        "ahead_mib": round(sum(each["bytes"] for work in found.work.values() for each in work) / 2**20, 3),
+    }
+    return template.model_copy(update={"rules": found.rules, "measured": measured})
+
+
 def write_outcome(
     path: Path | None,
     plan: Plan,
-    profile: Profile,
-    found: Found,
+    profile: Profile | None,
+    found: Found | None,
     result: Result,
     prompts: Mapping[str, Sequence[str]],
     further: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the plan, its copy in the user's cache, and the side file that ``ditopt explain`` reads.
 
-    ``further`` are more parts of the side file.
+    ``further`` are more parts of the side file. Without a search there are neither ``profile`` nor ``found``.
 
     Returns the plan's path: ``path``, or the cache's own if that is None.
 
@@ -141,18 +157,17 @@ def write_outcome(
     structures = plan.model.structure.split()
     target = path or store.plan_path(structures[0])
     plan.save(target)
+    solutions, tuners = ({}, {}) if found is None else (found.solutions, found.tuners)
     side = {
         "explanations": {
-            name: [asdict(entry) for entry in solution.explanations] for name, solution in found.solutions.items()
+            name: [asdict(entry) for entry in solution.explanations] for name, solution in solutions.items()
         },
-        "trials": [
-            _trial_data(tried, plan, tuner) for tuner in found.tuners.values() for tried in tuner.tried.values()
-        ],
+        "trials": [_trial_data(tried, plan, tuner) for tuner in tuners.values() for tried in tuner.tried.values()],
         "reasons": result.reasons,
         "prompts": {kind: list(texts) for kind, texts in prompts.items()},
         "timings": result.timings,
         "table": result.rows,
-        "profile": {name: part.figures() for name, part in profile.networks.items()},
+        "profile": {name: part.figures() for name, part in (profile.networks if profile is not None else {}).items()},
         **(further or {}),
     }
     write_side(target, side)

@@ -26,6 +26,7 @@ from ditopt.decisions import (
     Fit,
     HeadDecision,
     HeadDecisions,
+    Hoist,
     Sparse,
     decision_from_data,
     decision_to_data,
@@ -161,6 +162,12 @@ class Rule(_Part):
                 f"heads {format_steps(self.heads)} are given to {decision_to_data(self.do)}; only sparse and dense "
                 "without settings are decided for heads"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _hoist_whole_steps(self) -> Self:
+        if isinstance(self.do, Hoist) and self.sites != STEP:
+            raise ValueError(f"hoist is decided for whole steps; write sites: {STEP}, not {self.sites}")
         return self
 
     def names(self, site: str) -> bool:
@@ -314,7 +321,7 @@ class Plan(_Part):
         """
         chosen: dict[str, FeatureDecision] = dict.fromkeys(sites, Dense())
         for rule in self.rules:
-            if isinstance(rule.do, Sparse) or rule.for_heads or step not in rule.steps:
+            if isinstance(rule.do, Sparse | Hoist) or rule.for_heads or step not in rule.steps:
                 continue
             if fnmatch.fnmatchcase(network, rule.network):
                 chosen |= {site: rule.do for site in sites if rule.names(site)}
@@ -328,6 +335,19 @@ class Plan(_Part):
                 for step in {*rule.steps} & {*range(len(found))}:
                     found[step] = found[step].then(rule.heads, rule.do)
         return tuple(found)
+
+    def hoisted_steps(self, network: str = "transformer") -> frozenset[int]:
+        """The steps that read what was computed ahead of them."""
+        rules = (rule for rule in self.rules if fnmatch.fnmatchcase(network, rule.network))
+        return frozenset(step for rule in rules if isinstance(rule.do, Hoist) for step in rule.steps)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether there are rules, and all of them leave every result as it is but for rounding.
+
+        Such a plan is right for every model, schedule and geometry; those that it names are what it was measured with.
+        """
+        return bool(self.rules) and all(isinstance(rule.do, Hoist) for rule in self.rules)
 
     def kept_steps(self, network: str = "transformer") -> tuple[int, ...]:
         """The steps in which the network runs (the site ``step`` is dense)."""

@@ -12,6 +12,8 @@ from torch import Tensor
 LEVELS: dict[str, float] = {"high": 42.0, "balanced": 36.0, "fast": 32.0}
 """Quality levels as the mean paired PSNR in dB that held-out prompts must reach."""
 
+EXACT = "exact"
+"""The level at which nothing is approximated: what differs is the order of sums."""
 CAP_DB = 120.0
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ditopt.errors import InputError
-from ditopt.quality import LEVELS, Quality
+from ditopt.quality import EXACT, LEVELS, Quality
 
 
 @dataclass(frozen=True)
@@ -14,11 +14,13 @@ class Target:
     """Mean paired PSNR in dB, mean relative L2 error, or least speed-up over dense; a PSNR beside a speed-up, too.
 
     With both, quality is the bound and speed the aim: a plan that is faster and misses the PSNR is not taken.
+    ``exact``: nothing may be approximated.
     """
 
     min_psnr: float | None = None
     max_rel_error: float | None = None
     speedup: float | None = None
+    exact: bool = False
 
     @classmethod
     def from_arguments(
@@ -43,8 +45,10 @@ class Target:
             raise InputError(f"max_rel_error={max_rel_error} makes no sense; give a number below 1, which is all of it")
         if named:
             return cls(min_psnr, max_rel_error, target_speedup)
+        if quality == EXACT:
+            return cls(exact=True)
         if quality not in LEVELS:
-            levels = ", ".join(f"{name} ({psnr:g} dB)" for name, psnr in LEVELS.items())
+            levels = f"{EXACT}, " + ", ".join(f"{name} ({psnr:g} dB)" for name, psnr in LEVELS.items())
             raise InputError(
                 f"quality={quality!r} is unknown; use one of {levels}, or give min_psnr=, max_rel_error= or "
                 "target_speedup="
@@ -70,4 +74,5 @@ class Target:
     def to_data(self) -> dict[str, float | str]:
         """The target as a plan states it."""
         values = {"min_psnr": self.min_psnr, "max_rel_error": self.max_rel_error, "speedup": self.speedup}
-        return {name: value for name, value in values.items() if value is not None}
+        given: dict[str, float | str] = {name: value for name, value in values.items() if value is not None}
+        return {"quality": EXACT} if self.exact else given

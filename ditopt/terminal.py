@@ -128,7 +128,12 @@ def show_explanations(explained: Explained, step: int | None, everything: bool) 
             raise InputError(f"--step {step}: {network} has no decision in it; known are {where}")
         parts.append(Text(network, style="bold"))
         parts += [_with_rivals(one) for one in chosen] if everything or step is not None else [_one_line_each(chosen)]
-    if not explained.explanations:
+    for network, ahead in explained.hoisted.items() if step is None else ():
+        parts += [
+            Text(f"\n{network}: computed ahead of the steps", style="bold"),
+            *(Text(f"- {o.told}") for o in ahead),
+        ]
+    if not explained.explanations and not explained.hoisted:
         parts.append(Text("the side file explains no decisions"))
     elif everything or step is not None:
         parts.append(Text(LEGEND, style="dim"))

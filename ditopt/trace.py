@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from ditopt._torch import CompileContext, is_model_state, module_path, module_stack, source_name
+from ditopt._torch import CompileContext, is_model_state, module_path, module_stack, source_name, written_inputs
 from ditopt.kernels.ops import ATTENTION, SETTINGS
 from ditopt.passes._infra import SITE, Boundary, GraphIndex
 from ditopt.passes.attention import mask_of
@@ -73,11 +73,12 @@ class Trace:
         placeholders = self.placeholders
         return dependents(self.gm, *(placeholders[position] for position in self.roots))
 
-    def graph_index(self, latents: int | None) -> GraphIndex:
+    def graph_index(self, latents: int | None, timestep: int | None = None) -> GraphIndex:
         """What passes need to know of this graph; ``latents`` is the position of the input that changes."""
         calls = (node for node in self.gm.graph.nodes if node.target is ATTENTION and SITE in node.meta)
         masks = {node.meta[SITE]: mask.name for node in calls if (mask := mask_of(node)) is not None}
-        return GraphIndex(self.boundaries, self.ranges(), latents, masks)
+        arguments, written = frozenset(self.arguments.values()), written_inputs(self.context)
+        return GraphIndex(self.boundaries, self.ranges(), latents, masks, timestep, arguments, written)
 
 
 def mark_attention(gm: fx.GraphModule) -> int:

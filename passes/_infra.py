@@ -24,13 +24,18 @@ class Boundary:
 class GraphIndex:
     """Where the features of a captured graph are: edges between blocks, positions of arguments.
 
-    ``masks`` are names of nodes by attention site: what the model lets its queries attend to.
+    ``masks`` are names of nodes by attention site: what the model lets its queries attend to. ``timestep`` is the
+    position of that input, ``arguments`` are those of all arguments of the call (others are parameters and buffers),
+    ``written`` those of inputs that the call writes into.
     """
 
     boundaries: tuple[Boundary, ...]
     ranges: dict[str, tuple[int, int]]
     latents: int | None
     masks: Mapping[str, str] = field(default_factory=dict)
+    timestep: int | None = None
+    arguments: frozenset[int] = frozenset()
+    written: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,8 @@ class StepPlan:
     ``boundaries`` asks for the residual stream at every edge between blocks (for profiling); ``dtype`` names the one
     that products are computed in, where that is not the model's. ``second_order``: what is returned of a computed step
     is combined with the computed step before. ``simplify``: the rewrites of ``passes.simplify``. ``sparse``: the
-    attention sites that run block-sparse; which blocks they attend to is an input.
+    attention sites that run block-sparse; which blocks they attend to is an input. ``hoist``: what is the same in many
+    steps is computed ahead, and what the timestep decides for this many steps at once; 0: nothing is.
     """
 
     predicted: tuple[Prediction, ...] = ()
@@ -98,6 +104,7 @@ class StepPlan:
     second_order: bool = False
     simplify: bool = False
     sparse: tuple[SparseAttention, ...] = ()
+    hoist: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,8 @@ class PassResult:
     reasons: tuple[str, ...] = ()
 
 
+Tracer = Callable[[Callable[..., object], list[Tensor]], fx.GraphModule]
+"""Traces a function on fake tensors into ATen."""
 SITE = "ditopt_site"
 """Of the ``meta`` of attention nodes: the name of their site, through all rewrites."""
 OF_THE_CALL = ("val", "eager_input_vals")
@@ -242,14 +251,14 @@ def in_layout_of(gm: fx.GraphModule, value: fx.Node, model: fx.Node) -> fx.Node:
 
 def in_memory_order(gm: fx.GraphModule, value: fx.Node, model: Tensor) -> fx.Node:
     """``value`` with its dimensions in the memory order of the tensor ``model``."""
-    order = _memory_order(model)
-    if _memory_order(tensor_value(value)) == order:
+    order = memory_order(model)
+    if memory_order(tensor_value(value)) == order:
         return value
     dense = contiguous(gm, call(gm, torch.ops.aten.permute.default, value, order))
     return call(gm, torch.ops.aten.permute.default, dense, [order.index(dim) for dim in range(len(order))])
 
 
-def _memory_order(value: Tensor) -> list[int]:
+def memory_order(value: Tensor) -> list[int]:
     """Dimensions from the slowest to the fastest; those of one element stay where they are."""
     strides = [int(stride) for stride in value.stride()]
     long = [dim for dim in range(value.ndim) if value.shape[dim] > 1]

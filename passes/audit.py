@@ -15,6 +15,7 @@ from ditopt.passes.attention import list_maker, rest_of
 from ditopt.passes.cast import VIEWS, castable
 from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.features import user_outputs
+from ditopt.passes.hoist import check_hoisted
 from ditopt.passes.kept import LISTS, check_handed_on, kept_slots, slot_of, taken
 from ditopt.passes.second_order import SECOND_ORDER
 from ditopt.passes.simplify import simplifiable
@@ -78,6 +79,7 @@ def audit(
         if left:
             raise AuditError(f"the step is to be simplified, but {len(left)} nodes are as they were, e.g. {left[0]}")
     _check_sparse(gm, plan, index, reasons)
+    check_hoisted(gm, plan, index, reasons)
     if plan.second_order:
         _check_second_order(gm)
     _check_outputs(gm, plan, index)

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, fx
 
 from ditopt.kernels.ops import ATTENTION, plain_attention
-from ditopt.passes._infra import GraphIndex, PassResult, StepPlan
-
-Tracer = Callable[[Callable[..., object], list[Tensor]], fx.GraphModule]
+from ditopt.passes._infra import GraphIndex, PassResult, StepPlan, Tracer
 
 
 def lower_attention_with(trace: Tracer) -> Callable[[fx.GraphModule, StepPlan, GraphIndex], PassResult]:

@@ -14,6 +14,7 @@ from ditopt.cost_models.measured import MeasuredCost
 from ditopt.cost_models.sparse import SparseCost
 from ditopt.decisions import DTYPES, KINDS, Decision, Dense, decision_from_data, decision_to_data
 from ditopt.errors import AuditError
+from ditopt.exact import hoist_rules
 from ditopt.forms import in_dtype, simplified
 from ditopt.geometry import Geometry
 from ditopt.measures import Measure, Table
@@ -39,9 +40,13 @@ from tests.search.toy import Toy
 from tests.tiny import compiled_tiny, euler, make_model, narrow_products_are_faster, with_tangents
 
 STEPS = 6
-FASTER = [*(kind for kind in KINDS if kind != "dense"), *(f"dense {dtype}" for dtype in DTYPES), "dense simplify"]
-SIMPLIFY, SECOND_ORDER, SPARSE = "dense simplify", "dense second_order", "sparse"
-CHOICES = [*FASTER, SECOND_ORDER]
+FASTER = [
+    *(kind for kind in KINDS if kind not in ("dense", "hoist")),
+    *(f"dense {dtype}" for dtype in DTYPES),
+    "dense simplify",
+]
+SIMPLIFY, SECOND_ORDER, SPARSE, HOIST = "dense simplify", "dense second_order", "sparse", "hoist"
+CHOICES = [*FASTER, SECOND_ORDER, HOIST]
 """Whatever may be done in place of computing as the model does."""
 
 
@@ -71,6 +76,8 @@ def searched(choice: str, seconds: Mapping[str, float]) -> tuple[Rule, ...]:
     kind, _, dtype = choice.partition(" ")
     if choice == SPARSE:
         return sparse_heads()
+    if choice == HOIST:
+        return hoist_rules(made_plan(()))
     if choice == SECOND_ORDER:
         return solve_kept(replace(random_problem(0, STEPS), second_order=0.25), STEPS).rules
     if not dtype:
@@ -120,8 +127,12 @@ def density(step: BoundStep, site: SparseAttention) -> float:
 
 
 def bound(rules: tuple[Rule, ...], program: Program) -> BoundPlan:
+    return bind(made_plan(rules), "transformer", {}, attention=AttentionSites(places_of(program.variants.trace)))
+
+
+def made_plan(rules: tuple[Rule, ...]) -> Plan:
     times = tuple(1.0 - step / STEPS for step in range(STEPS))
-    plan = Plan(
+    return Plan(
         model=ModelPrint(class_name="WanTransformer3DModel", structure="sha256:00ff", blocks=4),
         sampler=SamplerPrint(
             class_name="FlowMatchEulerDiscreteScheduler",
@@ -133,7 +144,6 @@ def bound(rules: tuple[Rule, ...], program: Program) -> BoundPlan:
         device=DevicePrint(device="cpu", torch=torch.__version__, dtype="float32"),
         rules=rules,
     )
-    return bind(plan, "transformer", {}, attention=AttentionSites(places_of(program.variants.trace)))
 
 
 def test_the_table_has_a_row_for_every_variant() -> None:
@@ -152,7 +162,8 @@ def test_the_search_decides_it_and_a_plan_file_holds_it(choice: str, seconds: di
     assert [decision_from_data(decision_to_data(do)) for do in found] == found
 
 
-@pytest.mark.parametrize("choice", FASTER)  # a share of second order is two operations on the output, and free
+# A share of second order is two operations on the output, and free; of hoisting whole generations are timed.
+@pytest.mark.parametrize("choice", FASTER)
 def test_it_has_a_cost(choice: str, seconds: dict[str, float], program: Program) -> None:
     cost = MeasuredCost(seconds)
     steps = bound(searched(choice, seconds), program).steps
@@ -176,6 +187,7 @@ def test_a_pass_puts_it_into_the_graph_and_the_audit_refuses_one_without(
     untouched = PassManager([prune]).run(cache.trace.gm, variant, cache.index)
     with pytest.raises(
         AuditError,
-        match=r"does not read factors_(step|second_order)|products are to run in|is to be simplified|sparse by",
+        match=r"does not read factors_(step|second_order)|products are to run in|is to be simplified|sparse by|"
+        r"computed ahead",
     ):
         audit(untouched, variant, cache.index, {})

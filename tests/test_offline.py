@@ -113,6 +113,11 @@ def test_the_plan_is_the_searchs_own_and_meets_the_target(profile: Any, target: 
     assert found.seconds < found.dense_seconds == pytest.approx(12.0)
 
 
+def test_the_exact_level_is_measured_and_not_searched() -> None:
+    with pytest.raises(InputError, match="use `ditopt optimize --quality exact`"):
+        search(toy_profile(), Target(exact=True))
+
+
 def test_ranges_are_used_where_whole_steps_cannot_be_predicted() -> None:
     _, found = search(cut(), Target(max_rel_error=0.02))
     assert {rule.sites for rule in found.rules} <= {"blocks.1..4", "blocks.2..3"} and found.evaluations == 12

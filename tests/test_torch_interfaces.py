@@ -43,7 +43,7 @@ USED = [
         "_disable_current_modes",
         "real_tensors: lists of sparse attention that are made while a model compiles have no values",
     ),
-    ("torch._ops", "OpOverload", "is_mutating: the verifier is blind to mutation"),
+    ("torch._ops", "OpOverload", "is_mutating, is_repeatable: passes are blind to mutation and chance"),
 ]
 
 
@@ -156,6 +156,38 @@ def test_a_captured_graph_is_described_by_fake_tensors(captured: dict[str, Any])
     node = captured["graph"].graph.find_nodes(op="placeholder")[0]
     with _torch.fake_mode_of(node.meta["val"]) as mode:
         assert mode is captured["context"].fake_mode
+
+
+def test_what_a_call_writes_into_is_known() -> None:
+    """``fw_metadata.input_info``: without it values could be computed ahead from what every call changes."""
+    seen: list[tuple[list[str | None], frozenset[int]]] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        sources = [_torch.source_name(node) for node in gm.graph.find_nodes(op="placeholder")]
+
+        def on_graph(graph: fx.GraphModule, given: Any, context: _torch.CompileContext) -> Any:
+            seen.append((sources, _torch.written_inputs(context)))
+            return lambda arguments: graph(*arguments)
+
+        return _torch.functionalise(gm, inputs, on_graph)
+
+    def function(latents: Tensor, count: Tensor, prompt: Tensor) -> Tensor:
+        count[:1].add_(1.0)
+        return latents + count + prompt
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(function, backend=backend, fullgraph=True)(*(torch.zeros(3) for _ in range(3)))
+    torch._dynamo.reset()
+    ((sources, written),) = seen
+    assert [sources[position] for position in written] == ["L['count']"]
+
+
+def test_operators_that_give_the_same_again_are_known() -> None:
+    aten = torch.ops.aten
+    assert _torch.is_repeatable(aten.add.Tensor) and _torch.is_repeatable(torch.ops.ditopt.attention.default)
+    unrepeatable = (aten.rand_like.default, aten.bernoulli.p, aten.native_dropout.default, aten.add_.Tensor, len)
+    assert not any(map(_torch.is_repeatable, (*unrepeatable, aten.nonzero.default)))
 
 
 def test_mutating_operators_are_known() -> None:

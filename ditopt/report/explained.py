@@ -100,6 +100,28 @@ class VariantWork(_Part):
     steps: str = ""
 
 
+class Ahead(_Part):
+    """What is computed ahead of the steps from the same ``arguments`` of a call.
+
+    ``steps``: for so many at once, 0 where the timestep is not among the arguments; ``bytes`` of the ``values``,
+    ``operations`` of the graph that computes them.
+    """
+
+    arguments: tuple[str, ...] = ()
+    values: int
+    steps: int = 0
+    operations: int = 0
+    bytes: int = 0
+
+    @property
+    def told(self) -> str:
+        """All of it in words."""
+        source = f"from {' and '.join(self.arguments)}" if self.arguments else "from weights alone"
+        once = f", for {self.steps} of them at once" if self.steps else ""
+        size = f"{self.operations} operations, {self.bytes / 2**20:.2f} MiB"
+        return f"{self.values} values {source} ({size}) are computed ahead of the steps{once}"
+
+
 class Roofline(_Part):
     """What the machine can do at most; rates of arithmetic by dtype."""
 
@@ -109,7 +131,10 @@ class Roofline(_Part):
 
 
 class Explained(_Part):
-    """The whole side file; every part may be empty. ``kernels`` are by network and variant (``dense`` is one)."""
+    """The whole side file; every part may be empty. ``kernels`` are by network and variant (``dense`` is one).
+
+    ``hoisted`` is by network.
+    """
 
     explanations: dict[str, tuple[Explanation, ...]] = {}
     trials: tuple[Trial, ...] = ()
@@ -120,6 +145,7 @@ class Explained(_Part):
     profile: dict[str, NetworkFigures] = {}
     kernels: dict[str, dict[str, VariantWork]] = {}
     roofline: Roofline | None = None
+    hoisted: dict[str, tuple[Ahead, ...]] = {}
 
     def save(self, path: str | Path) -> None:
         """Write the side file, whole or not at all.

@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ditopt.decisions import Decision, Dense, FeatureDecision, Fit, Forecast, HeadDecision, HeadDecisions, Sparse
+from ditopt.decisions import Decision, Dense, FeatureDecision, Fit, Forecast, HeadDecision, HeadDecisions, Hoist, Sparse
 from ditopt.plan import Plan, format_steps
 from ditopt.report.profiled import candidate_name
 from ditopt.sites import STEP, range_names
@@ -67,7 +67,8 @@ class Picture:
     """One network's schedule; the first row is the whole step, the others the sites that rules name.
 
     ``second_order`` are the shares of that formula that computed steps have, ``simplified`` whether they are; ``heads``
-    the rules for heads of attention sites in words, by what they name.
+    the rules for heads of attention sites in words, by what they name; ``hoisted`` the steps that read what is computed
+    ahead of them.
     """
 
     network: str
@@ -75,6 +76,7 @@ class Picture:
     second_order: tuple[float, ...] = ()
     simplified: bool = False
     heads: tuple[tuple[str, str], ...] = ()
+    hoisted: tuple[int, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -88,6 +90,8 @@ class Picture:
         shares = " and ".join(f"{share:g}" for share in self.second_order)
         form = ", these steps simplified (the same numbers to rounding, faster)" if self.simplified else ""
         form += f", with {shares} of the second-order formula" if shares else ""
+        ahead = "" if set(self.hoisted) == set(kept) else f" in steps {format_steps(self.hoisted)}"
+        form += f", what is the same in many computed ahead{ahead}" if self.hoisted else ""
         return f"{self.network}: {len(kept)} of {self.steps} steps computed ({format_steps(kept)}){form}"
 
 
@@ -151,7 +155,8 @@ def _picture(plan: Plan, network: str, layers: Sequence[str], attention: str | N
     shares = {each.second_order for each in led if isinstance(each, Dense) and each.second_order is not None}
     simplified = any(isinstance(do := each[STEP], Dense) and do.simplify for each in table)
     heads = tuple((rule.sites, f"{rule.place} @ {format_steps(rule.steps)}: {_pattern(rule.do)}") for rule in of_heads)
-    return Picture(network, tuple(rows), tuple(sorted(shares)), simplified, heads)
+    hoisted = tuple(sorted(plan.hoisted_steps(network)))
+    return Picture(network, tuple(rows), tuple(sorted(shares)), simplified, heads, hoisted)
 
 
 def _head_cell(found: HeadDecisions, step: int, predicted: bool) -> Cell:
@@ -184,7 +189,7 @@ def _of_layers(
     dtype = computed.dtype if isinstance(computed, Dense) else None
     found: dict[str, FeatureDecision] = dict.fromkeys(layers, Dense(dtype=dtype))
     for rule in plan.rules if layers else ():
-        if isinstance(rule.do, Sparse) or rule.for_heads:
+        if isinstance(rule.do, Sparse | Hoist) or rule.for_heads:
             continue
         if step in rule.steps and rule.sites != STEP and fnmatch.fnmatchcase(network, rule.network):
             for name, (first, last) in ranges.items():

@@ -21,6 +21,7 @@ from ditopt.plan import Plan
 from ditopt.runtime.clock import ScheduleCache, StepClock, read_timestep
 from ditopt.runtime.kept import kept_inputs
 from ditopt.runtime.moment import Moment, Place, announce, take
+from ditopt.runtime.prologue import Coming, Prologues
 from ditopt.runtime.schedule import BoundPlan, BoundPrediction, BoundSecondOrder, adapted_factors, bind
 from ditopt.runtime.slots import StreamState
 from ditopt.runtime.sparse import AttentionSites, FindGeometry, not_looked_for, places_of
@@ -114,6 +115,7 @@ class Program:
         self._lock = threading.Lock()
         self._schedules = ScheduleCache()
         self._factors: dict[tuple[float, ...], Tensor] = {}
+        self._prologues = Prologues(Coming(()))
         self._clock: str | None = None
         self._leads = False
         self._told = False
@@ -130,6 +132,7 @@ class Program:
         self.error = None
         self.plan, self.bound = plan, None
         self._clock, self._leads = None, False
+        self._prologues = Prologues(Coming(() if plan is None else plan.sampler.timesteps.get(self.network, ())))
         if plan is None or not plan.rules:
             return
         breaks = plan.breaks.get(self.network)
@@ -191,6 +194,8 @@ class Program:
             return self._run(self.variants.get(StepPlan()), arguments, {})[0]
         if self._clock is not None and not self._leads:
             return self._follow(arguments, self.bound)
+        if self.plan is not None and self.plan.is_exact and self.bound.full.hoist:
+            return self._exact(arguments, self.bound)
         return self._step(arguments, self.bound)
 
     def _new_stream(self) -> StreamState:
@@ -200,6 +205,36 @@ class Program:
             self.statistics.generations += 1
             self._states.add(state)
         return state
+
+    def _exact(self, arguments: list[Any], bound: BoundPlan) -> Sequence[Any]:
+        """Run any call, of whatever schedule and geometry, with what can be computed ahead of it."""
+        assert self.positions.timestep is not None
+        identity = arguments[self.positions.identity] if self.positions.identity is not None else None
+        state = self._streams.get(threading.get_ident(), self.network, identity, current_context_name())
+        try:
+            value = read_timestep(arguments[self.positions.timestep], self._schedules)
+        except PlanMismatchError as error:
+            return self._unplanned(arguments, str(error))
+        if bound.begins_again(state.first_value, state.last_value, value):
+            state.reset()
+            state.first_value = value
+        state.last_value = value
+        self._share(state, arguments)
+        variant, hoisted = self._ahead(bound.full, arguments, state)
+        return self._run(variant, arguments, hoisted)[0]
+
+    def _ahead(self, does: StepPlan, arguments: Sequence[Any], state: StreamState) -> tuple[Variant, dict[str, Tensor]]:
+        """The variant of a call, and what it reads of what is computed ahead."""
+        assert state.last_value is not None
+        return self._prologues.ahead(self.variants, does, arguments, state.hoisted, state.last_value)
+
+    def _share(self, state: StreamState, arguments: Sequence[Any]) -> None:
+        """Let a stream that begins a generation share with others that begin it with the same latents."""
+        if state.begun:
+            state.begun = False
+            self._prologues.begin(None if self.positions.latents is None else arguments[self.positions.latents])
+        else:
+            self._prologues.goes_on()
 
     def _step(self, arguments: list[Any], bound: BoundPlan) -> Sequence[Any]:
         state, place = self._place(arguments, bound)
@@ -242,6 +277,7 @@ class Program:
         if other is not None:
             return state, f"{other}. Generate at this size, {WAYS_OUT}"
         place = self._locate(state, bound, value)
+        self._share(state, arguments)
         if isinstance(place, str):
             sampler = self.plan.sampler
             return state, (
@@ -282,7 +318,8 @@ class Program:
         if added is not None and step.second_order is not None:
             read = self._second_order_inputs(step.second_order, state, bound, number, time) if in_turn else None
             does, added = (replace(does, second_order=False), added) if read is None else (does, {**added, **read})
-        outputs, features = self._run(self.variants.get(does), arguments, {**step.lists, **(added or {})})
+        variant, hoisted = self._ahead(does, arguments, state)
+        outputs, features = self._run(variant, arguments, {**step.lists, **(added or {}), **hoisted})
         for site, tensors in features.items():
             state.store(site, number, time, tensors)
         owner._note_peak()

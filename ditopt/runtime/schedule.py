@@ -11,7 +11,7 @@ from functools import cached_property
 from torch import Tensor
 
 from ditopt._torch import real_tensors
-from ditopt.decisions import Dense, FeatureDecision, Fit, Forecast, Predictor
+from ditopt.decisions import Dense, FeatureDecision, Fit, Forecast, Hoist, Predictor
 from ditopt.errors import PlanMismatchError
 from ditopt.passes._infra import Prediction, StepPlan
 from ditopt.passes.kept import kept_slots
@@ -93,6 +93,13 @@ class BoundPlan:
         rising = self.timesteps[-1] > self.timesteps[0]
         return last is None or (value < last if rising else value > last)
 
+    def begins_again(self, first: float | None, last: float | None, value: float) -> bool:
+        """Whether a timestep ``value`` after ``last`` may start another generation than that which ``first`` began.
+
+        A schedule that repeats its first value starts twice so.
+        """
+        return value == first or self.begins_anew(last, value)
+
     @property
     def variants(self) -> tuple[StepPlan, ...]:
         """The distinct graphs needed, in order of first use; ``full`` where what steps read may not be there."""
@@ -135,6 +142,11 @@ def bind(
     times = plan.sampler.sigmas[network]
     known = set(ranges) if partial else {STEP, *ranges}
     rules = [rule for rule in plan.rules if fnmatchcase(network, rule.network)]
+    if partial and any(isinstance(rule.do, Hoist) for rule in rules):
+        raise PlanMismatchError(
+            f"plan computes values ahead of the steps of {network}, which graph breaks cut into several graphs; "
+            "hoisting needs the whole network in one"
+        )
     if partial and STEP in (rule.sites for rule in rules):
         raise PlanMismatchError(
             f"plan decides whole steps of {network}, which graph breaks cut into several graphs; only ranges of "
@@ -197,10 +209,12 @@ def bind(
     forms = [_form(decision) for decision in whole]
     computed = [form for form, active in zip(forms, predicted, strict=True) if STEP not in active]
     dtypes = {form.dtype for form in computed}
+    hoisted, rows = plan.hoisted_steps(network), len(set(plan.sampler.timesteps[network]))
     full = StepPlan(
         recorded=used,
         dtype=dtypes.pop() if len(dtypes) == 1 else None,
         simplify=bool(computed) and all(form.simplify for form in computed),
+        hoist=rows if all(t in hoisted for t in range(total) if STEP not in predicted[t]) else 0,
     )
     lists: Sequence[SparseStep] = ()
     refused: str | None = None
@@ -213,6 +227,10 @@ def bind(
     except PlanMismatchError as error:  # calls that the plan is not for may run all the same
         refused = str(error)
     steps = _with_liveness(bound, used, ranges, forms, finer)
+    steps = tuple(
+        replace(step, variant=replace(step.variant, hoist=rows)) if t in hoisted and STEP not in predicted[t] else step
+        for t, step in enumerate(steps)
+    )
     if lists:
         steps = _with_lists(steps, lists)
     return BoundPlan(steps, full, times, plan.sampler.timesteps[network], refused, notes)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ditopt.runtime.clock import StepClock
+from ditopt.runtime.prologue import Kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,18 +24,25 @@ class Held:
 class StreamState:
     """What one guidance branch of one generation carries from call to call; newest features first.
 
-    ``held_bytes`` is the memory of all features held; ``last_value`` and ``last_step`` are those of the latest call.
+    ``held_bytes`` is the memory of all features held; ``last_value`` and ``last_step`` are those of the latest call;
+    ``hoisted`` is what was computed ahead of the steps, ``first_value`` that of the generation's first call, and
+    ``begun`` whether the next call is that.
     """
 
     clock: StepClock
     history: dict[str, list[Held]] = field(default_factory=dict)
     held_bytes: int = 0
+    first_value: float | None = None
     last_value: float | None = None
     last_step: int | None = None
+    hoisted: dict[tuple[str, ...], Kept] = field(default_factory=dict)
+    begun: bool = True
 
     def reset(self) -> None:
         """Forget all features: a new generation begins."""
         self.history.clear()
+        self.hoisted.clear()
+        self.begun = True
         self.held_bytes = 0
 
     def store(self, site: str, step: int, time: float, tensors: Iterable[Tensor]) -> None:
