@@ -63,8 +63,8 @@ class OfflineSearch:
             raise InputError(f"max_variants is {self.max_variants}; it must be at least 1")
         if self.target.exact:
             raise InputError(
-                "quality exact: whether generations are faster with what is computed ahead is measured on the model; use "
-                "`ditopt optimize --quality exact`"
+                "quality exact: whether generations are faster with what is computed ahead is measured on the model; "
+                "use `ditopt optimize --quality exact`"
             )
         self.chosen = Techniques.choose(self.techniques, self.recipe)
         template = self.profile.template()
