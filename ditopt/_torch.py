@@ -249,6 +249,11 @@ def has_bfloat16_dot_products() -> bool:
     return os.name == "posix" and torch.cpu._is_avx512_bf16_supported()
 
 
+def has_byte_dot_products() -> bool:
+    """Whether the processor has AVX-512's dot products of four bytes (``vpdpbusd``), where we can build for it."""
+    return os.name == "posix" and torch.cpu._is_avx512_supported() and torch.cpu._is_vnni_supported()
+
+
 def has_amx() -> bool:
     """Whether the processor multiplies tiles of bfloat16 (AMX)."""
     return bool(torch.cpu._is_amx_tile_supported())

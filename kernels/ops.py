@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ditopt._torch import has_amx, has_bfloat16_dot_products
+from ditopt._torch import has_amx, has_bfloat16_dot_products, has_byte_dot_products
 from ditopt.kernels.block_sparse_attention.gpu import WIDEST, gpu_refusal
 from ditopt.kernels.block_sparse_attention.int8 import check_int8
 from ditopt.kernels.block_sparse_attention.lists import QUERY_TASK, check
@@ -164,7 +164,8 @@ def _fake_block_sparse_attention(
 
 FIRST_ORDER_ON_GPU = "there is no kernel for GPUs that takes a rest to first order"
 MASK_ON_GPU = "there is a mask, and no kernel for GPUs that takes one"
-INT8_ON_CPU = "there is no kernel for processors that has int8 scores (qk: int8)"
+NO_BYTES = "there is no kernel with int8 scores (qk: int8)"
+INT8_ON_CPU = f"{NO_BYTES} for processors without dot products of bytes (avx512_vnni)"
 MASK_AND_REST = "there is a mask, under which what a pattern skips has no means (a rest)"
 
 
@@ -201,7 +202,7 @@ def block_sparse_refusal(
     if elsewhere is None and query.is_cuda:
         elsewhere = MASK_ON_GPU if mask is not None else gpu_refusal(query.device)
     elif elsewhere is None and int8 is not None:
-        elsewhere = INT8_ON_CPU
+        elsewhere = int8_refusal(query.device)
     if elsewhere is not None:
         return elsewhere
     if len({part.dtype for part in parts}) > 1 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -223,6 +224,11 @@ def block_sparse_refusal(
     if wrong is None and int8 is not None:
         wrong = check_int8(int8, query.shape[1])
     return wrong if wrong is not None or rest is None else check_pooled(rest, key, value, lists, query.shape[1])
+
+
+def int8_refusal(device: torch.device) -> str | None:
+    """Why no kernel on a device has int8 scores; None if one does, or it is not known what is there."""
+    return INT8_ON_CPU if device.type == "cpu" and not has_byte_dot_products() else None
 
 
 def mask_mismatch(query: Tensor, key: Tensor, mask: Tensor) -> str | None:

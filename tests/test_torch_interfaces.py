@@ -38,6 +38,8 @@ USED = [
     ("torch.fx.experimental.proxy_tensor", "make_fx", "trace_aten: attention cannot be lowered"),
     ("torch._inductor.codecache", "CppCodeCache", "load_cpp: our C++ kernels are not built"),
     ("torch.cpu", "_is_avx512_bf16_supported", "has_bfloat16_dot_products: no kernel for them is used"),
+    ("torch.cpu", "_is_avx512_supported", "has_byte_dot_products: no kernel for them is used"),
+    ("torch.cpu", "_is_vnni_supported", "has_byte_dot_products: no kernel for them is used"),
     (
         "torch.utils._python_dispatch",
         "_disable_current_modes",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ditopt.decisions import HeadDecision
 from ditopt.errors import PlanMismatchError
-from ditopt.kernels.ops import INT8_ON_CPU
+from ditopt.kernels.ops import int8_refusal
 from ditopt.runtime.choices import choice_of
 
 Heads = tuple[HeadDecision, ...]
@@ -34,7 +34,8 @@ def int8_heads(site: str, decided: Mapping[int, Heads], device: torch.device) ->
         PlanMismatchError: some head is to have them on a device that has no kernel for it.
     """
     flags = int8_flags(decided)
-    if flags and device.type == "cpu":
-        raise PlanMismatchError(f"{site}: {INT8_ON_CPU}; leave qk out")
+    refused = int8_refusal(device) if flags else None
+    if refused is not None:
+        raise PlanMismatchError(f"{site}: {refused}; leave qk out")
     known = {each: torch.tensor(each, dtype=torch.int32, device=device) for each in set(flags.values())}
     return {step: known[each] for step, each in flags.items()}

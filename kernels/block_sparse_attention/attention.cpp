@@ -10,6 +10,9 @@
 // Neighbouring blocks of a list make a run, and a run is taken in chunks of at most CHUNK keys between two rescalings.
 // Behind them come the means of groups of keys, where a head has a rest: all groups of a chunk are scored, and those that
 // lie in listed blocks count as none. A chunk that a mask hides from all queries of a task is passed over.
+//
+// Heads with int8 scores (block_sparse_attention/int8.py) read keys that were quantised before, and quantise the queries of a
+// task themselves; a word is then four numbers, and queries are shifted by 128, as the instruction takes one operand unsigned.
 #if !defined(__x86_64__)
 #error "this kernel is for x86-64"
 #endif
@@ -117,10 +120,16 @@ inline Floats exp2_of(Floats x) {
 #endif
 }
 
+#if defined(DITOPT_AVX512) && defined(__AVX512VNNI__)
+#define DITOPT_BYTES
+#endif
+
 // Products of float32: a word is a number.
 struct Single {
     typedef float Element;
     static constexpr int PACKED = 1, DEGREE = 5;
+
+    static float wide(float number) { return number; }
 
     static Floats add_product(Floats sum, Ints lanes, const void* word) {
         return sum + bits<Floats>(lanes) * *(const float*)word;
@@ -133,6 +142,8 @@ struct Single {
 struct Paired {
     typedef uint16_t Element;
     static constexpr int PACKED = 2, DEGREE = 3;
+
+    static float wide(uint16_t number) { return bits<float>(uint32_t(number) << 16); }
 
     static Floats add_product(Floats sum, Ints lanes, const void* word) {
         int pair;
@@ -217,6 +228,88 @@ inline void score(const typename F::Element* keys, int64_t stride, const int32_t
             store(scores[r] + LANES * v, sums[r][v]);
             largest[v] = larger(largest[v], sums[r][v]);
         }
+}
+
+constexpr int SHIFT = 128;       // of int8 queries
+constexpr float LARGEST = 127.0f, SMALLEST = 1e-30f;
+
+// A chunk of int8 keys: numbers of `stride` bytes a key, their sums times -SHIFT, and their scales.
+struct Keys8 {
+    const int8_t* numbers;
+    const int32_t* shifted;
+    const float* scales;
+    int64_t stride;
+};
+
+// As `score`, of int8 keys from `first` on; `queries` are words of four and have `scales` of their own.
+template <int rows>
+inline void score8(const Keys8& keys, int first, const int32_t* queries, const float* scales, int words, float (*scores)[STRIP],
+                   Floats (&largest)[VECTORS]) {
+#if defined(DITOPT_BYTES)
+    Ints sums[rows][VECTORS];
+    for (int r = 0; r < rows; ++r)
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = Ints{} + keys.shifted[first + r];
+    for (int word = 0; word < words; ++word) {
+        Ints lanes[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) lanes[v] = load<Ints>(queries + word * STRIP + LANES * v);
+        for (int r = 0; r < rows; ++r) {
+            int32_t four;
+            std::memcpy(&four, keys.numbers + (first + r) * keys.stride + 4 * word, sizeof four);
+            for (int v = 0; v < VECTORS; ++v)
+                sums[r][v] = (Ints)_mm512_dpbusd_epi32((__m512i)sums[r][v], (__m512i)lanes[v], _mm512_set1_epi32(four));
+        }
+    }
+    for (int r = 0; r < rows; ++r)
+        for (int v = 0; v < VECTORS; ++v) {
+            const Floats products = (Floats)_mm512_cvtepi32_ps((__m512i)sums[r][v]);
+            const Floats found = products * (load<Floats>(scales + LANES * v) * keys.scales[first + r]);
+            store(scores[r] + LANES * v, found);
+            largest[v] = larger(largest[v], found);
+        }
+#endif
+}
+
+// The largest of numbers that come a row at a time.
+struct Largest {
+    float tops[16] = {}, odd[16] = {};
+
+    void take(const float* row, int64_t count) {
+#if defined(DITOPT_BYTES)
+        __m512 top = _mm512_loadu_ps(tops), wrong = _mm512_loadu_ps(odd);
+        for (int64_t c = 0; c < count; c += 16) {
+            const __m512 each = _mm512_maskz_loadu_ps(__mmask16(count - c < 16 ? (1 << (count - c)) - 1 : 0xffff), row + c);
+            top = _mm512_max_ps(top, _mm512_abs_ps(each));
+            wrong = _mm512_fmadd_ps(each, _mm512_setzero_ps(), wrong);  // NaN from a number on that is not finite
+        }
+        _mm512_storeu_ps(tops, top), _mm512_storeu_ps(odd, wrong);
+#endif
+    }
+    // Over LARGEST; NaN where a number was not finite.
+    float scale() const {
+        float top = SMALLEST, wrong = 0.0f;
+        for (int i = 0; i < 16; ++i) top = std::max(top, tops[i]), wrong += odd[i];
+        return wrong == 0.0f ? top / LARGEST : std::numeric_limits<float>::quiet_NaN();
+    }
+};
+
+// A row to int8, halves away from 0, as int8.py; `shift` is added. Nothing but that where the scale is no number.
+template <class Byte>
+inline void to_bytes(const float* row, int64_t count, float scale, int shift, Byte* to) {
+    if (scale != scale) {
+        std::fill(to, to + count, Byte(shift));
+        return;
+    }
+#if defined(DITOPT_BYTES)
+    const __m512 sign = _mm512_set1_ps(-0.0f), half = _mm512_set1_ps(0.5f);
+    for (int64_t c = 0; c < count; c += 16) {
+        const __mmask16 there = __mmask16(count - c < 16 ? (1 << (count - c)) - 1 : 0xffff);
+        const __m512 share = _mm512_div_ps(_mm512_maskz_loadu_ps(there, row + c), _mm512_set1_ps(scale));
+        const __m512 away = _mm512_castsi512_ps(_mm512_or_si512(
+            _mm512_and_si512(_mm512_castps_si512(share), _mm512_castps_si512(sign)), _mm512_castps_si512(half)));
+        const __m512i number = _mm512_add_epi32(_mm512_cvttps_epi32(_mm512_add_ps(share, away)), _mm512_set1_epi32(shift));
+        _mm512_mask_cvtepi32_storeu_epi8(to + c, there, number);
+    }
+#endif
 }
 
 // `rows` channels of the result: what there is, scaled, and the values of `words` words of keys.
@@ -313,19 +406,26 @@ struct Task {
     float* result;           // [STRIPS][channels][STRIP]
     int here, words, channels;
     float factor;
+    const int32_t* queries8;  // [STRIPS][words8][STRIP], of heads with int8 scores
+    const float* scales8;     // [TASK]
+    int words8;
 };
 
 // Takes `count` keys, at most CHUNK, and their values into a task's result; `bias` as in `weigh`, or null, and `masked` as
-// in `weigh_each`, or null.
+// in `weigh_each`, or null; `eight`: the keys as int8, which are scored in their place, or null.
 template <class F>
 __attribute__((noinline)) void take(State& state, const Task& task, const typename F::Element* keys, int64_t key_stride,
                                     const int32_t* values, int64_t value_stride, int count, const float* bias,
-                                    const float (*masked)[TASK] = nullptr) {
+                                    const float (*masked)[TASK] = nullptr, const Keys8* eight = nullptr) {
     for (int strip = 0; strip * STRIP < task.here; ++strip) {
         float* most = state.largest + strip * STRIP;
         Floats largest[VECTORS], unweighed[VECTORS];
         for (int v = 0; v < VECTORS; ++v) unweighed[v] = largest[v] = load<Floats>(most + LANES * v);
-        in_tiles(count, [&](auto rows, int k) {
+        if (eight) in_tiles(count, [&](auto rows, int k) {
+            score8<rows()>(*eight, k, task.queries8 + strip * int64_t(task.words8) * STRIP, task.scales8 + strip * STRIP,
+                           task.words8, state.scores + k, bias || masked ? unweighed : largest);
+        });
+        else in_tiles(count, [&](auto rows, int k) {
             score<F, rows()>(keys + k * key_stride, key_stride, task.queries + strip * int64_t(task.words) * STRIP,
                              task.words, state.scores + k, bias || masked ? unweighed : largest);
         });
@@ -372,6 +472,46 @@ struct Rows {
     }
 };
 
+// What heads with int8 scores read; `heads` is null where there are none. Filled by `quantise`, but for `mean`.
+struct Int8 {
+    const int32_t* heads;  // [H]: not 0 for these
+    const float* mean;     // [B, Hkv, D]: what is subtracted from keys
+    int8_t* numbers;       // [B, Hkv, L, 4 * words]
+    int32_t* shifted;      // [B, Hkv, L]
+    float* scales;         // [B, Hkv, L]
+
+    bool of(int64_t head) const { return heads && heads[head] != 0; }
+};
+
+inline int64_t words8(const Sizes& s) { return (s.depth + 3) / 4; }
+
+// A block of keys of a head, number `number` of all; `room` has one for a key.
+template <class F>
+void quantise(const Int8& to, const Rows<F>& keys, const Sizes& s, int64_t number, float* room) {
+    const int64_t key_blocks = (s.keys + s.key_block - 1) / s.key_block, row = number / key_blocks, head = row % s.key_heads;
+    const int64_t group = s.heads / s.key_heads, stride = 4 * words8(s);
+    if (std::none_of(to.heads + head * group, to.heads + (head + 1) * group, [](int32_t each) { return each != 0; })) return;
+    const int64_t first = number % key_blocks * s.key_block, end = std::min(s.keys, first + s.key_block);
+    const auto* from = keys.keys(row / s.key_heads, head);
+    const float* mean = to.mean + row * s.depth;
+    const auto smooth = [&](int64_t key) {  // the row without the mean, and zeros behind it
+        for (int64_t c = 0; c < s.depth; ++c) room[c] = F::wide(from[key * keys.of_key[2] + c]) - mean[c];
+        return room;
+    };
+    std::fill(room + s.depth, room + stride, 0.0f);
+    Largest largest;
+    for (int64_t key = first; key < end; ++key) largest.take(smooth(key), s.depth);
+    const float scale = largest.scale();
+    for (int64_t key = first; key < end; ++key) {
+        int8_t* numbers = to.numbers + (row * s.keys + key) * stride;
+        to_bytes(smooth(key), stride, scale, 0, numbers);
+        int32_t total = 0;
+        for (int64_t c = 0; c < stride; ++c) total += numbers[c];
+        to.shifted[row * s.keys + key] = -SHIFT * total;
+        to.scales[row * s.keys + key] = scale;
+    }
+}
+
 // What a mask adds to scores, as float32; `strides` of batch, head, query and key, 0 where one is for all.
 struct Mask {
     const float* data;
@@ -394,14 +534,19 @@ struct alignas(64) Hidden { float rows[CHUNK][TASK]; };
 
 // Memory that a thread works in, one after the other: all of it begins at lines of 64 bytes.
 struct Space {
-    int64_t packed, result, bias, hidden, all;  // where they begin behind `State`, and the bytes of all
+    int64_t packed, result, bias, hidden, queries8, scales8, shift8, row8, wide8, all;  // where they begin behind `State`; all bytes
 
-    Space(const Sizes& s, int packed_in_a_word, bool masked) {
+    Space(const Sizes& s, int packed_in_a_word, bool masked, bool int8) {
         packed = whole_lines(sizeof(State));
         result = packed + s.depth / packed_in_a_word * TASK * 4;
         bias = result + s.channels * TASK * 4;
         hidden = bias + whole_lines(s.groups * 4);
-        all = hidden + (masked ? sizeof(Hidden) : 0);
+        queries8 = hidden + (masked ? sizeof(Hidden) : 0);
+        scales8 = queries8 + (int8 ? words8(s) * TASK * 4 : 0);
+        shift8 = scales8 + (int8 ? TASK * 4 : 0);
+        row8 = shift8 + (int8 ? TASK * 4 : 0);
+        wide8 = row8 + (int8 ? words8(s) * TASK * 4 : 0);
+        all = wide8 + (int8 ? whole_lines(words8(s) * 16) : 0);
     }
 };
 
@@ -445,8 +590,8 @@ void check(const Sizes& s, const int32_t* indices, const int32_t* counts, int64_
 template <class F>
 void attend(const typename F::Element* query, const Rows<F>& all_keys, const Rows<F>& pooled, const int32_t* rest,
             const Mask& mask, typename F::Element* out, float* lse, float* kept, const int32_t* indices,
-            const int32_t* counts, const Sizes& s, const int64_t* of_query, const int64_t* of_out, float scale, int threads,
-            char* memory) {
+            const int32_t* counts, const Int8& int8, const Sizes& s, const int64_t* of_query, const int64_t* of_out, float scale,
+            int threads, char* memory) {
     typedef typename F::Element Element;
     const int words = int(s.depth / F::PACKED), channels = int(s.channels), out_words = channels / F::PACKED;
     const int64_t tiles = blocks(s.queries, TASK), query_blocks = blocks(s.queries, s.query_block);
@@ -473,8 +618,13 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
                 for (int64_t row = 0; row < s.batch * s.key_heads * rows->words(); ++row) rows->interleave(row);
             }
 
-        const Space space(s, F::PACKED, mask.data != nullptr);
+        const Space space(s, F::PACKED, mask.data != nullptr, int8.heads != nullptr);
         char* own = memory + omp_get_thread_num() * space.all;
+        if (int8.heads) {
+#pragma omp for schedule(static)
+            for (int64_t block = 0; block < s.batch * s.key_heads * blocks(s.keys, s.key_block); ++block)
+                quantise(int8, all_keys, s, block, (float*)(own + space.wide8));
+        }
         auto* state = new (own) State;
         auto* packed = (int32_t*)(own + space.packed);  // [STRIPS][words][STRIP]
         auto* result = (float*)(own + space.result);    // [STRIPS][channels][STRIP]
@@ -497,7 +647,29 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
             std::fill(state->sum, state->sum + TASK, 0.0f);
             std::fill(state->largest, state->largest + TASK, lowest);
 
-            const Task taken{packed, result, here, words, channels, factor};
+            auto* queries8 = (int32_t*)(own + space.queries8);
+            auto *scales8 = (float*)(own + space.scales8), *shift8 = (float*)(own + space.shift8);
+            const Task taken{packed, result, here, words, channels, factor, queries8, scales8, int(words8(s))};
+            const int64_t row_of_keys = b * s.key_heads + key_head;
+            if (int8.of(head)) {
+                auto* row8 = (uint8_t*)(own + space.row8);  // [TASK][4 * words8]
+                auto* wide = (float*)(own + space.wide8);
+                const int bytes = 4 * taken.words8;
+                std::fill(wide + s.depth, wide + bytes, 0.0f);
+                for (int q = 0; q < TASK; ++q) {
+                    const Element* row = from + (q < here ? q : 0) * of_query[2];
+                    Largest largest;
+                    for (int64_t c = 0; c < s.depth; ++c) wide[c] = F::wide(row[c]);
+                    largest.take(wide, s.depth);
+                    scales8[q] = largest.scale();
+                    shift8[q] = std::inner_product(wide, wide + s.depth, int8.mean + row_of_keys * s.depth, 0.0f);
+                    to_bytes(wide, bytes, scales8[q], SHIFT, row8 + q * bytes);
+                }
+                for (int q = 0; q < TASK; q += LANES)
+                    for (int w = 0; w < taken.words8; w += LANES)
+                        transpose((const char*)(row8 + q * bytes) + 4 * w, bytes, LANES, std::min(LANES, taken.words8 - w),
+                                  (char*)(queries8 + (q / STRIP * int64_t(taken.words8) + w) * STRIP + q % STRIP), STRIP * 4);
+            }
             // Fills `hidden` for `count` keys from `first` on, in its first row where one bias is for all queries; whether
             // anything is left of them.
             const auto unmasked = [&](int64_t first, int count) {
@@ -531,8 +703,11 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
                             of_chunk = hidden->rows[0];
                     }
                     if (of_chunk && std::all_of(of_chunk, of_chunk + count, [=](float each) { return each == lowest; })) continue;
+                    const int64_t key = row_of_keys * s.keys + first, stride = 4 * words8(s);
+                    const Keys8 eight{int8.numbers + key * stride, int8.shifted + key, int8.scales + key, stride};
                     take<F>(*state, taken, keys + first * rows.of_key[2], rows.of_key[2],
-                            values + first / F::PACKED * rows.value_stride(), rows.value_stride(), count, of_chunk, of_each);
+                            values + first / F::PACKED * rows.value_stride(), rows.value_stride(), count, of_chunk, of_each,
+                            int8.of(head) && !of_groups ? &eight : nullptr);
                 }
             };
             const List listed(s, indices, counts, list);
@@ -542,6 +717,7 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
                 in_chunks(all_keys, listed[at] * s.key_block, std::min<int64_t>(s.keys, (listed[next - 1] + 1) * s.key_block), nullptr);
                 at = next;
             }
+            for (int q = 0; int8.of(head) && q < TASK; ++q) state->largest[q] += shift8[q];  // of keys as they are, again
             const auto write_logs = [&](float* to, bool attended) {
                 to += (b * s.heads + head) * s.queries + first_query;
                 for (int q = 0; q < here; ++q) {
@@ -602,23 +778,33 @@ extern "C" int ditopt_pairs() {
 #endif
 }
 
-// Bytes that a thread works in, for elements of so many bytes and with a mask or without.
-extern "C" int64_t ditopt_space(const int64_t* sizes, int element_bytes, int masked) {
+// Whether there is one for int8 scores.
+extern "C" int ditopt_bytes() {
+#if defined(DITOPT_BYTES)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// Bytes that a thread works in, for elements of so many bytes, with a mask or without, with int8 scores or without.
+extern "C" int64_t ditopt_space(const int64_t* sizes, int element_bytes, int masked, int int8) {
     Sizes s;
     std::memcpy(&s, sizes, sizeof s);
-    return Space(s, element_bytes == 4 ? 1 : 2, masked != 0).all;
+    return Space(s, element_bytes == 4 ? 1 : 2, masked != 0, int8 != 0).all;
 }
 
 // Sizes as in `Sizes`. Strides, in elements: of query, key, value, result, pooled keys and pooled values each batch, head,
 // row; the last dimension is dense; then those of the mask, as in `Mask`, which may be null. `lse` is [batch, heads,
 // queries]; so is `kept`, of listed keys alone, written for heads with a rest, or null. `rest` [heads] says which heads
 // have one, and is not read where there are no groups. `interleaved` and `pooled_interleaved` have room for the values in
-// bfloat16, and are not read otherwise; `memory` has `ditopt_space` bytes for each thread, and begins at a line of 64. Returns 0;
+// bfloat16, and are not read otherwise; `memory` has `ditopt_space` bytes for each thread, and begins at a line of 64. What begins with int8 is as in `Int8`. Returns 0;
 // 1 if a list is wrong (`wrong` says which), 2 if no kernel for the element was compiled, 3 if memory is short.
 extern "C" int ditopt_block_sparse_attention(const void* query, const void* key, const void* value, void* out, float* lse,
                                              float* kept, const int32_t* indices, const int32_t* counts, int32_t* interleaved,
                                              const void* pooled_key, const void* pooled_value, const int32_t* rest,
-                                             int32_t* pooled_interleaved, const float* mask, char* memory, const int64_t* sizes, const int64_t* strides,
+                                             int32_t* pooled_interleaved, const float* mask, char* memory, const int32_t* int8_heads, const float* int8_mean,
+                                             int8_t* int8_numbers, int32_t* int8_shifted, float* int8_scales, const int64_t* sizes, const int64_t* strides,
                                              float scale, int element_bytes, int threads, int64_t* wrong) {
     Sizes s;
     std::memcpy(&s, sizes, sizeof s);
@@ -633,7 +819,8 @@ extern "C" int ditopt_block_sparse_attention(const void* query, const void* key,
                              s.groups, s.channels, s.key_heads, pooled_interleaved};
         try {
             attend<F>((const Element*)query, all_keys, pooled, rest, Mask{mask, strides + 18}, (Element*)out, lse, kept, indices,
-                      counts, s, strides, strides + 9, scale, threads, memory);
+                      counts, Int8{int8_heads, int8_mean, int8_numbers, int8_shifted, int8_scales}, s, strides, strides + 9, scale,
+                      threads, memory);
         } catch (const std::bad_alloc&) {  // of the order of tasks, before any thread is started
             return 3;
         }

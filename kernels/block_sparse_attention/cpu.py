@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ditopt._torch import has_bfloat16_dot_products
+from ditopt.kernels.block_sparse_attention.int8 import mean_of
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, told
 from ditopt.kernels.block_sparse_attention.pooled import FIRST_ORDER, PooledRest, moments
 from ditopt.kernels.cpp import built, called, dense_rows, numbers, strides_of
-from ditopt.kernels.ops import LIBRARY, block_sparse_refusal
+from ditopt.kernels.ops import LIBRARY, NO_BYTES, block_sparse_refusal
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 FLAGS = ("-ffp-contract=fast", "-Wno-psabi")
@@ -49,8 +50,9 @@ def block_sparse_attention(
     listed keys has them. ``PooledRest`` tells of the operands behind the scale: with them heads attend to what their
     lists do not name by its means, too. ``mask`` broadcasts to ``[B, H, S, L]``: true for keys that a query may attend
     to, or what is added to the scores; keys that it hides (by false or -inf) from 64 queries in a row are passed over,
-    and a query from which all is hidden is one without a listed key. ``lanes``: how many floats the kernel's vectors
-    may have.
+    and a query from which all is hidden is one without a listed key. ``int8`` ``[H]`` int32 is not 0 for heads whose
+    queries meet listed keys as int8 (``int8``); of these a block of keys, and a query, with a number that is not finite
+    has NaN for scores. ``lanes``: how many floats the kernel's vectors may have.
 
     Raises:
         ValueError: the kernel does not take these operands, or a list is wrong; it says which and why.
@@ -64,6 +66,8 @@ def block_sparse_attention(
         refused = str(error)
     if refused is not None:
         raise ValueError(f"ditopt::block_sparse_attention: {refused}")
+    if int8 is not None and not library(lanes).ditopt_bytes():
+        raise ValueError(f"ditopt::block_sparse_attention: in vectors of {lanes} floats {NO_BYTES}")
     dtype = query.dtype
     pairs = dtype == torch.bfloat16 and lanes == WIDEST and has_bfloat16_dot_products()
     pairs = pairs and not (query.shape[3] % 2 or value.shape[3] % 2) and bool(library(lanes).ditopt_pairs())
@@ -89,8 +93,10 @@ def block_sparse_attention(
     listed = (indices.contiguous(), counts.contiguous())
     of_rest = (pooled_key, pooled_value, rest.contiguous(), of_pooled)
     threads, element = torch.get_num_threads(), query.element_size()
-    space = working_memory(threads * library(lanes).ditopt_space(numbers(sizes), element, mask is not None))
-    tensors = (query, key, value, out, logs, kept, *listed, interleaved, *of_rest, added, space)
+    masked, eight = mask is not None, int8 is not None
+    space = working_memory(threads * library(lanes).ditopt_space(numbers(sizes), element, masked, eight))
+    of_int8 = _room_for_int8(key, int8) if int8 is not None else (None,) * 5
+    tensors = (query, key, value, out, logs, kept, *listed, interleaved, *of_rest, added, space, *of_int8)
     wrong = numbers([0] * 3)
     run = library(lanes).ditopt_block_sparse_attention
     failed = called(run, tensors, sizes, strides, ctypes.c_float(scale), element, threads, wrong)
@@ -103,6 +109,20 @@ def block_sparse_attention(
     if kept is not None:
         add_first_order(out, (query, key, value), -torch.expm1(kept - logs), first_order, pool, scale)
     return out.to(dtype), logs
+
+
+def _room_for_int8(key: Tensor, heads: Tensor) -> tuple[Tensor, ...]:
+    """Which heads have int8 scores, the mean of keys, and room for int8 keys, four to a word, their sums and scales."""
+    batch, key_heads, keys, depth = key.shape
+    rows = (batch, key_heads, keys)
+    numbers = torch.empty((*rows, 4 * blocks(depth, 4)), dtype=torch.int8)
+    return (
+        heads.contiguous(),
+        mean_of(key).contiguous(),
+        numbers,
+        torch.empty(rows, dtype=torch.int32),
+        torch.empty(rows),
+    )
 
 
 def _added(mask: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:

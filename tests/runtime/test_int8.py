@@ -50,9 +50,12 @@ def test_without_it_graphs_are_as_they_were() -> None:
     assert int8_name(SITE.name) not in found[1].inputs and len(notes) == 1 and not found[3].variant
 
 
-def test_on_a_processor_a_plan_with_it_is_refused(wan: nn.Module, structure: str) -> None:
+def test_without_a_kernel_a_plan_with_it_is_refused(
+    wan: nn.Module, structure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ditopt.kernels.ops.has_byte_dot_products", lambda: False)
     plan = plan_of(structure, rule("blocks.0.attn1", "1", sparse("spatial", qk="int8"), "1"))
-    message = r"blocks\.0\.attn1: there is no kernel for processors that has int8 scores .*; leave qk out"
+    message = r"blocks\.0\.attn1: there is no kernel with int8 scores .* without dot products of bytes .*; leave qk out"
     with interpreted(), pytest.raises(PlanMismatchError, match=message):
         call(compiled(wan, plan=plan), wan_inputs(), TIMES[0])
 
