@@ -11,9 +11,11 @@ import numpy as np
 from ditopt.errors import InputError
 
 FINDING = ("means", "mass", "error")
-SHARED = (*FINDING, "pooled", "taylor")
+SHARED = (*FINDING, "pooled", "taylor", "kept")
 """What heads may need that a site computes once a step: blocks found by each of three selectors, means of what is
-skipped, and the first-order term beside them."""
+skipped, the first-order term beside them, results put together with rests that are kept from an earlier step."""
+OTHERS = "others"
+"""What a site needs once in so many steps whose heads keep rests: a second call of the kernel, for other blocks."""
 Need = tuple[str, int]
 """One of ``SHARED``, and once in how many steps."""
 
@@ -78,6 +80,11 @@ class SparseCost:
                 f"block-sparse attention takes no longer at higher densities: {dict(times)}; time it again"
             )
         return cls(dense, max(0.0, float(overhead)), dense / float(slope), dict(shared or {}))
+
+    @property
+    def prices(self) -> dict[str, float]:
+        """Seconds of all that heads may need: what was timed of ``SHARED``, and for ``OTHERS`` the ``overhead``."""
+        return {**self.shared, OTHERS: self.overhead}
 
     def seconds(self, density: float) -> float:
         """What it takes block-sparse; ``density`` is the mean share of blocks that heads attend to, 0 to 1."""

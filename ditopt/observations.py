@@ -194,11 +194,12 @@ def sparse_heads(patterns: Tables, limits: Sequence[float] = LIMITS) -> SparseHe
 
 
 def _family(candidate: Mapping[str, object]) -> str:
-    """A candidate's pattern, and whether what it skips counts by means."""
-    name = str(candidate.get("pattern"))
-    if "rest" not in candidate:
+    """A candidate's pattern, and whether what it skips counts by means, or as an earlier step had it."""
+    name, rest = str(candidate.get("pattern")), candidate.get("rest")
+    if rest is None:
         return name
-    return "means alone" if name == "skip" else f"{name} and means"
+    counts = "kept rest" if isinstance(rest, Mapping) and "kept" in rest else "means"
+    return f"{counts} alone" if name == "skip" else f"{name} and {counts}"
 
 
 def similarity(features: Tables) -> Similarity | None:

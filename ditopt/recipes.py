@@ -176,6 +176,34 @@ RECIPES: dict[str, Recipe] = {
             departs="blocks are of 64 sorted tokens, where the paper's are the clusters; k-means starts anew in each "
             "call; at most half of the blocks are kept",
         ),
+        Recipe(
+            "ditfastattn",
+            "DiTFastAttn",
+            "2406.08552",
+            forms=tuple({"pattern": name, "rest": {"kept": "residual", "refresh": ANY}} for name in ("band", "skip")),
+            alike=True,
+            departs="windows are of whole blocks; full attention comes back every 2 or 4 steps, where the paper's "
+            "greedy search places it; outputs are shared across steps (skip), but not across guidance branches",
+        ),
+        Recipe(
+            "re-ttention",
+            "Re-ttention",
+            "2505.22918",
+            forms=({"pattern": "band", "rest": {"kept": "ratio", "refresh": ANY}},),
+            alike=True,
+            dense_first=0.3,
+            departs="windows are of whole blocks; full attention comes back every 2 or 4 steps, not every 5; the ratio "
+            "stays between them (a ramp-up lambda of 0, in the paper's ablation)",
+        ),
+        Recipe(
+            "flashblock",
+            "FlashBlock",
+            "2602.05305",
+            forms=({"pattern": "spatial", "rest": {"kept": "merge", "refresh": ANY}},),
+            alike=True,
+            departs="made for diffusion block by block, where the rest is of tokens that stay: here the block is the "
+            "query's own frame, and the rest is of frames that move, too",
+        ),
     )
 }
 

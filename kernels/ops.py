@@ -51,7 +51,7 @@ LIBRARY.define(
 )
 
 LIBRARY.define(
-    "keep_rest(Tensor out, Tensor lse, Tensor others, Tensor others_lse, Tensor forms, Tensor? due=None, "
+    "keep_rest(Tensor out, Tensor lse, Tensor others, Tensor others_lse, Tensor forms, Tensor? reads=None, "
     "Tensor? kept=None, Tensor? stat=None) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define("add_rest(Tensor out, Tensor lse, Tensor forms, Tensor kept, Tensor stat) -> Tensor")
@@ -279,11 +279,11 @@ def _fake_keep_rest(
     others: Tensor,
     others_lse: Tensor,
     forms: Tensor,
-    due: Tensor | None = None,
+    reads: Tensor | None = None,
     kept: Tensor | None = None,
     stat: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(out), torch.empty_like(out), torch.empty_like(lse)
+    return torch.empty_like(out), out.new_empty(out.shape), lse.new_empty(lse.shape)
 
 
 def _fake_add_rest(out: Tensor, lse: Tensor, forms: Tensor, kept: Tensor, stat: Tensor) -> Tensor:

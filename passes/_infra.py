@@ -69,7 +69,8 @@ class SparseAttention:
     call finds it, by clusters of the tokens from the first up to the last of these; others have that which is given.
     ``int8``: an input says which heads have int8 scores.
     ``keeps`` and ``reads`` are kinds of tensors (``passes.kept``): those that the graph hands on to later steps, and
-    those that it has from an earlier one, for the heads that an input names.
+    those that it has from an earlier one, for the heads that an input names. Where it keeps rests, lists of the blocks
+    that are left out have room for ``others``.
     """
 
     site: str
@@ -84,6 +85,7 @@ class SparseAttention:
     int8: bool = False
     keeps: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    others: int = 0
 
 
 @dataclass(frozen=True)

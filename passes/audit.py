@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
@@ -12,11 +12,12 @@ from ditopt.errors import AuditError
 from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, CLUSTER_ORDER, FLASH_ATTENTION
 from ditopt.passes._infra import SITE, GraphIndex, Ordered, SparseAttention, StepPlan, outputs, tensor_value
 from ditopt.passes.attention import list_maker, rest_of
-from ditopt.passes.cast import VIEWS, castable
+from ditopt.passes.cast import VIEWS, castable, readers, source
 from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.features import user_outputs
 from ditopt.passes.hoist import check_hoisted
-from ditopt.passes.kept import LISTS, check_handed_on, kept_slots, slot_of, taken
+from ditopt.passes.kept import LISTS, REST, check_handed_on, kept_slots, slot_of, taken
+from ditopt.passes.kept_rest import check_with_rest, keeps_rest
 from ditopt.passes.second_order import SECOND_ORDER
 from ditopt.passes.simplify import simplifiable
 from ditopt.passes.sparse import (
@@ -78,14 +79,14 @@ def audit(
         left = [node.name for node in simplifiable(gm)]
         if left:
             raise AuditError(f"the step is to be simplified, but {len(left)} nodes are as they were, e.g. {left[0]}")
-    _check_sparse(gm, plan, index, reasons)
+    made = _check_sparse(gm, plan, index, reasons)
     check_hoisted(gm, plan, index, reasons)
     if plan.second_order:
         _check_second_order(gm)
-    _check_outputs(gm, plan, index)
+    _check_outputs(gm, plan, index, made)
 
 
-def _check_outputs(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> None:
+def _check_outputs(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, made: Mapping[str, Sequence[object]]) -> None:
     """Behind what the user gets are the streams of every recorded feature, of every boundary, and what is kept."""
     returned = user_outputs(gm)
     streams = [len(boundary.streams) for boundary in index.boundaries]
@@ -99,21 +100,25 @@ def _check_outputs(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> Non
             f"{len(plan.recorded)} features are to be recorded ({', '.join(plan.recorded)}) in {wanted} tensors, and "
             f"{kept} kept; the graph hands on {extra}"
         )
-    calls = {node.meta.get(SITE): node for node in gm.graph.nodes if node.target is BLOCK_SPARSE_ATTENTION}
-    lists = {slot_of(LISTS, site): node.args[3:5] for site, node in calls.items()}
-    check_handed_on(gm, plan, returned + wanted, lists)
+    check_handed_on(gm, plan, returned + wanted, made)
 
 
-def _check_sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, reasons: Sequence[str]) -> None:
-    """Exactly the sites of the plan have block-sparse attention and no other, each by lists of its own."""
+def _check_sparse(
+    gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, reasons: Sequence[str]
+) -> dict[str, Sequence[object]]:
+    """Exactly the sites of the plan have block-sparse attention and no other, each by lists of its own.
+
+    What they make that may be kept is told by slot.
+    """
+    made: dict[str, Sequence[object]] = {}
     calls = [node for node in gm.graph.nodes if node.target in ATTENTIONS]
     for wanted in plan.sparse:
         of_site = [node for node in calls if node.meta.get(SITE) == wanted.site]
-        if [node.target for node in of_site] != [BLOCK_SPARSE_ATTENTION]:
+        if [node.target for node in of_site] != [BLOCK_SPARSE_ATTENTION] * (1 + keeps_rest(wanted)):
             why = [told.partition(": ")[2] for told in reasons if told.startswith(f"sparse {wanted.site}: ")]
             found = ", ".join(str(node.target) for node in of_site) or "not in the graph"
             raise AuditError(f"{wanted.site}: sparse by the plan, but its attention is {'; '.join([found, *why])}")
-        (node,) = of_site
+        node = of_site[0]
         lists = _of_draft(node, wanted) if wanted.draft else node.args[3:5]
         if LISTS in wanted.reads:
             own = [taken(each, LISTS, wanted.site, place) for place, each in enumerate(lists[:2])]
@@ -126,13 +131,16 @@ def _check_sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex, reasons
         if read != names or sizes != (wanted.query_block, wanted.key_block, wanted.width):
             raise AuditError(f"{wanted.site}: to be {wanted}, but its attention reads {', '.join(read)} in {sizes}")
         _check_rest(node, wanted)
-        _check_order(gm, node, wanted)
+        results, rest = check_with_rest(gm, wanted, of_site)
+        made |= {slot_of(LISTS, wanted.site): node.args[3:5], slot_of(REST, wanted.site): rest}
+        _check_order(gm, node, wanted, results)
         _check_mask(node, wanted, index.masks.get(wanted.site))
         _check_int8(node, wanted)
     planned = {wanted.site for wanted in plan.sparse}
     for node in calls:
         if node.target is BLOCK_SPARSE_ATTENTION and node.meta.get(SITE) not in planned:
             raise AuditError(f"{node.meta.get(SITE, node.name)}: sparse in the graph, but not by the plan")
+    return made
 
 
 def _check_mask(node: fx.Node, wanted: SparseAttention, named: str | None) -> None:
@@ -165,13 +173,13 @@ def _check_rest(node: fx.Node, wanted: SparseAttention) -> None:
         raise AuditError(f"{wanted.site}: to be {wanted}, but its attention reads {read} in pools of {pool}")
     for name, whole, means in zip(("keys", "values"), node.args[1:3], given, strict=True):
         found = isinstance(means, fx.Node)
-        if found != bool(wanted.pool) or (found and _source(whole) not in _sources_of_means(means)):
+        if found != bool(wanted.pool) or (found and source(whole) not in _sources_of_means(means)):
             what = f"to be {wanted}, but its attention has {'other' if found else 'no'} pooled {name}"
             raise AuditError(f"{wanted.site}: {what}")
 
 
-def _check_order(gm: fx.GraphModule, node: fx.Node, wanted: SparseAttention) -> None:
-    """Operands are gathered by the site's own order if the plan has one, and all that reads the result by its inverse.
+def _check_order(gm: fx.GraphModule, node: fx.Node, wanted: SparseAttention, results: Sequence[fx.Node]) -> None:
+    """Operands are gathered by the site's own order if the plan has one, and all that reads ``results`` by its inverse.
 
     Else none is gathered by any order of the plan's.
     """
@@ -182,15 +190,15 @@ def _check_order(gm: fx.GraphModule, node: fx.Node, wanted: SparseAttention) -> 
     if wanted.clusters is not None:
         *orders, back = _cluster_orders(node, wanted, there, names.get(clusters_name(wanted.site)))
     for name, operand, own in zip(("queries", "keys", "values"), node.args[:3], orders, strict=True):
-        by = _gathered_by(_source(operand))
+        by = _gathered_by(source(operand))
         if ordered and (by is None or by is not own):
             raise AuditError(
                 f"{wanted.site}: to be {wanted}, but its {name} are not in the order of {order_names(wanted.site)[0]}"
             )
         if not ordered and by is not None and (by.op != "placeholder" or str(by.target).startswith(order_names("")[0])):
             raise AuditError(f"{wanted.site}: its {name} are in the order of {by.target}, but not by the plan")
-    readers = _readers(use for use in node.users if use.args[1] == 0)
-    if ordered and (back is None or not readers or any(_gathered_by(each) is not back for each in readers)):
+    read = readers(results)
+    if ordered and (back is None or not read or any(_gathered_by(each) is not back for each in read)):
         raise AuditError(
             f"{wanted.site}: to be {wanted}, but its result is not put back by {order_names(wanted.site)[1]}"
         )
@@ -200,12 +208,12 @@ def _cluster_orders(
     node: fx.Node, wanted: SparseAttention, there: fx.Node | None, heads: fx.Node | None
 ) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None, fx.Node | None]:
     """The orders of queries, keys and values, and what undoes the first, if clusters of these very ones make them."""
-    by = _gathered_by(_source(node.args[0]))
+    by = _gathered_by(source(node.args[0]))
     maker = by.args[0] if by is not None and by.target is operator.getitem else None
-    own = [_source(each.args[0]) for each in map(_source, node.args[:2]) if isinstance(each, fx.Node)]
+    own = [source(each.args[0]) for each in map(source, node.args[:2]) if isinstance(each, fx.Node)]
     if not isinstance(maker, fx.Node) or maker.target is not CLUSTER_ORDER:
         return None, None, None, None
-    given = [_source(each) for each in maker.args[:2]]
+    given = [source(each) for each in maker.args[:2]]
     # of heads that share keys these are expanded before they are gathered
     same = given[0] is own[0] and given[1] in _sources_of_expanded(own[1])
     if not same or maker.args[2:] != (there, heads, *(wanted.clusters or ()), *cluster_sizes(wanted)):
@@ -216,10 +224,10 @@ def _cluster_orders(
 
 def _sources_of_expanded(node: object) -> set[object]:
     """A value and what it repeats."""
-    found = {_source(node)}
+    found = {source(node)}
     while isinstance(node, fx.Node) and node.target in (*VIEWS, *EXPANSIONS):
         node = node.args[0]
-        found.add(_source(node))
+        found.add(source(node))
     return found
 
 
@@ -244,32 +252,15 @@ def _gathered_by(node: object) -> fx.Node | None:
     return index if index.op == "placeholder" or made else None
 
 
-def _readers(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """What reads values, behind conversions and views of them."""
-    found: list[fx.Node] = []
-    waiting = list(nodes)
-    while waiting:
-        for user in waiting.pop().users:
-            (waiting if _source(user) is not user else found).append(user)
-    return found
-
-
-def _source(node: object) -> object:
-    """What a value is a conversion or a view of."""
-    while isinstance(node, fx.Node) and node.target in (torch.ops.prims.convert_element_type.default, *VIEWS):
-        node = node.args[0]
-    return node
-
-
 def _sources_of_means(node: object) -> set[object]:
     """Nodes that a pooled operand is made from, by means, views and conversions alone."""
     seen: set[object] = set()
-    waiting = [_source(node)]
+    waiting = [source(node)]
     while waiting:
         here = waiting.pop()
         if isinstance(here, fx.Node) and here not in seen:
             seen.add(here)
-            waiting += map(_source, here.all_input_nodes) if here.target in MEANS else ()
+            waiting += map(source, here.all_input_nodes) if here.target in MEANS else ()
     return seen
 
 

@@ -9,6 +9,7 @@ stay, and so does the last one, which makes the output; they are sensitive, and 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 
 import torch
 from torch import fx
@@ -66,6 +67,10 @@ def cast(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
             wide = converted(gm, narrow, value.dtype)
         product.meta.update({key: found for key, found in node.meta.items() if key not in OF_THE_CALL})
         result.replace_all_uses_with(wide)
+        for further in [use for use in node.users if use is not result]:  # the logarithms of sums
+            with gm.graph.inserting_before(further):
+                further.replace_all_uses_with(call(gm, operator.getitem, product, *further.args[1:]))
+            gm.graph.erase_node(further)
         for old in dict.fromkeys((result, node)):
             gm.graph.erase_node(old)
         narrowed[wide] = narrow
@@ -95,6 +100,23 @@ def castable(gm: fx.GraphModule) -> list[fx.Node]:
 def _result(product: fx.Node) -> fx.Node:
     """The node that is a product's value: block-sparse attention has it as the first of two."""
     return next(iter(product.users)) if product.target is BLOCK_SPARSE_ATTENTION else product
+
+
+def source(node: object) -> object:
+    """What a value is a conversion or a view of."""
+    while isinstance(node, fx.Node) and node.target in (torch.ops.prims.convert_element_type.default, *VIEWS):
+        node = node.args[0]
+    return node
+
+
+def readers(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """What reads values, behind conversions and views of them."""
+    found: list[fx.Node] = []
+    waiting = list(nodes)
+    while waiting:
+        for user in waiting.pop().users:
+            (waiting if source(user) is not user else found).append(user)
+    return found
 
 
 def _narrow_mask(gm: fx.GraphModule, attention: fx.Node, dtype: torch.dtype, narrowed: dict[fx.Node, fx.Node]) -> None:

@@ -27,7 +27,9 @@ aten = torch.ops.aten
 
 LISTS = "lists"
 """The lists that a site attends by: ``indices`` ``[B, H, Qb, W]`` and ``counts`` ``[B, H, Qb]``, int32."""
-TENSORS: Mapping[str, int] = {LISTS: 2}
+REST = "rest"
+"""What heads keep of blocks that their lists leave out (``passes.kept_rest``): ``[B, H, S, E]`` and ``[B, H, S]``."""
+TENSORS: Mapping[str, int] = {LISTS: 2, REST: 2}
 """How many tensors a slot of each kind has."""
 PREFIX = "kept_"
 """Of the names of inputs that carry slots."""

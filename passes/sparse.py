@@ -43,7 +43,8 @@ from ditopt.passes._infra import (
     word,
 )
 from ditopt.passes.attention import mask_of, scale_of, special_but_mask
-from ditopt.passes.kept import LISTS, hand_on, slot_of, take
+from ditopt.passes.kept import LISTS, REST, hand_on, slot_of, take
+from ditopt.passes.kept_rest import has_rest, with_rest
 
 aten = torch.ops.aten
 
@@ -139,6 +140,13 @@ def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
             named["int8"] = add_input(gm, int8_name(found.site), _int8(node))
         both = call(gm, BLOCK_SPARSE_ATTENTION, *operands, *inputs, *settings, *pooled, **named)
         result = call(gm, operator.getitem, both, 0)
+        if has_rest(found):
+
+            def others(lists: Sequence[fx.Node]) -> fx.Node:
+                return call(gm, BLOCK_SPARSE_ATTENTION, *operands, *lists, *settings, **named)
+
+            result, kept[slot_of(REST, found.site)] = with_rest(gm, found, both, result, others)
+            hand_on(gm, plan, returned, kept)
         if order:
             result = gathered(gm, result, order[1], tensor_value(result).shape[1])
         return in_memory_order(gm, result, tensor_value(node))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ditopt.cost_models.measured import MeasuredCost
-from ditopt.cost_models.sparse import SparseCost, shared_seconds
+from ditopt.cost_models.sparse import OTHERS, SparseCost, shared_seconds
 from ditopt.errors import InputError
 from ditopt.sites import STEP
 
@@ -49,6 +49,7 @@ def test_sparse_attention_costs_its_overhead_and_its_share_of_the_pairs() -> Non
     times = {density: cost.seconds(density) for density in (0.05, 0.25, 1.0)}
     found = SparseCost.measured(2.0, times)
     assert (found.overhead, found.efficiency) == pytest.approx((0.1, 0.8))
+    assert found.prices == {OTHERS: found.overhead}, "a second call for other blocks"
     assert not found.shared and SparseCost.measured(2.0, times, {"means": 0.2}).shared == {"means": 0.2}
 
 

@@ -15,9 +15,10 @@ import ditopt.kernels.flash_attention.cpu  # noqa: F401  # both register what is
 from ditopt.cost_models.measured import FORMS
 from ditopt.cost_models.sparse import SHARED
 from ditopt.kernels.block_sparse_attention.cpu import add_first_order
+from ditopt.kernels.block_sparse_attention.kept import MERGE
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kernel_blocks
 from ditopt.kernels.block_sparse_attention.pooled import pool_tokens
-from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION, DRAFT_LISTS, FLASH_ATTENTION, block_sparse_refusal
+from ditopt.kernels.ops import ADD_REST, BLOCK_SPARSE_ATTENTION, DRAFT_LISTS, FLASH_ATTENTION, block_sparse_refusal
 from ditopt.kernels.patterns.candidates import block_for
 from ditopt.kernels.patterns.draft import SELECTORS
 from ditopt.measures import Measure, Table
@@ -37,9 +38,10 @@ def attention_latency(trace: Trace, forms: Sequence[str], per_step: float) -> tu
 
     ``dense`` ``[form]`` is what attention takes in a step of each of ``forms`` (``form_name``; those that are none are
     passed over); ``sparse`` ``[form, density]`` what block-sparse attention takes whose heads attend to the same share
-    of blocks; ``shared`` ``[form, need]`` what finding blocks by each selector, means of what is skipped, and their
-    first-order term take by themselves, for all heads (NaN: not there). Operands are drawn: what attention takes does
-    not depend on their values. ``per_step``: calls of the network in a step. Sites of equal shapes are timed once.
+    of blocks; ``shared`` ``[form, need]`` what finding blocks by each selector, means of what is skipped, their
+    first-order term, and merging with a rest that was kept take by themselves, for all heads (NaN: not there). Operands
+    are drawn: what attention takes does not depend on their values. ``per_step``: calls of the network in a step. Sites
+    of equal shapes are timed once.
     """
     known: dict[object, dict[str, dict[str, float]]] = {}
     found: dict[str, Table] = {}
@@ -121,12 +123,15 @@ def _shared(query: Tensor, key: Tensor, value: Tensor, scale: float) -> dict[str
         add_first_order(out, (query, key, value), shares, [*range(heads)], pool, scale)
         return out
 
+    result = query.new_zeros(query.shape[0], queries, heads, value.shape[3]).transpose(1, 2)
+    lse = torch.zeros(query.shape[:3], device=query.device)
+    merging = torch.full((heads,), MERGE, dtype=torch.int32, device=query.device)
     found: dict[str, Callable[[], Tensor]] = {by: partial(find, by) for by in SELECTORS}
     found["pooled"] = means
     if query.device.type == "cpu":
-        out = query.new_zeros(query.shape[0], queries, heads, value.shape[3]).transpose(1, 2)
-        shares = torch.zeros(query.shape[:3])
+        out, shares = torch.zeros_like(result), torch.zeros_like(lse)
         found["taylor"] = first_order
+    found["kept"] = partial(ADD_REST, result, lse, merging, torch.zeros_like(result), lse)
     return found
 
 

@@ -23,6 +23,7 @@ from ditopt.measures import Label, Measure, Numbers, Table
 from ditopt.passes.attention import rest_refusal
 from ditopt.profiler.draft_blocks import KEPT_BYTES
 from ditopt.profiler.interpret import Seen
+from ditopt.profiler.kept_errors import KeptErrors
 from ditopt.profiler.listed_blocks import periods_that_fit, summed, sums_of
 from ditopt.profiler.rows import Operands, Part, Place, Reads, RowReader, SharedRows, first_samples
 from ditopt.profiler.tried import Tried
@@ -67,12 +68,15 @@ class Projection:
 
 @dataclass
 class _Call:
-    """What is kept of one branch's call until the projection is seen; ``errors`` is ``[H, C, E, E]``."""
+    """What is kept of one branch's call until the projection is seen.
+
+    ``errors`` are ``[H, C, E, E]`` of all sampled rows, or those of the rows that are remembered; as names go.
+    """
 
     step: int
     branch: int
     outputs: Tensor
-    errors: Tensor
+    errors: list[Tensor | KeptErrors]
     apart: dict[int, Tensor]
     from_other: Tensor | None
 
@@ -155,8 +159,10 @@ class PatternCollector(RowReader):
     the first prompt they have no error; what this prompt adds to the sums is among the measures (``listed_blocks``).
     Candidates with a ``rest`` have the blocks that they skip by means of their keys and values; their ``density`` has
     one pair of a query and a group for each group of the sequence more. Those with a ``refresh`` have in a step what
-    they found in the last one that is a multiple of it, as a run that starts in the first step has. Of a batch the
-    first sample of each guidance branch is looked at. ``rows`` is what other collectors of the generation read, too.
+    they found in the last one that is a multiple of it, as a run that starts in the first step has. Those whose rest is
+    kept from an earlier step (``kept_errors``) have as ``density`` the mean over a dense step and those up to the next.
+    Of a batch the first sample of each guidance branch is looked at. ``rows`` is what other collectors of the
+    generation read, too.
     """
 
     name = "patterns"
@@ -216,7 +222,7 @@ class PatternCollector(RowReader):
 
     def finish(self, place: Place, step: int, branch: int) -> None:
         """Let go of the operands; outputs come with the node itself."""
-        self._sites[place.name].tried[place.order].finish()
+        self._sites[place.name].tried[place.order].finish(branch)
 
     def see(self, seen: Seen) -> None:
         """Keep what is needed of an attention's output; measure it where the projection behind it is seen."""
@@ -244,11 +250,13 @@ class PatternCollector(RowReader):
         beside = other[-1] if other else None
         from_other = moments(now - beside[1], weights) if beside is not None and beside[0] == step else None
         past.append((step, now))
-        found = [each.errors(branch) for each in site.tried.values()]
+        found: list[Tensor | KeptErrors] = []
+        for each in site.tried.values():
+            rests = each.kept_rests.errors(branch)
+            found += [each.errors(branch), *([] if rests is None else [rests])]
         if not found:
             found = [moments(outputs, site.weights.view(-1).to(result.device))[:, None]]
-        errors = torch.cat(found, 1)
-        site.waiting.append(_Call(step, branch, outputs, errors, apart, from_other))
+        site.waiting.append(_Call(step, branch, outputs, found, apart, from_other))
 
     def _measure(self, site: _Site, weight: Tensor | None) -> None:
         for call in site.waiting:
@@ -267,7 +275,7 @@ class PatternCollector(RowReader):
             site.output[at] = float(total) / channels**0.5
             site.elements = site.rows * channels
             site.share[at] = _numbers(projection.norms(moments(call.outputs, weights)) / total)
-            site.error[at] = _numbers(projection.norms(call.errors) / total)
+            site.error[at] = np.concatenate([_relative(projection, each, total) for each in call.errors], 1)
             for lag, squares in call.apart.items():
                 site.reuse[(*at, slice(None), lag - 1)] = _numbers(projection.norms(squares) / total_kept)
             if call.branch == 1:
@@ -295,6 +303,14 @@ class PatternCollector(RowReader):
             }
             found[name] = Table(site.measures(), labels, facts)
         return found
+
+
+def _relative(projection: Projection, errors: Tensor | KeptErrors, total: Tensor) -> Numbers:
+    """``[H, C]``: errors behind a projection, against the norm of what is right: ``total``, or that of their rows."""
+    if isinstance(errors, KeptErrors):
+        norms, _ = projection.rows(errors.outputs)
+        return _numbers(projection.norms(errors.errors) / (errors.weights @ norms).sqrt())
+    return _numbers(projection.norms(errors) / total)
 
 
 def _numbers(values: Tensor) -> Numbers:

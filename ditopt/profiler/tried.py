@@ -25,6 +25,7 @@ from ditopt.measures import Numbers
 from ditopt.passes.attention import first_order_refusal
 from ditopt.profiler.cluster_errors import ClusterReader
 from ditopt.profiler.draft_blocks import KEPT_BYTES, DraftReader, drafts_of
+from ditopt.profiler.kept_errors import KeptReader, kept_of
 from ditopt.profiler.listed_blocks import ListedReader, lists_of
 from ditopt.profiler.rows import Operands, Part, Place
 
@@ -173,9 +174,16 @@ class Tried:
             if order is None or not SparseChoice.from_data(json.loads(name)).in_any_order
         )
         self.every = len(every)
-        self.names = tuple(every[at] for at in self.told)
         self._measured = [every.index(name) for name in measured]
         self.weights = place.sample.weights(*rows, place.sequence)
+        self.kept_rests = KeptReader(
+            kept_of(self.candidates.names, order is not None),
+            self.candidates.kept,
+            place.sample,
+            self.weights,
+            place.entry.site.heads,
+        )
+        self.names = (*(every[at] for at in self.told), *self.kept_rests.names)
         self._errors: dict[int, Tensor] = {}
 
     def _names(self, listed: tuple[str, ...]) -> tuple[tuple[str, ...], Compensated | None]:
@@ -202,7 +210,7 @@ class Tried:
             found = np.concatenate([found, np.minimum(of_rests, 1)])
         if self.clusters is not None:
             found = np.concatenate([found, self.clusters.density])
-        return found[[*self.told]]
+        return np.concatenate([found[[*self.told]], self.kept_rests.density])
 
     def kept(self, part: Part) -> Tensor:
         """``[q, C, Kb]``: what the candidates without a rest keep of some rows of a head."""
@@ -218,8 +226,9 @@ class Tried:
             if reader is not None:
                 reader.start(operands, index)
 
-    def finish(self) -> None:
-        """Let go of the operands."""
+    def finish(self, branch: int) -> None:
+        """Let go of a branch's operands."""
+        self.kept_rests.finish(branch)
         for reader in (self.drafts, self.clusters):
             if reader is not None:
                 reader.finish()
@@ -232,6 +241,7 @@ class Tried:
             shape = (self.place.entry.site.heads, len(self._measured), width, width)
             self._errors[part.branch] = torch.zeros(shape, device=part.sums.device)
         self._errors[part.branch][part.head] += self._moments(part, part.sums)
+        self.kept_rests.take(part)
         if self.listed is not None:
             self.listed.take(part)
 
@@ -248,7 +258,10 @@ class Tried:
         return torch.cat([found, error_moments(of_clusters, kept, weights.view(-1, 1))])
 
     def errors(self, branch: int) -> Tensor:
-        """``[H, C, E, E]``: second moments of the errors in a branch's call, which are then forgotten; NaN: unknown."""
+        """``[H, C, E, E]``: second moments of the errors in a branch's call, which are then forgotten; NaN: unknown.
+
+        Those of candidates with a kept rest, the last ones, are told by ``kept_rests``.
+        """
         found = self._errors.pop(branch)
         whole = found.new_full((len(found), self.every, *found.shape[2:]), torch.nan)
         whole[:, self._measured] = found

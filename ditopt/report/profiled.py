@@ -93,6 +93,8 @@ def candidate_name(text: str | int | float) -> str:
     'skip, rest to first order around means of 16'
     >>> candidate_name('{"keep": 0.25, "order": {"tiles": [4, 4, 4]}, "pattern": "draft"}')
     'draft, keep 0.25, order tiles 4×4×4'
+    >>> candidate_name('{"pattern": "band", "rest": {"kept": "merge", "refresh": 4}, "width": 2.0}')
+    'band, width 2, rest kept (merge), refresh 4'
     """
     try:
         data = json.loads(str(text))
@@ -116,6 +118,8 @@ def _rest_words(rest: Any) -> str:
             return f"by means of {tokens}"
         case {"taylor": tokens}:
             return f"to first order around means of {tokens}"
+        case {"kept": form, "refresh": every}:
+            return f"kept ({form}), refresh {every}"
     return _value(rest)
 
 

@@ -28,12 +28,13 @@ from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.kernels.patterns.whole import Nothing
 from ditopt.passes._infra import SITE, SparseAttention, tensor_value
 from ditopt.passes.attention import mask_of
-from ditopt.passes.kept import LISTS, readers_name, room_name
+from ditopt.passes.kept import LISTS, REST, readers_name, room_name
 from ditopt.passes.sparse import clusters_name, draft_inputs, int8_name, list_names, order_names, rest_name
 from ditopt.plan import Plan, Rule
 from ditopt.runtime.choices import choice_of
 from ditopt.runtime.drafts import finding, limits_of_steps, room_of, selectors_of_steps
 from ditopt.runtime.kept import KeptRead, KeptSteps, kept_steps, refresh_of
+from ditopt.runtime.kept_rests import kept_rests
 from ditopt.runtime.listed import BoundList, ListedHeads
 from ditopt.runtime.products import int8_heads, is_int8
 from ditopt.runtime.token_orders import clustered_heads, site_orders
@@ -157,7 +158,7 @@ class AttentionSites:
                     f"{told}: {place.site.name} is no self-attention of the latents' tokens; a rest is for that only, "
                     "as text is not pooled"
                 )
-            if place.masked and choice.rest is not None:
+            if place.masked and choice.pooled is not None:
                 raise PlanMismatchError(f"{told}: {place.site.name}: {MASK_AND_REST}")
             if not place.own and choice.order is not None:
                 raise PlanMismatchError(
@@ -193,6 +194,7 @@ class AttentionSites:
             decided = {step: decided[step] for step in of_steps}
             kept = _kept(place, computed, decided)
             rests = _rests(place, decided)
+            kept_rest = kept_rests(name, computed, decided, of_steps, place.key_blocks, WIDTHS, known)
             limits = limits_of_steps(decided, kept, place.key_blocks, place.device)
             selectors = selectors_of_steps({step: finding(decided[step], kept.uses[step]) for step in limits})
             block = kernel_blocks(place.site.queries, place.site.keys)[1]
@@ -217,8 +219,14 @@ class AttentionSites:
                     before = geometry.text if geometry.text_first else 0
                     wanted = replace(wanted, clusters=(before, before + geometry.video))
                     inputs[clusters_name(name)] = _of_heads([int(each) for each in clustered], torch.int32, place)
-                reads = kept.reads(step)
-                wanted = replace(wanted, keeps=kept.keeps(step), reads=(LISTS,) if reads else ())
+                reads, rest_reads = kept.reads(step), kept_rest.reads(step)
+                wanted = replace(
+                    wanted,
+                    keeps=(*kept.keeps(step), *kept_rest.keeps(step)),
+                    reads=(*((LISTS,) if reads else ()), *((REST,) if rest_reads else ())),
+                    others=kept_rest.room if kept_rest.keeps(step) else 0,
+                )
+                inputs |= kept_rest.inputs(name, step)
                 if reads:
                     readers = kept.readers(step)
                     rooms = [
@@ -226,7 +234,7 @@ class AttentionSites:
                     ]
                     inputs[readers_name(LISTS, name)] = _of_heads(readers, torch.bool, place)
                     inputs[room_name(name)] = _of_heads(rooms, torch.int32, place)
-                found[step].append((wanted, inputs, reads))
+                found[step].append((wanted, inputs, (*reads, *rest_reads)))
         steps = (
             SparseStep(
                 tuple(each for each, _, _ in of_step),
@@ -303,7 +311,7 @@ def _lists(
 
 
 def _rests(place: Place, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dict[int, tuple[int, Tensor]]:
-    """By step the pool of a site's rests, 0 where no step has one, and which heads have one, to which order, ``[H]``.
+    """By step the pool of a site's means, 0 where no step has any, and which heads have them, to which order, ``[H]``.
 
     A step without any is pooled as another step is, so that it needs no graph of its own.
 
@@ -315,7 +323,7 @@ def _rests(place: Place, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dic
     asked: dict[tuple[HeadDecision, ...], tuple[int, ...]] = {}
     orders = {}
     for heads in dict.fromkeys(decided.values()):
-        rests = [None if choice is None else choice.rest for choice in map(choice_of, heads)]
+        rests = [None if choice is None else choice.pooled for choice in map(choice_of, heads)]
         try:
             asked[heads] = tuple(rest.of(key_block) if rest is not None else 0 for rest in rests)
         except ValueError as error:

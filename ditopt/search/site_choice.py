@@ -6,18 +6,20 @@ any of its heads needs it. So for every set of such needs the best heads within 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 
 import numpy as np
 
-from ditopt.cost_models.sparse import Need, shared_seconds
+from ditopt.cost_models.sparse import OTHERS, Need, shared_seconds
 from ditopt.decisions import Decision, Sparse
 from ditopt.kept import Use
 from ditopt.measures import Label, Numbers
 from ditopt.search.heads import HeadPattern
 
+KEPT, REFRESH = "kept", "refresh"
 MASS = "mass"
 """Of what a head may need: that all pairs are scored, to choose blocks by their true mass."""
 Needs = frozenset[Need]
@@ -30,22 +32,53 @@ def needs_of(decision: Decision) -> Needs:
     if settings.get("pattern") == "draft":
         found.add((str(settings.get("by", "means")), int(settings.get("refresh", 1))))
     rest = settings.get("rest")
-    if rest is not None:
+    if isinstance(rest, Mapping) and KEPT in rest:
+        found |= {(KEPT, 1), (OTHERS, int(rest[REFRESH]))}
+    elif rest is not None:
         name = str(next(iter(rest)) if isinstance(rest, Mapping) else rest)
         found |= {(name, 1), *([("pooled", 1)] if name == "taylor" else [])}
     return frozenset(found)
 
 
 def refresh_of(decision: Decision) -> int | None:
-    """N, where a head finds its blocks in every N-th step of a run; None: in each, or they are given."""
-    return decision.settings.get("refresh") if isinstance(decision, Sparse) else None
+    """N, where a head finds its blocks in every N-th step of a run, or is dense there and keeps its rest; else None."""
+    found = decision.settings.get(REFRESH) if isinstance(decision, Sparse) else None
+    return kept_every(decision) if found is None else int(found)
 
 
 def needs_now(decision: Decision, use: Use) -> Needs:
-    """What a head needs in one step: where it reads blocks that an earlier one found, nothing to find them."""
+    """What a head needs in one step: where it reads what an earlier one found, nothing to find that."""
     every = refresh_of(decision)
     needs = needs_of(decision)
     return needs if every is None else frozenset((name, 1) for name, n in needs if n != every or use is Use.FOUND)
+
+
+def kept_every(decision: Decision) -> int | None:
+    """N, where a head is dense in every N-th step of a run, to keep its rest; None: it keeps none."""
+    rest = decision.settings.get("rest") if isinstance(decision, Sparse) else None
+    return int(rest[REFRESH]) if isinstance(rest, Mapping) and KEPT in rest else None
+
+
+def between(every: int, density: float) -> float:
+    """What a head attends to in steps that read its rest, if the mean with the dense one of ``every`` is ``density``.
+
+    >>> between(4, 0.4375)
+    0.25
+    """
+    return max(0.0, (every * density - 1) / (every - 1))
+
+
+def mean_density(decision: Decision, density: float, steps: int) -> float:
+    """Of a run of so many steps, where ``density`` is that of many: the first one keeps a rest, as it may be.
+
+    >>> mean_density(Sparse(pattern={"pattern": "band", "rest": {"kept": "merge", "refresh": 4}}), 0.4375, 2)
+    0.625
+    """
+    every = kept_every(decision)
+    if every is None:
+        return density
+    dense = math.ceil(steps / every)
+    return (dense + (steps - dense) * between(every, density)) / steps
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ditopt.cost_models.sparse import Need, SparseCost, shared_seconds
-from ditopt.decisions import Sparse
+from ditopt.decisions import Decision, Sparse
 from ditopt.errors import InputError
-from ditopt.kept import uses
-from ditopt.measures import Table
+from ditopt.kept import Use, uses
+from ditopt.measures import Label, Table
 from ditopt.plan import Plan, Rule, format_steps
 from ditopt.profile import LATENCY, NetworkProfile
 from ditopt.recipes import Recipe
@@ -24,6 +24,9 @@ from ditopt.search.problem import SearchProblem
 from ditopt.search.site_choice import (
     HeadCandidate,
     SiteCandidates,
+    between,
+    kept_every,
+    mean_density,
     needs_now,
     needs_of,
     not_worse,
@@ -90,12 +93,15 @@ def head_candidates(
     costs: Mapping[str, SparseCost],
     ranges: Iterable[Sequence[int]],
     recipe: Recipe | None = None,
+    *,
+    kept: bool = True,
 ) -> tuple[SiteCandidates, ...]:
     """The candidates of all heads of the sites that have ``costs``, in every range of steps, worse ones left out.
 
     Of a range the steps count that ``draft`` computes. A candidate is worse than another that saves as much with as
     small an error, and than dense if it saves nothing; what was not measured in one of the steps is none. Densities are
-    those of the profile's blocks. What a ``recipe`` does not allow, and steps that it keeps dense, are left out.
+    those of the profile's blocks; of a rest that is kept it counts how many of the steps are dense. What a ``recipe``
+    does not allow, and steps that it keeps dense, are left out, and all such rests where ``kept`` is false.
 
     Raises:
         KeyError: the profile has no tables of a site (``patterns``, ``sensitivity``).
@@ -107,13 +113,18 @@ def head_candidates(
     found = []
     for site, cost in costs.items():
         table = network.tables["patterns"][site]
-        labels, density = table.labels["candidate"], table["density"].values
-        allowed = [recipe is None or recipe.allows(str(label)) for label in labels]
-        needs = [needs_of(Sparse(pattern=str(label))) for label in labels]
+        labels = table.labels["candidate"]
+        decisions = [Sparse(pattern=str(label)) for label in labels]
+        allowed = [
+            (recipe is None or recipe.allows(do.pattern)) and (kept or kept_every(do) is None) for do in decisions
+        ]
+        needs = list(map(needs_of, decisions))
+        density = dict(zip(decisions, table["density"].values.tolist(), strict=True))
         heads = range(table["error"].size("head"))
         for steps in filter(None, computed):
             errors = squared_errors(network, problem, draft, site, steps, heads, range(len(labels)))
-            saved = (cost.dense / cost.efficiency / len(heads) * len(steps) * (1 - density)).tolist()
+            of_head = cost.dense / cost.efficiency / len(heads) * len(steps)
+            saved = [of_head * (1 - mean_density(each, share, len(steps))) for each, share in density.items()]
             of_heads = []
             for head, row in zip(heads, errors.tolist(), strict=True):
                 known = [at for at, error in enumerate(row) if allowed[at] and not math.isnan(error)]
@@ -123,7 +134,7 @@ def head_candidates(
                 )
                 of_heads.append(tuple(each) if alike else not_worse(each))
             lost = (cost.seconds(1.0) - cost.dense) * len(steps)
-            prices = {name: seconds * len(steps) for name, seconds in cost.shared.items()}
+            prices = {name: seconds * len(steps) for name, seconds in cost.prices.items()}
             found.append(SiteCandidates(tuple(of_heads), lost, alike, prices, len(steps)))
     return tuple(found)
 
@@ -219,7 +230,8 @@ def planned_saving(
 ) -> float:
     """Seconds that sparse heads save in ``steps``, which the plan computes; patterns not profiled save nothing.
 
-    What a site computes for its heads is taken off, in the steps in which it does.
+    What a site computes for its heads is taken off, in the steps in which it does. Heads are dense where they keep a
+    rest.
     """
     saved = 0.0
     for site, cost in costs.items():
@@ -231,10 +243,20 @@ def planned_saving(
         of_uses = zip(*(uses(each, refresh_of) for each in zip(*in_turn, strict=True)), strict=True)
         for step, of_heads, used in zip(steps, in_turn, of_uses, strict=True):
             if decided[step].any_sparse:
-                each = [density.get(do.pattern, 1.0) if isinstance(do, Sparse) else 1.0 for do in of_heads]
+                each = [_density(density, do, use) for do, use in zip(of_heads, used, strict=True)]
                 needs = frozenset[Need]().union(*map(needs_now, of_heads, used))
-                saved += cost.dense - cost.seconds(sum(each) / heads) - shared_seconds(cost.shared, needs)
+                saved += cost.dense - cost.seconds(sum(each) / heads) - shared_seconds(cost.prices, needs)
     return saved
+
+
+def _density(density: Mapping[Label, float], do: Decision, use: Use) -> float:
+    """What a head attends to in a step that finds its blocks or keeps its rest, or reads them: in the former all."""
+    if not isinstance(do, Sparse):
+        return 1.0
+    found, every = density.get(do.pattern, 1.0), kept_every(do)
+    if every is None:
+        return found
+    return 1.0 if use is Use.FOUND else between(every, found)
 
 
 def sparse_rules(choices: Iterable[HeadPattern], network: str = "*") -> tuple[Rule, ...]:

@@ -12,12 +12,13 @@ from ditopt.kept import Use, uses
 from ditopt.profile import NetworkProfile
 from ditopt.recipes import Recipe
 from ditopt.search.problem import SearchProblem
-from ditopt.search.site_choice import MASS, SiteCandidates, needs_now, refresh_of
+from ditopt.search.site_choice import KEPT, MASS, SiteCandidates, kept_every, needs_now, refresh_of
 from ditopt.search.solution import Solution, SparsePart, signatures
 from ditopt.search.sparse import (
     head_candidates,
     price_of,
     price_that_saves,
+    profiled_candidates,
     sparse_part,
     totals,
 )
@@ -35,6 +36,8 @@ Allowed = Callable[[Solution], bool]
 class HeadsBeside:
     """The choices of heads beside one schedule; ``costs`` are of the sites that may be sparse, ``recipe`` says how.
 
+    Rests that are kept need graphs of their own for the steps that keep them: there are choices without any, too.
+
     Raises:
         InputError: no error that was planted at any attention site moved anything.
     """
@@ -49,10 +52,15 @@ class HeadsBeside:
         recipe: Recipe | None = None,
     ) -> None:
         self.base, self.network, self.allowed = base, problem.network, allowed
-        kept = base.kept
-        divisions = (np.array_split(kept, count) for count in range(1, min(PHASES, len(kept)) + 1))
+        steps = base.kept
+        divisions = (np.array_split(steps, count) for count in range(1, min(PHASES, len(steps)) + 1))
         ranges = ([tuple(map(int, part)) for part in division] for division in divisions)
-        self.divisions = [head_candidates(network, problem, base.draft, costs, each, recipe) for each in ranges]
+        kept = any(kept_every(Sparse(pattern=each)) for each in profiled_candidates(network))
+        self.divisions = [
+            head_candidates(network, problem, base.draft, costs, each, recipe, kept=with_kept)
+            for each in ranges
+            for with_kept in ((True, False) if kept else (False,))
+        ]
 
     @property
     def most_saved(self) -> float:
@@ -83,7 +91,7 @@ def count_graphs(problem: SearchProblem, solution: Solution) -> int:
     """Number of distinct graphs that a plan needs with its sparse heads.
 
     A site in some step may be sparse or not, and choose blocks by their true mass or not; where heads keep lists, it
-    may find some, by either selector, and read some.
+    may find some, by either selector, and read some, and so it may where heads keep rests.
     """
     decided: dict[tuple[str, int], dict[int, Decision]] = {}
     for rule in solution.sparse.rules:
@@ -95,7 +103,8 @@ def count_graphs(problem: SearchProblem, solution: Solution) -> int:
         for step, do, use in zip(solution.kept, in_turn, uses(in_turn, refresh_of), strict=True):
             if isinstance(do, Sparse):
                 by = {*FINDING} & dict(needs_now(do, use)).keys()
-                told = {MASS} & by if use is Use.NONE else {use.name, *by}
+                kind = "lists" if kept_every(do) is None else KEPT
+                told = {MASS} & by if use is Use.NONE else {f"{kind} {use.name}", *by}
                 does[step] |= {(site,), *((site, each) for each in told)}
     return len({*zip(signatures(problem, solution.draft), map(frozenset, does), strict=True)})
 

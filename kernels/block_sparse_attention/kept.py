@@ -27,13 +27,16 @@ NO_REST = 0
 MERGE, RESIDUAL, RATIO = range(1, len(FORMS) + 1)
 
 
-def other_lists(attended: Tensor, heads: Tensor, query_block: int, key_block: int) -> BlockLists:
-    """The lists of all blocks that a map ``[B or 1, H, Qb, Kb]`` does not name, empty for heads that are not ``heads``.
+def other_blocks(attended: Tensor, heads: Tensor) -> Tensor:
+    """What a map ``[B or 1, H, Qb, Kb]`` leaves out, nothing for heads that are not ``heads``, ``[H]`` boolean."""
+    return ~attended & heads[:, None, None]
 
-    ``heads`` ``[H]`` is boolean. They have room for every block, so that those of other maps are as large.
-    """
-    others = ~attended & heads[:, None, None]
-    return BlockLists.from_map(others, query_block, key_block, max(1, attended.shape[-1]))
+
+def other_lists(
+    attended: Tensor, heads: Tensor, query_block: int, key_block: int, width: int | None = None
+) -> BlockLists:
+    """The lists of ``other_blocks``, padded to ``width`` (None: to the longest)."""
+    return BlockLists.from_map(other_blocks(attended, heads), query_block, key_block, width)
 
 
 def keep_rest(
@@ -42,40 +45,37 @@ def keep_rest(
     others: Tensor,
     others_lse: Tensor,
     forms: Tensor,
-    due: Tensor | None = None,
+    reads: Tensor | None = None,
     kept: Tensor | None = None,
     stat: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The dense result, and what is kept of it: ``[B, H, S, E]`` twice as ``out`` lies, and ``[B, H, S]`` float32.
+    """The dense result, which lies as ``out``, and what is kept of it: ``[B, H, S, E]`` and ``[B, H, S]`` float32.
 
     ``out`` and ``lse`` are what a head's lists give, ``others`` and ``others_lse`` what all other blocks give; a head
-    that keeps nothing (``forms`` ``[H]`` int32: 0) has nothing there, so that its result is ``out``. Where ``due``
-    ``[H]`` int32 is given, heads of which it is 0 go on with what they ``kept`` and its ``stat``, as in ``add_rest``.
+    that keeps nothing (``forms`` ``[H]`` int32: 0) has nothing there, so that its result is ``out``. Heads of which
+    ``reads`` ``[H]`` (boolean) is true go on with what they ``kept`` and its ``stat``, as in ``add_rest``.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
     _check("keep_rest", out, lse, forms, ("others", others, others_lse))
-    given = [each is not None for each in (due, kept, stat)]
+    given = [each is not None for each in (reads, kept, stat)]
     if any(given) and not all(given):
-        raise ValueError("ditopt::keep_rest: which heads are due, what others kept and its stat go together")
+        raise ValueError("ditopt::keep_rest: which heads read, what they kept and its stat go together")
     share, rest = shares(lse, others_lse)
     codes = forms[:, None]
-    whole = _combined(out, share, others, rest)
+    whole = _combined(torch.empty_like(out), out, share, others, rest)
     of_others = torch.where(codes == MERGE, 1.0, rest) * (codes != NO_REST)
     of_own = torch.where(codes == RESIDUAL, -rest, 0.0)
-    fresh = _combined(out, of_own, others, of_others)
+    fresh = _combined(out.new_empty(out.shape), out, of_own, others, of_others)
     told = torch.where(codes == MERGE, others_lse, torch.where(codes == RATIO, share, 0.0))
-    if due is None or kept is None or stat is None:
+    if reads is None or kept is None or stat is None:
         return whole, fresh, told
-    _of_heads("keep_rest", "due", due, out)
-    now = due[:, None] != 0
-    added = add_rest(out, lse, forms, kept, stat)
-    return (
-        torch.where(now[..., None], whole, added),
-        torch.where(now[..., None], fresh, kept),
-        torch.where(now, told, stat),
-    )
+    _of_heads("keep_rest", "reads", reads, out, torch.bool)
+    before, added = reads[:, None], add_rest(out, lse, forms, kept, stat)
+    whole.copy_(torch.where(before[..., None], added, whole))
+    fresh.copy_(torch.where(before[..., None], kept, fresh))
+    return whole, fresh, torch.where(before, stat, told)
 
 
 def add_rest(out: Tensor, lse: Tensor, forms: Tensor, kept: Tensor, stat: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def add_rest(out: Tensor, lse: Tensor, forms: Tensor, kept: Tensor, stat: Tensor
     codes = forms[:, None]
     own = torch.where(codes == MERGE, share, torch.where(codes == RATIO, stat, 1.0))
     of_kept = torch.where(codes == MERGE, rest, 1.0) * (codes != NO_REST)
-    return _combined(out, own, kept, of_kept)
+    return _combined(torch.empty_like(out), out, own, kept, of_kept)
 
 
 def shares(lse: Tensor, others_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,18 +98,17 @@ def shares(lse: Tensor, others_lse: Tensor) -> tuple[Tensor, Tensor]:
     return apart.sigmoid().masked_fill(nothing, 0.0), apart.neg().sigmoid().masked_fill(nothing, 0.0)
 
 
-def _combined(out: Tensor, own: Tensor, other: Tensor, of_other: Tensor) -> Tensor:
-    """``own * out + of_other * other``, row by row, in float32 and rounded once; it lies as ``out``."""
-    found = torch.empty_like(out)
+def _combined(into: Tensor, out: Tensor, own: Tensor, other: Tensor, of_other: Tensor) -> Tensor:
+    """``own * out + of_other * other``, row by row, in float32 and rounded once."""
     wide = torch.promote_types(out.dtype, torch.float32)
     own, of_other = (each[..., None].to(wide) for each in (own, of_other))
-    return found.copy_(torch.addcmul(out.to(wide) * own, other.to(wide), of_other))
+    return into.copy_(torch.addcmul(out.to(wide) * own, other.to(wide), of_other))
 
 
 def _check(operator: str, out: Tensor, lse: Tensor, forms: Tensor, other: tuple[str, Tensor, Tensor]) -> None:
     """That results of two lists, and which heads keep a rest, are of the same sizes and dtypes."""
     name, result, told = other
-    _of_heads(operator, "forms", forms, out)
+    _of_heads(operator, "forms", forms, out, torch.int32)
     if result.shape != out.shape or result.dtype != out.dtype:
         raise ValueError(
             f"ditopt::{operator}: {name} is {list(result.shape)} of {result.dtype}, the result is {list(out.shape)} of "
@@ -123,11 +122,11 @@ def _check(operator: str, out: Tensor, lse: Tensor, forms: Tensor, other: tuple[
             )
 
 
-def _of_heads(operator: str, name: str, given: Tensor, out: Tensor) -> None:
-    if given.shape != out.shape[1:2] or given.dtype != torch.int32:
+def _of_heads(operator: str, name: str, given: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+    if given.shape != out.shape[1:2] or given.dtype != dtype:
         raise ValueError(
-            f"ditopt::{operator}: {name} is {list(given.shape)} of {given.dtype}, not [{out.shape[1]}] of torch.int32, "
-            "one for each head"
+            f"ditopt::{operator}: {name} is {list(given.shape)} of {given.dtype}, not [{out.shape[1]}] of {dtype}, one "
+            "for each head"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ditopt.kernels.patterns._infra import Pattern
 from ditopt.kernels.patterns.draft import Draft
+from ditopt.kernels.patterns.kept import KEPT, Kept
 from ditopt.kernels.patterns.listed import Listed
 from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.kernels.patterns.registry import choice_from_data, pattern_to_data
@@ -69,10 +70,20 @@ class SparseChoice:
     """
 
     pattern: Pattern | Draft | Listed
-    rest: Pooled | None = None
+    rest: Pooled | Kept | None = None
     order: TokenOrder | None = None
     qk: Literal["int8"] | None = None
     refresh: int | None = None
+
+    @property
+    def pooled(self) -> Pooled | None:
+        """A rest that counts by means."""
+        return self.rest if isinstance(self.rest, Pooled) else None
+
+    @property
+    def kept(self) -> Kept | None:
+        """A rest that is kept from an earlier step."""
+        return self.rest if isinstance(self.rest, Kept) else None
 
     @property
     def in_any_order(self) -> bool:
@@ -86,7 +97,7 @@ class SparseChoice:
         Raises:
             ValueError: the pattern is unknown, or a parameter, the rest, the order, ``qk`` or the refresh does not
                 validate, or the pattern is one of places and the order one that calls find, or what is to be kept is
-                not found.
+                not found, or a rest is to be kept of blocks that differ by step.
         """
         settings = dict(data) if isinstance(data, dict) else data
         rest, order, qk, refresh = (
@@ -111,6 +122,9 @@ class SparseChoice:
                 f"order {order}: tokens of a block are alike there wherever they are, so that {settings['pattern']}, "
                 "which is a pattern of places, means nothing; draft and skip go with it"
             )
+        refused = None if found.kept is None else _no_kept_rest(found)
+        if refused is not None:
+            raise ValueError(f"rest {rest!r}: {refused}")
         return found
 
     def to_data(self) -> dict[str, Any]:
@@ -137,7 +151,20 @@ def _not_kept(choice: SparseChoice) -> str | None:
     return None
 
 
-def _rest(written: Any) -> Pooled:
+def _no_kept_rest(choice: SparseChoice) -> str | None:
+    """Why a choice has no rest that can be kept between steps; None if it has."""
+    if isinstance(choice.pattern, Draft):
+        return "a draft skips other blocks in other steps, so that what was kept is not what is skipped; write pooled"
+    if isinstance(choice.pattern, Everything):
+        return "dense skips nothing"
+    if choice.order is not None and choice.order.is_found:
+        return f"order {choice.order.name} is another one in every call, and what is kept is of queries in their order"
+    return None
+
+
+def _rest(written: Any) -> Pooled | Kept:
+    if isinstance(written, dict) and KEPT in written:
+        return Kept.from_data(written)
     word, tokens = written, None
     if isinstance(written, dict) and len(written) == 1:
         ((word, tokens),) = written.items()
@@ -145,6 +172,6 @@ def _rest(written: Any) -> Pooled:
     if word not in (POOLED, TAYLOR) or not (sized or word is written):
         raise ValueError(
             f"rest {written!r} is unknown; write {POOLED} or {TAYLOR}, or {{{POOLED}: 16}} for means of 16 tokens, a "
-            f"power of two from {LEAST_POOL} on"
+            f"power of two from {LEAST_POOL} on, or {{{KEPT}: merge, refresh: 4}} for what an earlier step had"
         )
     return Pooled(tokens, first_order=word == TAYLOR)

@@ -41,8 +41,8 @@ class Kept:
         if form not in FORMS or not known or len(written) > 2:
             raise ValueError(
                 f"rest {dict(written)!r}: write {{{KEPT}: {form if form in FORMS else FORMS[0]}, {REFRESH}: 4}}: "
-                f"{KEPT} is {', '.join(FORMS[:-1])} or {FORMS[-1]}, and {REFRESH} says in every how manyth step that "
-                f"computes it a head is dense and keeps its rest anew, from 2 to {LONGEST}; there is no other setting"
+                f"{KEPT} is {', '.join(FORMS[:-1])} or {FORMS[-1]}, and with {REFRESH} N a head is dense and keeps its "
+                f"rest anew in every N-th step that computes it, N from 2 to {LONGEST}; there is no other setting"
             )
         return cls(form, every)  # type: ignore[arg-type]  # looked at above
 

@@ -93,7 +93,7 @@ def test_later_steps_are_as_published_and_a_refresh_is_dense(
     own, others = both(earlier, attended, forms)
     whole, kept, stat = KEEP_REST(*own, *others, forms)
     assert whole.dtype == kept.dtype == dtype and stat.dtype == torch.float32
-    assert whole.stride() == kept.stride() == own[0].stride()
+    assert whole.stride() == own[0].stride() and kept.is_contiguous()
     later = attend(now, BlockLists.from_map(attended, 64, 64))
     added = ADD_REST(*later, forms, kept, stat)
     allowed = budget(earlier, now)
@@ -154,18 +154,19 @@ def test_rows_of_any_log_sum_exp_are_merged_without_overflow() -> None:
     assert whole[0, 0, :, 0].tolist() == [1.0, 3.0, 2.0, 3.0, 3.0]
 
 
-def test_heads_that_are_not_due_go_on_with_what_they_kept() -> None:
+def test_heads_that_read_go_on_with_what_they_kept() -> None:
     earlier, forms = operands((1, 4, 4, 100, 150, 16, 24)), codes(MERGE, RATIO, RESIDUAL, NO_REST)
     now, attended = moved(earlier, 0.3), drawn_map(4, 100, 150, 0.5)
     _, before, stat = KEEP_REST(*both(earlier, attended, forms)[0], *both(earlier, attended, forms)[1], forms)
-    due = codes(1, 0, 1, 0)
+    reads = torch.tensor([False, True, False, True])
     own = attend(now, BlockLists.from_map(attended, 64, 64))
-    others = attend(now, other_lists(attended, (due != 0) & (forms != NO_REST), 64, 64))
-    mixed = KEEP_REST(*own, *others, forms, due, before, stat)
+    others = attend(now, other_lists(attended, ~reads & (forms != NO_REST), 64, 64))
+    mixed = KEEP_REST(*own, *others, forms, reads, before, stat)
     fresh = KEEP_REST(*own, *both(now, attended, forms)[1], forms)
     added = ADD_REST(*own, forms, before, stat)
-    for head, is_due in enumerate(due.tolist()):
-        wanted = fresh if is_due else (added, before, stat)
+    assert mixed[0].stride() == own[0].stride() and mixed[1].is_contiguous()
+    for head, read in enumerate(reads.tolist()):
+        wanted = (added, before, stat) if read else fresh
         assert all(torch.equal(one[0, head], other[0, head]) for one, other in zip(mixed, wanted, strict=True))
 
 
@@ -181,13 +182,13 @@ def test_what_is_not_finite_stays_seen() -> None:
 
 def test_the_other_lists_are_all_other_blocks_of_the_heads_that_keep() -> None:
     attended = drawn_map(3, 200, 300, 0.4)
-    lists = other_lists(attended, torch.tensor([True, False, True]), 64, 64)
-    assert lists.indices.shape[-1] == 5, "as long as can be, whatever the map"
+    lists = other_lists(attended, torch.tensor([True, False, True]), 64, 64, 5)
+    assert lists.indices.shape[-1] == 5
     found = lists.to_map(5)
     assert torch.equal(found[0, ::2], ~attended[0, ::2]) and not found[0, 1].any()
-    assert other_lists(~torch.zeros(1, 1, 2, 0, dtype=torch.bool), torch.tensor([True]), 64, 64).counts.tolist() == [
-        [[0, 0]]
-    ]
+    nothing = torch.zeros(1, 1, 2, 5, dtype=torch.bool)
+    everything = other_lists(nothing, torch.tensor([True]), 64, 64)
+    assert everything.indices.shape[-1] == 1 and everything.counts.tolist() == [[[5, 5]]], "all blocks need no entries"
 
 
 def test_operators_are_described_as_they_are() -> None:
@@ -197,7 +198,7 @@ def test_operators_are_described_as_they_are() -> None:
     kept = KEEP_REST(*own, *others, forms)[1:]
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(KEEP_REST, (*own, *others, forms), test_utils=checks)
-    torch.library.opcheck(KEEP_REST, (*own, *others, forms, codes(1, 0), *kept), test_utils=checks)
+    torch.library.opcheck(KEEP_REST, (*own, *others, forms, torch.tensor([False, True]), *kept), test_utils=checks)
     torch.library.opcheck(ADD_REST, (*own, forms, *kept), test_utils=checks)
 
 
@@ -213,10 +214,10 @@ def test_what_does_not_fit_is_told() -> None:
         ADD_REST(out, lse, forms, out.double(), lse)
     with pytest.raises(ValueError, match=r"beside kept is \[1, 2, 5\], not \[1, 2, 4\]"):
         ADD_REST(out, lse, forms, out, torch.zeros(1, 2, 5))
-    with pytest.raises(ValueError, match="which heads are due, what others kept and its stat go together"):
-        KEEP_REST(out, lse, out, lse, forms, codes(1, 0))
-    with pytest.raises(ValueError, match=r"keep_rest: due is \[1\]"):
-        KEEP_REST(out, lse, out, lse, forms, codes(1), out, lse)
+    with pytest.raises(ValueError, match="which heads read, what they kept and its stat go together"):
+        KEEP_REST(out, lse, out, lse, forms, torch.tensor([True, False]))
+    with pytest.raises(ValueError, match=r"keep_rest: reads is \[2\] of torch\.int32, not \[2\] of torch\.bool"):
+        KEEP_REST(out, lse, out, lse, forms, codes(1, 0), out, lse)
 
 
 def test_codes_are_those_of_forms() -> None:

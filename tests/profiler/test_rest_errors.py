@@ -32,9 +32,13 @@ LARGER = Geometry(3, 8, 7)  # blocks of 16, the last one short
 
 
 def rests(table: Table) -> dict[str, int]:
-    """Where candidates in raster order and with a rest stand in a table."""
-    names = [str(name) for name in table.labels["candidate"]]
-    return {name: at for at, name in enumerate(names) if {"rest", "order"} & json.loads(name).keys() == {"rest"}}
+    """Where candidates in raster order and with a rest by means stand in a table."""
+    found = {}
+    for at, name in enumerate(map(str, table.labels["candidate"])):
+        settings = json.loads(name)
+        if "order" not in settings and "rest" in settings and "kept" not in settings["rest"]:
+            found[name] = at
+    return found
 
 
 def with_means(
@@ -101,8 +105,8 @@ def test_labels_are_those_of_decisions_that_have_one_pool() -> None:
     table = measured(planted(operands(LARGER.tokens)), LARGER, operands(LARGER.tokens))
     choices = [SparseChoice.from_data(Sparse(pattern=name).settings) for name in rests(table)]
     assert [pattern_text(choice.to_data()) for choice in choices] == list(rests(table))
-    assert {choice.rest.of(16) for choice in choices if choice.rest is not None} == {4}
-    linear = [choice.pattern for choice in choices if choice.rest is not None and choice.rest.first_order]
+    assert {choice.pooled.of(16) for choice in choices if choice.pooled is not None} == {4}
+    linear = [choice.pattern for choice in choices if choice.pooled is not None and choice.pooled.first_order]
     assert len(linear) == 4 and isinstance(linear[0], Nothing)
     assert [each.by for each in linear[1:] if isinstance(each, Draft)] == ["error"] * 3
 

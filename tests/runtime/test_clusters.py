@@ -79,8 +79,8 @@ def by_clusters(decided: list[Any], geometry: Geometry) -> Edit:
                 of_query, of_key = (place.argsort() // size for place, size in zip(places, sizes, strict=True))
                 of_row, keys, means, counts = kept[of_query], [k.double()], [v.double()], [torch.ones(tokens)]
                 hidden = [~(of_row[:, of_key] & seen[sample, head])]
-                if choice.rest is not None:
-                    groups = places[1].split(choice.rest.of(sizes[1]))
+                if choice.pooled is not None:
+                    groups = places[1].split(choice.pooled.of(sizes[1]))
                     keys.append(torch.stack([keys[0][each].mean(0) for each in groups]))
                     means.append(torch.stack([means[0][each].mean(0) for each in groups]))
                     counts.append(torch.tensor([float(len(each)) for each in groups]))

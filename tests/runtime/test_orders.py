@@ -93,8 +93,8 @@ def in_token_space(decided: list[Any], geometry: Geometry) -> Edit:
                 of_query = kept[place // sizes[0]]
                 hidden = [~of_query[:, place // sizes[1]]]
                 keys, means, counts = [k], [v], [torch.ones(tokens)]
-                if choice.rest is not None:
-                    pool = choice.rest.of(sizes[1])
+                if choice.pooled is not None:
+                    pool = choice.pooled.of(sizes[1])
                     groups = torch.from_numpy(order).split(pool)
                     keys.append(torch.stack([k[each].mean(0) for each in groups]))
                     means.append(torch.stack([v[each].mean(0) for each in groups]))

@@ -51,8 +51,8 @@ def emulated(program: Program, plan: Plan, step: int, arguments: list[Any], geom
                 choice = SparseChoice.from_data(do.settings)
                 assert isinstance(choice.pattern, Pattern)
                 kept = choice.pattern.block_map(geometry, 64, 64)
-                masks[head] = (BlockMask(kept, 64, 64), choice.rest.of(64) if choice.rest is not None else 0)
-                linear |= {head} if choice.rest is not None and choice.rest.first_order else set()
+                masks[head] = (BlockMask(kept, 64, 64), choice.pooled.of(64) if choice.pooled is not None else 0)
+                linear |= {head} if choice.pooled is not None and choice.pooled.first_order else set()
         if masks:
             edits[trace.site_nodes[site.name]] = under_blocks_and_means(masks, linear)
     with torch.no_grad():

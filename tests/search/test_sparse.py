@@ -34,7 +34,7 @@ from tests.search.toy import Toy
 BAND, SPATIAL = '{"pattern": "band", "width": 2.0}', '{"frames": 0, "pattern": "spatial"}'
 DRAFT, KEPT = (pattern_text({"pattern": "draft", "keep": 0.5, "by": "mass", **more}) for more in ({}, {"refresh": 4}))
 STEPS, HEADS = 8, 3
-COST = SparseCost(2.0, 0.1, 0.8, shared={"means": 0.01, "mass": 1.0, "error": 0.03, "pooled": 0.02})
+COST = SparseCost(2.0, 0.1, 0.8, shared={"means": 0.01, "mass": 1.0, "error": 0.03, "pooled": 0.02, "kept": 0.005})
 """What the table of seconds has."""
 
 
@@ -67,7 +67,7 @@ def with_attention(found: NetworkProfile, dense: float = 2.0, scale: float = 1.0
     latency = {
         "dense": Measure(("form",), np.array([dense])),
         "sparse": Measure(("form", "density"), seconds),
-        "shared": Measure(("form", "need"), np.array([[0.01, 1.0, 0.03, 0.02, np.nan]]), True),
+        "shared": Measure(("form", "need"), np.array([[0.01, 1.0, 0.03, 0.02, np.nan, 0.005]]), True),
     }
     facts = {"queries": 1024, "block_queries": 64, "profiled": 64}
     found.tables["latency"] = {"attn": Table(latency, {"form": ("full",), "density": densities, "need": SHARED}, facts)}
@@ -197,6 +197,7 @@ def test_what_heads_need_is_told_by_their_settings() -> None:
     assert needs(pattern="skip", rest="pooled") == needs(pattern="skip", rest={"pooled": 16}) == {("pooled", 1)}
     both = {("error", 1), ("pooled", 1), ("taylor", 1)}
     assert needs(pattern="draft", keep=0.5, by="error", rest={"taylor": 16}) == both
+    assert needs(pattern="skip", rest={"kept": "merge", "refresh": 3}) == {("kept", 1), ("others", 3)}
 
 
 def test_a_higher_price_saves_less_with_a_smaller_error(network: NetworkProfile) -> None:

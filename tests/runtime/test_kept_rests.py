@@ -1,0 +1,361 @@
+"""Plans whose heads keep what they skip from an earlier step: against eager models under the published rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ditopt._torch import compile_counts
+from ditopt.backend import Session
+from ditopt.decisions import Dense, HeadDecision, Reuse, Sparse, decision_from_data, decision_to_data, pattern_text
+from ditopt.errors import PlanMismatchError
+from ditopt.geometry import Geometry
+from ditopt.kernels.block_sparse_attention.lists import kernel_blocks
+from ditopt.kernels.patterns._infra import Pattern
+from ditopt.kernels.patterns.choice import SparseChoice
+from ditopt.kernels.patterns.kept import FORMS, Kept
+from ditopt.kernels.patterns.spatial import Spatial
+from ditopt.passes.kept import LISTS, REST, slot_of
+from ditopt.passes.kept_rest import forms_name, other_names
+from ditopt.plan import Plan, Rule
+from ditopt.profiler.interpret import Edit, Watched
+from ditopt.runtime.program import Program
+from ditopt.sites import STEP, AttentionSite
+from tests.literal_kept import LITERAL, attention, dense
+from tests.runtime.test_kept_lists import FIRST, SECOND, Run, drifting, same
+from tests.runtime.test_masked import TOKENS, hunyuan, structure_of
+from tests.runtime.test_sparse import (
+    FRAMES,
+    TIMES,
+    _fresh,
+    call,
+    distance,
+    joint,
+    plan_of,
+    rule,
+    sparse,
+    steps_of,
+    structure,
+    wan,
+    wan_inputs,
+)
+from tests.trace.models import capture, compiled, interpreted
+
+__all__ = ["_fresh", "structure", "wan"]  # fixtures
+
+Operands = tuple[Tensor, Tensor, Tensor]
+
+
+def kept(pattern: str, form: str, every: int, **settings: Any) -> Any:
+    return sparse(pattern, **settings, rest={"kept": form, "refresh": every})
+
+
+class Literal:
+    """One generation under a plan: of every head its operands when it was last dense, and how many steps ago."""
+
+    def __init__(self, plan: Plan, geometry: Geometry = FRAMES) -> None:
+        self.plan, self.geometry = plan, geometry
+        self.runs: dict[tuple[str, int], tuple[HeadDecision, int, Operands | None]] = {}
+        self.moved = 0.0
+
+    def __call__(self, program: Program, step: int, arguments: list[Any], skipped: tuple[str, ...] = ()) -> Tensor:
+        """What the model gives in the next of its computed steps, of which the sites ``skipped`` have no part."""
+        trace = program.variants.trace
+        edits = {
+            trace.site_nodes[site.name]: self._edit(site.name, self.plan.head_decisions(site.name)[step].of(site.heads))
+            for site in trace.sites
+            if isinstance(site, AttentionSite) and site.queries == site.keys and site.name not in skipped
+        }
+        with torch.no_grad():
+            found: Tensor = Watched(trace, edits=edits).run(*arguments)[0]
+        return found
+
+    def _edit(self, site: str, decided: tuple[HeadDecision, ...]) -> Edit:
+        def edit(given: tuple[Any, ...], value: Tensor) -> Tensor:
+            out, scale = value.clone(), given[0].shape[-1] ** -0.5
+            for head, do in enumerate(decided):
+                now: Operands = tuple(part[:, head].double() for part in given[:3])
+                before, count, earlier = self.runs.get((site, head), (None, 0, None))
+                count = count + 1 if do == before else 0
+                if isinstance(do, Sparse):
+                    choice = SparseChoice.from_data(do.settings)
+                    again = choice.kept is None or count % choice.kept.refresh == 0
+                    earlier = now if again else earlier
+                    assert earlier is not None
+                    for sample in range(len(out)):
+                        steps = [tuple(part[sample] for part in each) for each in (earlier, now)]
+                        out[sample, head] = self._head(choice, steps, scale, again)
+                self.runs[site, head] = do, count, earlier
+            return out
+
+        return edit
+
+    def _head(self, choice: SparseChoice, steps: list[Any], scale: float, again: bool) -> Tensor:
+        mask = mask_of(choice, self.geometry)
+        alone, _ = attention(steps[1], mask, scale)
+        if choice.kept is None:
+            return alone.float()
+        found = dense(steps[1], scale) if again else LITERAL[choice.kept.form](steps[0], steps[1], mask, scale)
+        self.moved = max(self.moved, 0.0 if again else float((found - dense(steps[1], scale)).abs().max()))
+        assert (found - alone).abs().max() > 1e-4, "what is skipped matters"
+        return found.float()
+
+
+def mask_of(choice: SparseChoice, geometry: Geometry) -> Tensor:
+    """``[S, S]`` boolean: the tokens of the blocks that a choice keeps, in raster order."""
+    assert isinstance(choice.pattern, Pattern)
+    queries, keys = kernel_blocks(geometry.tokens, geometry.tokens)
+    there = None if choice.order is None else choice.order.of_video(geometry, keys)
+    blocks = torch.from_numpy(choice.pattern.block_map(geometry, queries, keys, there))
+    sequence = torch.arange(geometry.tokens)
+    if choice.order is not None:
+        sequence = torch.from_numpy(choice.order.of_sequence(geometry, keys))
+    place = sequence.argsort()
+    return blocks[place // queries][:, place // keys]
+
+
+RULES = (
+    rule(FIRST, "1-5", kept("spatial", "merge", 2), "0"),
+    rule(FIRST, "1-5", kept("temporal", "residual", 4, rows=1, columns=2), "1"),
+    rule(SECOND, "1-3", kept("temporal", "ratio", 3, order="tiles"), "0"),
+    rule(SECOND, "4-5", kept("skip", "merge", 3), "0"),
+    rule(SECOND, "2-5", sparse("temporal", rows=1, columns=2), "1"),
+)
+"""Forms differ within a site, and so do the steps that keep anew; in step 4 one head has another decision."""
+
+
+def test_rests_are_kept_in_every_nth_step_and_added_in_between(wan: nn.Module, structure: str) -> None:
+    plan = plan_of(structure, *RULES)
+    with interpreted():
+        run, expected = Run(wan, plan), Literal(plan)
+        run.begin(batch=2)
+        for step, inputs in enumerate(drifting(batch=2)):
+            result = run(inputs, TIMES[step])
+            same(result, expected(run.program, step, run.taken))
+    assert expected.moved > 1e-3, "what was kept is not what is skipped now"
+    bound = run.program.bound
+    assert bound is not None and run.program.statistics.cold_calls == 0
+    told = [[(each.keeps, each.reads) for each in step.variant.sparse] for step in bound.steps]
+    keeps, reads, both = ((REST,), ()), ((), (REST,)), ((REST,), (REST,))
+    assert told == [[], [keeps, keeps], [reads, reads], [both, reads], [reads, keeps], [keeps, reads]]
+    assert [[read.source for read in step.reads] for step in bound.steps] == [[], [], [1, 1], [1, 1], [3], [4]]
+    forms = [step.lists[forms_name(SECOND)].tolist() for step in bound.steps[1:]]
+    assert forms == [[3, 0], [3, 0], [3, 0], [1, 0], [1, 0]]
+    counts = bound.steps[3].lists[other_names(FIRST)[1]]
+    assert (counts[0, 0] > 0).all() and not counts[0, 1].any(), "a head that reads does not attend to the others"
+    assert run.held() == 0, "what nobody reads any more is freed"
+
+
+def test_a_plan_file_compiles_once(wan: nn.Module, structure: str, tmp_path: Path) -> None:
+    plan = plan_of(structure, rule("blocks.*.attn1", "1-5", kept("spatial", "merge", 3)))
+    plan.save(tmp_path / "plan.yaml")
+    assert Plan.load(tmp_path / "plan.yaml").rules == plan.rules
+    run, expected = Run(wan, tmp_path / "plan.yaml"), Literal(plan)
+    run.begin()
+    before, held = compile_counts(), []
+    for step, inputs in enumerate(drifting()):
+        result = run(inputs, TIMES[step])
+        same(result, expected(run.program, step, run.taken))
+        held.append(run.held())
+    assert compile_counts() == before, "no graph break and no recompilation"
+    bound = run.program.bound
+    assert bound is not None and len(run.program.variants.compiled) == len(bound.variants) == 3
+    assert bound.steps[1].variant == bound.steps[4].variant and bound.steps[2].variant == bound.steps[5].variant
+    own = 2 * 2 * FRAMES.tokens * (12 + 1) * 4  # of two sites with two heads of twelve channels, and a number each
+    assert held == [0, own, own, 0, own, 0], "step 3 is the last that reads what step 1 kept"
+    assert run.program.statistics.peak_slot_bytes == own and expected.moved > 0
+
+
+def test_other_steps_are_as_dense_and_a_step_that_keeps_is(wan: nn.Module, structure: str) -> None:
+    plan = plan_of(structure, rule("blocks.*.attn1", "0-5", kept("temporal", "residual", 2)))
+    with interpreted():
+        run = Run(wan, plan)
+        run.begin()
+        apart = []
+        for step, inputs in enumerate(drifting()):
+            apart.append(float((run(inputs, TIMES[step]) - call(wan, inputs, TIMES[step])).abs().max()))
+    assert max(apart[::2]) < 1e-5 < 1e-4 < min(apart[1::2])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_goes_with_a_dtype_simplified(wan: nn.Module, structure: str, form: str) -> None:
+    rules = (rule(STEP, "0-5", Dense(dtype="bfloat16", simplify=True)), rule(FIRST, "1-5", kept("spatial", form, 3)))
+    plan = plan_of(structure, *rules)
+    with interpreted():
+        run, expected = Run(wan, plan), Literal(plan)
+        run.begin()
+        for step, inputs in enumerate(drifting()[:4]):
+            result = run(inputs, TIMES[step])
+            should = expected(run.program, step, run.taken)
+            assert (result - should).norm() < 1e-2 * should.norm()
+
+
+def test_predicted_steps_and_sites_neither_count_nor_end_a_run(wan: nn.Module, structure: str) -> None:
+    """Of a step that is not computed at all, and of a block that is not."""
+    rules = (
+        rule("blocks.*.attn1", "1-5", kept("spatial", "merge", 2)),
+        rule(STEP, "2", Reuse()),
+        rule("blocks.1", "4", Reuse()),
+    )
+    plan = plan_of(structure, *rules)
+    with interpreted():
+        run, expected = Run(wan, plan), Literal(plan)
+        run.begin()
+        for step, inputs in enumerate(drifting()):
+            result = run(inputs, TIMES[step])
+            if step != 2:
+                should = expected(run.program, step, run.taken, (SECOND,) if step == 4 else ())
+                if step != 4:
+                    same(result, should)
+    bound = run.program.bound
+    assert bound is not None and run.program.statistics.cold_calls == 0
+    sources = [{read.slot: read.source for read in step.reads} for step in bound.steps]
+    one, other = (slot_of(REST, site) for site in (FIRST, SECOND))
+    assert sources == [{}, {}, {}, {one: 1, other: 1}, {}, {one: 4}], "the second has been computed once less"
+
+
+def test_beside_a_draft_with_means_in_another_order_whose_lists_are_kept(wan: nn.Module, structure: str) -> None:
+    """Heads of one site: what both change is the sum of what each changes, but for what comes behind the site."""
+    drafts = sparse("draft", keep=0.25, refresh=3, order="tiles", rest={"pooled": 16})
+    rules = [
+        rule(SECOND, "1-4", kept("temporal", "merge", 2, rows=1, columns=1), "0"),
+        rule(SECOND, "1-4", drafts, "1"),
+    ]
+    inputs, results = drifting(), []
+    with interpreted():
+        for chosen in (rules, rules[:1], rules[1:], []):
+            torch._dynamo.reset()
+            run = Run(wan, plan_of(structure, *chosen))
+            run.begin()
+            results.append([run(inputs[step], TIMES[step]) for step in range(5)])
+            if chosen is rules:
+                bound = run.program.bound
+    assert bound is not None
+    kinds = [{read.slot.split()[0] for read in step.reads} for step in bound.steps[:5]]
+    assert kinds == [set(), set(), {REST, LISTS}, {LISTS}, {REST}]
+    for together, first, second, dense_one in [*zip(*results, strict=True)][1:]:
+        apart = together - dense_one
+        assert (apart - (first - dense_one) - (second - dense_one)).norm() < 0.1 * apart.norm()
+
+
+@pytest.mark.parametrize("name", ["Flux", "CogVideoX"])
+def test_text_is_computed_in_every_step_of_joint_attention(name: str) -> None:
+    model, inputs, geometry = joint(name)
+    with interpreted():
+        found = capture(model, inputs).program.variants.trace.structure
+        torch._dynamo.reset()
+        merged, shared = kept("temporal", "merge", 2, rows=1, columns=1), kept("skip", "ratio", 2)
+        plan = plan_of(found, rule("*", "0-5", merged, "0"), rule("*", "0-5", shared, "1"), tokens=geometry)
+        session, expected = Session(plan=plan, check_passes=True), Literal(plan, geometry)
+        for step, result, arguments in steps_of(session, compiled(model, session=session), inputs):
+            (program,) = session.programs
+            same(result, expected(program, step, arguments))
+        assert expected.moved > 1e-4 and program.statistics.cold_calls == 0
+
+
+def test_the_models_mask_holds_in_both_calls() -> None:
+    model, inputs = hunyuan()
+    structure, sites = structure_of(model, inputs), "*transformer_blocks.*.attn"
+    plan = plan_of(structure, rule(sites, "0-5", kept("spatial", "merge", 2)), tokens=TOKENS)
+    alone = plan_of(structure, rule(sites, "0-5", sparse("spatial")), tokens=TOKENS)
+    with interpreted():
+        apart = {}
+        for which in (plan, alone):
+            torch._dynamo.reset()
+            forward = compiled(model, session=Session(plan=which, check_passes=True))
+            results = [call(forward, inputs, TIMES[step]) for step in (0, 0, 1)][1:]
+            apart[which is plan] = [
+                distance(found, call(model, inputs, TIMES[step])) for step, found in enumerate(results)
+            ]
+    assert apart[True][0] < 1e-5 < 1e-4 < apart[True][1] < 0.3 * apart[False][1]
+
+
+def test_branches_and_interleaved_generations_have_slots_of_their_own(wan: nn.Module, structure: str) -> None:
+    plan = plan_of(structure, rule("blocks.*.attn1", "1-5", kept("spatial", "ratio", 2)))
+    with interpreted():
+        run = Run(wan, plan)
+        run.begin()
+        inputs, literals = [drifting(seed) for seed in (1, 2)], [Literal(plan), Literal(plan)]
+        order = [(0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (1, 2), (0, 3), (1, 3)]
+        for which, step in order:
+            result = run(inputs[which][step], TIMES[step])
+            same(result, literals[which](run.program, step, run.taken))
+    assert run.program.statistics.cold_calls == 0 and min(each.moved for each in literals) > 0
+
+
+def test_what_was_not_kept_is_not_read(wan: nn.Module, structure: str) -> None:
+    """A generation that starts within a run, or leaves out a step, is dense up to the next step that keeps."""
+    plan = plan_of(structure, rule(FIRST, "0-5", kept("spatial", "merge", 3)))
+    with interpreted():
+        run = Run(wan, plan)
+        run.begin()
+        inputs = drifting()
+        for step in (1, 2):
+            same(run(inputs[step], TIMES[step]), call(wan, inputs[step], TIMES[step]))
+        assert run.program.statistics.cold_calls == 2
+        expected = Literal(plan)
+        for step in (3, 4):
+            same(run(inputs[step], TIMES[step]), expected(run.program, step, run.taken))
+
+
+def test_at_another_size_what_is_skipped_is_that_of_the_blocks_there(wan: nn.Module, structure: str) -> None:
+    plan = plan_of(
+        structure,
+        rule("blocks.*.attn1", "0-5", kept("spatial", "merge", 2)),
+        geometry={"transformer": (1, 4, 4, 32, 32)},
+    )
+    with interpreted():
+        run = Run(wan, plan, on_mismatch="retarget")
+        smaller = wan_inputs(16)
+        for step in (0, 2):
+            same(call(run.forward, smaller, TIMES[step]), call(wan, smaller, TIMES[step]))
+        bound = run.program.bound
+        assert bound is not None and bound.steps[1].reads
+        call(run.forward, smaller, TIMES[3])
+        assert run.program.statistics.cold_calls == 0
+
+
+@pytest.mark.parametrize(
+    ("do", "message"),
+    [
+        (("spatial", {"rest": {"kept": "all", "refresh": 2}}), r"rest .*: write \{kept: merge, refresh: 4\}: kept is "),
+        (("spatial", {"rest": {"kept": "merge"}}), r"rest .*: write \{kept: merge, refresh: 4\}"),
+        (("spatial", {"rest": {"kept": "ratio", "refresh": 1}}), r"rest .*: write \{kept: ratio, refresh: 4\}"),
+        (
+            ("spatial", {"rest": {"kept": "ratio", "refresh": True}}),
+            r"rest .* N from 2 to 1000; there is no other setting",
+        ),
+        (("spatial", {"rest": {"kept": "ratio", "refresh": 2, "ramp": 1}}), r"rest .* there is no other setting"),
+        (("draft", {"keep": 0.5, "rest": {"kept": "merge", "refresh": 2}}), r"rest .*: a draft skips other blocks in "),
+        (("dense", {"rest": {"kept": "merge", "refresh": 2}}), r"rest .*: dense skips nothing"),
+        (("skip", {"order": "clusters", "rest": {"kept": "merge", "refresh": 2}}), r"rest .*: order clusters is "),
+    ],
+)
+def test_what_cannot_be_kept_is_told(
+    wan: nn.Module, structure: str, do: tuple[str, dict[str, Any]], message: str
+) -> None:
+    bad: Rule = rule(FIRST, "1", sparse(do[0], **do[1]))
+    with interpreted(), pytest.raises(PlanMismatchError, match=rf"rule 0 \(blocks\.0\.attn1\): {message}"):
+        call(compiled(wan, plan=plan_of(structure, bad)), wan_inputs(), TIMES[0])
+
+
+def test_text_has_none(wan: nn.Module, structure: str) -> None:
+    bad = rule("blocks.0.attn2", "1", kept("skip", "merge", 2))
+    with (
+        interpreted(),
+        pytest.raises(PlanMismatchError, match=r"attn2 is no self-attention .*; a rest is for that only"),
+    ):
+        call(compiled(wan, plan=plan_of(structure, bad)), wan_inputs(), TIMES[0])
+
+
+def test_a_decision_is_written_as_it_is_read() -> None:
+    data = {"sparse": {"pattern": "spatial", "frames": 0, "rest": {"kept": "merge", "refresh": 4}}}
+    decision = decision_from_data(data)
+    assert isinstance(decision, Sparse) and decision_to_data(decision) == data
+    choice = SparseChoice.from_data(decision.settings)
+    assert choice == SparseChoice(Spatial(), Kept("merge", 4)) and choice.pooled is None
+    assert pattern_text(choice.to_data()) == decision.pattern
