@@ -52,7 +52,8 @@ def optimize(
         pipe_kwargs: what the pipeline is called with later: steps, guidance, size.
         seed: of the first prompt's noise; prompt i uses ``seed + i``.
         techniques: kinds of decision to consider; default all (``reuse``, ``forecast``, ``fit``, ``ranges``,
-            ``simplify``, ``precision``, ``second_order`` and ``sparse``, which alone computes every step).
+            ``simplify``, ``precision``, ``second_order``, ``hoist`` (see ``exact``), and ``sparse``, which alone
+            computes every step).
         recipe: the name of a published system (``ditopt recipes`` lists them) to which sparse heads are restricted; its
             own techniques are all that is considered unless ``techniques`` name more.
         max_variants: the most distinct graphs to compile.

@@ -96,7 +96,8 @@ def optimize(
     technique: Annotated[
         list[str] | None,
         typer.Option(
-            help="reuse, forecast, fit, ranges, simplify, precision, second_order or sparse, repeatable; default: all"
+            help="reuse, forecast, fit, ranges, simplify, precision, second_order, sparse or hoist, repeatable; "
+            "default: all"
         ),
     ] = None,
     recipe: Recipe = None,

@@ -7,7 +7,7 @@ Nothing is approximated, so there is nothing to search: rules are put beside tho
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,12 @@ def hoist_rules(plan: Plan) -> tuple[Rule, ...]:
     )
 
 
+def ahead_mib(work: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
+    """MiB of what all networks compute ahead for one guidance branch, as a plan has it."""
+    total: int = sum(each["bytes"] for parts in work.values() for each in parts)
+    return round(total / 2**20, 3)
+
+
 def max_relative(sample: Tensor, reference: Tensor) -> float:
     """The largest difference of two tensors, relative to the largest magnitude of ``reference``."""
     return float((sample - reference).abs().max()) / max(float(reference.abs().max()), 1e-30)
@@ -66,11 +72,12 @@ class Hoisted:
 
 @dataclass
 class Hoisting:
-    """Measures on generations of ``pairs``, the first of which is compared."""
+    """Measures on generations of ``pairs``, the first of which is compared, for about so many ``seconds``."""
 
     evaluator: Evaluator
     pairs: Pairs
     reporter: Reporter
+    seconds: float = SECONDS
 
     def __call__(self, rules: Sequence[Rule] = ()) -> Hoisted:
         """The rules with what is computed ahead, or as they are with the reason."""
@@ -110,7 +117,7 @@ class Hoisting:
     def _in_turn(self, hoisted: Sequence[Rule], plain: Sequence[Rule]) -> tuple[tuple[float, float], float]:
         """Median seconds with and without, and the median of the ratios of generations that followed each other."""
         first = self.evaluator.times_in_turn([hoisted, plain], self.pairs, 1)
-        turns = min(TURNS[1], max(TURNS[0], int(SECONDS / max(sum(map(sum, first)), 1e-6))))
+        turns = min(TURNS[1], max(TURNS[0], int(self.seconds / max(sum(map(sum, first)), 1e-6))))
         with self.reporter.stage("timing with and without what is computed ahead", 2 * turns) as stage:
             spent = self.evaluator.times_in_turn([hoisted, plain], self.pairs, turns, stage.advance)
         ratios = [one / other for one, other in zip(*spent, strict=True)]

@@ -85,6 +85,7 @@ def step_work(evaluator: Evaluator, rules: Sequence[Rule], pair: Pair) -> dict[s
 def _words(variant: StepPlan, number: int) -> str:
     parts = [f"predicts {prediction.site} from {prediction.history}" for prediction in variant.predicted]
     parts += [word for word, is_so in (("simplified", variant.simplify), (variant.dtype or "", True)) if is_so and word]
+    parts += ["reads what is computed ahead"] if variant.hoist else []
     parts += ["second order"] if variant.second_order else []
     parts += [f"sparse attention at {len(variant.sparse)} sites"] if variant.sparse else []
     return f"variant {number}: {', '.join(parts) or 'as it is'}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from ditopt.adapters import Adapter, DiffusersAdapter, adapt
 from ditopt.console import Reporter
-from ditopt.exact import Hoisted, Hoisting
+from ditopt.exact import Hoisted, Hoisting, ahead_mib
 from ditopt.finish import looks
 from ditopt.guidance import watch_guidance
 from ditopt.measure import Evaluator
@@ -137,6 +137,7 @@ class Optimizer:
             self.reasons,
             statistics.median(dense_seconds or [0.0]),
             all_computed=self.chosen.all_computed,
+            hoist=self.chosen.hoist,
             recipe=find_recipe(self.recipe),
         )
         with self._timed("search and verify"):
@@ -248,6 +249,9 @@ class Optimizer:
                 whole = all(each.whole for each in graphs.values())
                 further, told = looks(path, evaluator, found.rules, held_out[0], search.rival_sample, whole)
             self.reasons += told
+        if search.ahead:
+            further = {**further, "hoisted": search.ahead}
+            plan = plan.model_copy(update={"measured": {**plan.measured, "ahead_mib": ahead_mib(search.ahead)}})
         result = Result(plan, rows, self.reasons, found.quality, self.timings)
         prompts = {"profiled": [prompt for prompt, _ in profiled], "held_out": [prompt for prompt, _ in held_out]}
         path = write_outcome(path, plan, search.profile, found, result, prompts, further)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ditopt import store
 from ditopt.errors import InputError, PlanError
-from ditopt.exact import Hoisted
+from ditopt.exact import Hoisted, ahead_mib
 from ditopt.plan import Plan, Rule
 from ditopt.plan_text import write_text_atomically
 from ditopt.profile import Profile
@@ -131,7 +131,7 @@ def exact_plan(template: Plan, found: Hoisted, rows: Sequence[Row], held_out: in
         "plan_s": round(ours.seconds, 3),
         "speedup": round(ours.speedup, 3),
         "evaluations": ours.evaluations,
-        "ahead_mib": round(sum(each["bytes"] for work in found.work.values() for each in work) / 2**20, 3),
+        "ahead_mib": ahead_mib(found.work),
     }
     return template.model_copy(update={"rules": found.rules, "measured": measured})
 

@@ -48,7 +48,7 @@ class Target:
         if quality == EXACT:
             return cls(exact=True)
         if quality not in LEVELS:
-            levels = f"{EXACT}, " + ", ".join(f"{name} ({psnr:g} dB)" for name, psnr in LEVELS.items())
+            levels = ", ".join([*(f"{name} ({psnr:g} dB)" for name, psnr in LEVELS.items()), EXACT])
             raise InputError(
                 f"quality={quality!r} is unknown; use one of {levels}, or give min_psnr=, max_rel_error= or "
                 "target_speedup="

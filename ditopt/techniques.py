@@ -11,7 +11,10 @@ from ditopt.recipes import find_recipe
 from ditopt.search import TECHNIQUES
 from ditopt.search.space import candidates
 
-OTHERS = RANGES, SIMPLIFY, PRECISION, SECOND_ORDER, SPARSE = "ranges", "simplify", "precision", "second_order", "sparse"
+OTHERS = RANGES, SIMPLIFY, PRECISION, SECOND_ORDER, SPARSE, HOIST = (
+    *("ranges", "simplify", "precision", "second_order", "sparse"),
+    "hoist",
+)
 """Kinds of decision that are no predictors of a step."""
 ALL_TECHNIQUES = (*TECHNIQUES, *OTHERS)
 
@@ -32,6 +35,7 @@ class Techniques:
     dtypes: tuple[str, ...]
     second_order: bool
     sparse: bool
+    hoist: bool = False
     all_computed: bool = False
 
     @classmethod
@@ -66,6 +70,7 @@ class Techniques:
             DTYPES if PRECISION in chosen else (),
             SECOND_ORDER in chosen,
             SPARSE in chosen,
+            HOIST in chosen,
             all_computed,
         )
 
@@ -75,6 +80,7 @@ ASKED_BY = {
     PRECISION: ("linear",),
     SIMPLIFY: (),
     SECOND_ORDER: (),
+    HOIST: (),
     SPARSE: ("attention", "patterns", "sensitivity", "latency"),
 }
 """The tables that speak of a technique."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from ditopt.adapters import DiffusersAdapter
 from ditopt.aim import Aim
 from ditopt.console import Reporter
 from ditopt.cost_models.measured import FULL, form_name
+from ditopt.exact import Hoisting
 from ditopt.measure import Evaluator
 from ditopt.outcome import Found, Row
 from ditopt.plan import Rule, cast_rules
@@ -34,6 +36,8 @@ TIMED_GENERATIONS = 3, 5
 """At least and at most so many of plan and dense each are timed, ..."""
 TIMED_SECONDS = 45.0
 """... as many as this time has room for."""
+HOIST_SECONDS = 30.0
+"""What timing a plan with and without what is computed ahead may take."""
 TRIAL_SECONDS = 120.0
 """What the plans tried by rollouts may take together where the caller sets no budget."""
 LEAST_TRIALS = 4
@@ -58,8 +62,9 @@ class VerifiedSearch:
 
     ``second_order``: whether computed steps may have a share of that formula, ``sparse``: whether heads may attend to
     less than all, as a ``recipe`` says where there is one; ``all_computed``: whether they are all that is looked for,
-    with every step computed. ``dense_seconds``: of a dense generation, where one was timed in this run; 0 where none
-    was. ``rival_sample`` is what the first held-out prompt gives with fewer steps.
+    with every step computed; ``hoist``: whether what is the same in many steps may be computed ahead, and ``ahead``
+    what was. ``dense_seconds``: of a dense generation, where one was timed in this run; 0 where none was.
+    ``rival_sample`` is what the first held-out prompt gives with fewer steps.
     """
 
     evaluator: Evaluator
@@ -80,6 +85,8 @@ class VerifiedSearch:
     rival_sample: Tensor | None = None
     all_computed: bool = False
     recipe: Recipe | None = None
+    hoist: bool = False
+    ahead: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._plan_seconds = math.inf
@@ -101,6 +108,10 @@ class VerifiedSearch:
 
     def __call__(self) -> Found | None:
         """The plan that met the target on the held-out prompts (for speed: the one that came nearest), or None."""
+        found = self._searched()
+        return None if found is None else self._hoist(found)
+
+    def _searched(self) -> Found | None:
         if self.all_computed:
             found = self._every_step()
             return found if found is not None and found.rules else None
@@ -129,6 +140,17 @@ class VerifiedSearch:
         if found is not None:
             self._say(f"the fastest plan of {self.target.min_psnr:g} dB was taken")
         return found
+
+    def _hoist(self, found: Found) -> Found:
+        """Compute ahead of the steps what is the same in many, where generations are faster so."""
+        if not self.hoist:
+            return found
+        hoisted = Hoisting(self.evaluator, self.held_out, self.reporter, HOIST_SECONDS)(found.rules)
+        if hoisted.reason is not None:
+            self.reasons.append(f"hoist: {hoisted.reason}")
+            return found
+        self.ahead = hoisted.work
+        return replace(found, rules=hoisted.rules, seconds=None)
 
     def _sparsify(self, found: Found) -> Found:
         """Let heads attend to less where that is faster at the target, or better at the speed."""

@@ -12,18 +12,24 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import ditopt
+from ditopt.backend import ditopt_backend
 from ditopt.cli import app
 from ditopt.decisions import Hoist
 from ditopt.errors import InputError
 from ditopt.measure import Evaluator
 from ditopt.plan import Plan, Rule
 from ditopt.report.explained import Explained, side_path
+from ditopt.verify import VerifiedSearch
 from tests.tiny import TinyDiT, euler, make_model
 from tests.trace.models import interpreted
 
 STEPS = 5
 PROMPTS = ["a", "b", "c", "d"]
-Seconds = Callable[[Sequence[Rule]], float]
+LONGER = 12
+
+
+def longer(model: Any, prompt: str, seed: int) -> Tensor:
+    return euler(model, prompt, seed, LONGER, 16)
 
 
 def rollout(model: nn.Module, prompt: str, seed: int) -> Tensor:
@@ -98,6 +104,36 @@ def test_it_is_shown_and_explained(tmp_path: Path, clock: Callable[[float], None
     assert "computed ahead" in page.read_text()
 
 
+@pytest.mark.parametrize("seconds", [0.8, 1.2])
+def test_a_plan_that_predicts_steps_has_it_beside_them_where_it_pays(
+    seconds: float, tmp_path: Path, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock(seconds)
+    monkeypatch.setattr(VerifiedSearch, "time_in_turn", lambda self, rules: (1.0, 2.0))
+    path, model = tmp_path / "both.yaml", make_model()
+    settings: dict[str, Any] = {"techniques": ("reuse", "forecast", "hoist"), "min_psnr": 25.0, "budget": 2}
+    ditopt.optimize(model, PROMPTS, rollout=longer, plan_path=path, quiet=True, **settings)
+    plan, side = Plan.load(path), Explained.load(side_path(path))
+    kept = plan.kept_steps()
+    assert len(kept) < LONGER and not plan.is_exact
+    if seconds > 1:
+        assert not plan.hoisted_steps() and "ahead_mib" not in plan.measured
+        assert any(reason.startswith("hoist: no faster by more than 0.5%") for reason in side.reasons)
+        return
+    assert plan.hoisted_steps() == set(kept) and plan.measured["ahead_mib"] > 0 and side.hoisted["transformer"]
+    assert any("reads what is computed ahead" in name for name in side.kernels["transformer"])
+    planned = longer(model, "z", 9)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = []
+        for rules in (plan.rules, tuple(rule for rule in plan.rules if not isinstance(rule.do, Hoist))):
+            again = make_model()
+            options: dict[str, Any] = {"plan": plan.model_copy(update={"rules": rules})}
+            found.append(longer(torch.compile(again, backend=ditopt_backend, fullgraph=True, options=options), "z", 9))
+    assert torch.equal(planned, found[0])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
 def test_what_does_not_pay_is_dropped_and_that_is_told(tmp_path: Path, clock: Callable[[float], None]) -> None:
     clock(0.999)
     path = tmp_path / "exact.yaml"
@@ -130,5 +166,5 @@ def test_a_rule_for_blocks_is_refused() -> None:
 
 
 def test_levels_are_named_where_one_is_unknown() -> None:
-    with pytest.raises(InputError, match=r"quality='precise' is unknown; use one of exact, high \(42 dB\)"):
+    with pytest.raises(InputError, match=r"is unknown; use one of high \(42 dB\), .*, exact, or give"):
         ditopt.optimize(make_model(), PROMPTS, rollout=rollout, quality="precise")

@@ -204,7 +204,8 @@ def test_prompts_that_cannot_be_used_are_named(prompts: Any, message: str) -> No
         ({"target_speedup": 0.5}, "target_speedup=0.5 makes no sense; give a number above 1"),
         (
             {"techniques": ["magic"]},
-            r"techniques \['magic'\] are unknown; choose from ranges, simplify, precision, second_order, sparse, reuse",
+            r"techniques \['magic'\] are unknown; choose from ranges, simplify, precision, second_order, sparse, "
+            r"hoist, reuse",
         ),
         ({"rollout": None}, "TinyDiT is a bare module: give rollout"),
         ({"rollout": 3}, "rollout=3 is not callable"),

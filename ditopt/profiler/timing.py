@@ -53,7 +53,9 @@ def inputs_for(
     if plan.second_order:
         added |= _slots(program, STEP, 1)
         added[factors_name(SECOND_ORDER)] = torch.zeros(2, device=next(iter(added.values())).device)
-    return [arguments[i] if isinstance(i, int) else added[i] for i in program.variants.get(plan).inputs]
+    variant = program.variants.get(plan)
+    added |= program.computed_ahead(variant, arguments)
+    return [arguments[i] if isinstance(i, int) else added[i] for i in variant.inputs]
 
 
 def prepared(program: Program, plan: StepPlan, arguments: Sequence[Any]) -> Timed:

@@ -174,6 +174,14 @@ class Program:
         for plan in self.bound.variants if self.bound else (StepPlan(),):
             self.variants.get(plan)
 
+    def computed_ahead(self, variant: Variant, arguments: Sequence[Any]) -> dict[str, Tensor]:
+        """What a variant reads of its prologues, for a call with ``arguments`` that belongs to no generation."""
+        if not variant.prologues:
+            return {}
+        assert self.positions.timestep is not None
+        value = read_timestep(arguments[self.positions.timestep])
+        return Prologues(Coming(())).inputs(variant.prologues, arguments, {}, value)
+
     def __call__(self, arguments: list[Any]) -> Sequence[Any]:
         """Run one call: ``arguments`` are the captured graph's inputs in order.
 

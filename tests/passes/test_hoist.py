@@ -15,11 +15,13 @@ from torch import Tensor, fx
 from ditopt.errors import AuditError
 from ditopt.passes._infra import GraphIndex, PassManager, StepPlan, find
 from ditopt.passes.audit import audit
+from ditopt.passes.cast import MIN_ROWS
 from ditopt.passes.cut import Rates, cheapest_cut, seconds_to_make, seconds_to_read
 from ditopt.passes.dependence import dependences
 from ditopt.passes.hoist import PROLOGUES, Prologue
 from ditopt.passes.prune import prune
 from ditopt.runtime.variants import VariantCache
+from tests.tiny import compiled_tiny, euler, make_model
 from tests.trace.models import CASES, capture
 
 pytest.importorskip("diffusers")
@@ -143,6 +145,21 @@ def test_equal_values_have_equal_names_in_all_variants(cache: VariantCache) -> N
         for plan in (TABLE, replace(TABLE, recorded=("step",)), replace(TABLE, simplify=True))
     ]
     assert given[0] == given[1] and given[0] & given[2]
+
+
+def test_weights_of_a_step_in_bfloat16_are_rounded_ahead() -> None:
+    with compiled_tiny(make_model(), lambda model: euler(model, "a", 0, 2, MIN_ROWS)) as (_, program):
+        cache = program.variants
+        plan = replace(TABLE, dtype="bfloat16")
+        hoisted = cache.graph(plan)
+        placeholders = cache.trace.placeholders
+        read = {str(node.target) for node in hoisted.graph.find_nodes(op="placeholder")}
+        weights = {name: placeholders[position] for name, position in cache.trace.state_names.items()}
+        matrices = {name for name, node in weights.items() if name.startswith("blocks") and node.meta["val"].ndim == 2}
+        assert matrices and not {name for name in matrices if str(weights[name].target) in read}
+        (ahead,) = (each for each in hoisted.meta[PROLOGUES] if not {*each.inputs} & cache.index.arguments)
+        ends = ahead.gm.graph.output_node().args[0]
+        assert {end.meta["val"].dtype for end in ends} == {torch.bfloat16}
 
 
 def test_the_audit_refuses_what_is_not_ahead_of_the_steps(cache: VariantCache) -> None:
