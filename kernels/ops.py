@@ -42,7 +42,8 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "draft_lists(Tensor query, Tensor key, Tensor indices, Tensor counts, Tensor keep, Tensor mass, int query_block, "
-    "int key_block, float scale, Tensor? value=None, Tensor? by=None, str selectors='means') -> (Tensor, Tensor)"
+    "int key_block, float scale, Tensor? value=None, Tensor? by=None, str selectors='means', Tensor? mask=None) "
+    "-> (Tensor, Tensor)"
 )
 
 LIBRARY.define(
@@ -255,6 +256,7 @@ def _fake_draft_lists(
     value: Tensor | None = None,
     by: Tensor | None = None,
     selectors: str = "means",
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows = (query.shape[0], *counts.shape[1:])
     return indices.new_empty((*rows, indices.shape[-1])), counts.new_empty(rows)
@@ -329,6 +331,7 @@ def draft_refusal(
     value: Tensor | None = None,
     by: Tensor | None = None,
     selectors: str = "means",
+    mask: Tensor | None = None,
 ) -> str | None:
     """Why ``ditopt::draft_lists`` does not take these operands; None if it does."""
     named = selectors_of(selectors)
@@ -337,6 +340,8 @@ def draft_refusal(
     if "error" in named and value is None:
         return "blocks are chosen by the error of their means, but no values are given"
     mismatch = _mismatch(query, key, key if value is None else value, scale)
+    if mismatch is None and mask is not None:
+        mismatch = mask_mismatch(query, key, mask)
     if mismatch is not None:
         return mismatch
     if len(named) > 1 and by is None:

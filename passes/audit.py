@@ -274,6 +274,8 @@ def _of_draft(node: fx.Node, wanted: SparseAttention) -> tuple[object, ...]:
     if (*maker.args[:2], *maker.args[6:9], value) != own:
         told = "finds its blocks by other queries, keys, values, sizes or another scale than its own"
         raise AuditError(f"{wanted.site}: {told}")
+    if maker.kwargs.get("mask") is not node.kwargs.get("mask"):
+        raise AuditError(f"{wanted.site}: finds its blocks under another mask than its own")
     if selectors != ",".join(wanted.by):
         raise AuditError(f"{wanted.site}: to be {wanted}, but its blocks are chosen by {selectors}")
     return (*maker.args[2:6], *([] if by is None else [by]))

@@ -123,8 +123,12 @@ def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
             operands = [gathered(gm, each, by, heads) for each, by in zip(operands, there, strict=True)]
         if LISTS in found.reads:
             inputs = take(gm, LISTS, found.site, inputs, tensor_value(node).shape[0])
+        mask = mask_of(node)
+        if mask is not None and order:
+            mask = ordered_mask(gm, mask, there[0], there[1], tuple(tensor_value(node).shape[:2]))
+        named = {"mask": mask} if mask else {}
         if found.draft:
-            inputs = _draft_lists(gm, operands, found, inputs, scale_of(node))
+            inputs = _draft_lists(gm, operands, found, inputs, scale_of(node), named)
         if LISTS in found.keeps:
             kept[slot_of(LISTS, found.site)] = inputs
             hand_on(gm, plan, returned, kept)
@@ -132,10 +136,6 @@ def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
         if rest is not None:
             means = [pooled_tokens(gm, each, found.pool) for each in operands[1:]]
             pooled = (*means, add_input(gm, rest_name(found.site), rest.heads), found.pool)
-        mask = mask_of(node)
-        if mask is not None and order:
-            mask = ordered_mask(gm, mask, there[0], there[1], tuple(tensor_value(node).shape[:2]))
-        named = {"mask": mask} if mask else {}
         if found.int8:
             named["int8"] = add_input(gm, int8_name(found.site), _int8(node))
         both = call(gm, BLOCK_SPARSE_ATTENTION, *operands, *inputs, *settings, *pooled, **named)
@@ -229,9 +229,14 @@ def _order(node: fx.Node, wanted: SparseAttention) -> tuple[Tensor, ...]:
 
 
 def _draft_lists(
-    gm: fx.GraphModule, operands: list[fx.Node], wanted: SparseAttention, lists: list[fx.Node], scale: float
+    gm: fx.GraphModule,
+    operands: list[fx.Node],
+    wanted: SparseAttention,
+    lists: list[fx.Node],
+    scale: float,
+    named: dict[str, fx.Node],
 ) -> list[fx.Node]:
-    """The lists that an attention call finds for itself: those that are given, and more."""
+    """The lists that an attention call finds for itself: those that are given, and more; ``named`` has its mask."""
     keep = tensor_value(lists[0]).new_empty(tensor_value(lists[0]).shape[1:2])
     described = (keep, keep.new_empty(keep.shape, dtype=torch.float32), keep)
     keep_node, mass, *codes = (add_input(gm, *each) for each in zip(draft_inputs(wanted), described, strict=False))
@@ -239,7 +244,7 @@ def _draft_lists(
     if wanted.by != ("means",):
         chosen = (operands[2] if "error" in wanted.by else None, codes[0] if codes else None, ",".join(wanted.by))
     settings = (wanted.query_block, wanted.key_block, scale)
-    both = call(gm, DRAFT_LISTS, *operands[:2], *lists, keep_node, mass, *settings, *chosen)
+    both = call(gm, DRAFT_LISTS, *operands[:2], *lists, keep_node, mass, *settings, *chosen, **named)
     return [call(gm, operator.getitem, both, place) for place in range(2)]
 
 

@@ -1,8 +1,7 @@
 """Candidates whose blocks are found in every call: what they would keep of a head, in this step and under this prompt.
 
-They are found as ``ditopt::draft_lists`` finds them, but in the profile's blocks; a mask of the model's does not count
-in the choice. No map of all blocks is held for more than one head, but for those that are kept between steps, eight
-blocks in a byte.
+They are found as ``ditopt::draft_lists`` finds them, under a mask of the model's too, but in the profile's blocks. No
+map of all blocks is held for more than one head, but for those that are kept between steps, eight blocks in a byte.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ditopt.decisions import pattern_text
 from ditopt.geometry import Geometry
-from ditopt.kernels.block_sparse_attention.draft import draft_map
+from ditopt.kernels.block_sparse_attention.draft import block_bias, draft_map
 from ditopt.kernels.block_sparse_attention.lists import blocks
 from ditopt.kernels.block_sparse_attention.selectors import draft_scores
 from ditopt.kernels.patterns.choice import SparseChoice
@@ -117,12 +116,18 @@ class DraftReader:
         parts = (operands.query[index, head], *(each[index, group] for each in (operands.key, operands.value)))
         query, key, value = (part[None, None] for part in parts)
         always = drafts.always.to(query.device)
+        bias = torch.zeros((), device=query.device)
+        if operands.mask is not None:
+            samples, of_heads = operands.mask.shape[:2]
+            mask = operands.mask[index if samples > 1 else 0, head if of_heads > 1 else 0]
+            bias = block_bias(mask, drafts.block, drafts.block, query.shape[2], key.shape[2])[0, 0]
+            always = (always & (bias != -torch.inf)).contiguous()
         found = [always.new_empty(1, 0, *always.shape)]
         kinds = [*zip(drafts.by, drafts.refresh, strict=True)]
 
         @cache
         def scores(by: Selector) -> Tensor:
-            return draft_scores(query, key, drafts.block, drafts.block, operands.scale, value, None, (by,))
+            return draft_scores(query, key, drafts.block, drafts.block, operands.scale, value, None, (by,)) + bias
 
         for (by, every), places in groupby(range(len(kinds)), kinds.__getitem__):
             here = [*places]

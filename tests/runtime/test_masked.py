@@ -14,7 +14,7 @@ from ditopt.decisions import Dense
 from ditopt.errors import AuditError, PlanMismatchError
 from ditopt.geometry import Geometry
 from ditopt.kernels.block_sparse_attention.lists import BlockLists
-from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION
+from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION, DRAFT_LISTS
 from ditopt.passes.audit import audit
 from ditopt.passes.sparse import list_names, order_names
 from ditopt.plan import Rule
@@ -145,6 +145,27 @@ def test_a_rest_is_refused_where_the_model_hides_keys() -> None:
     message = r"transformer_blocks\.0\.attn: there is a mask, under which what a pattern skips has no means \(a rest\)"
     with interpreted(), pytest.raises(PlanMismatchError, match=message):
         call(compiled(model, plan=plan), inputs, TIMES[0])
+
+
+def test_drafts_choose_no_blocks_that_the_mask_hides() -> None:
+    """166 tokens in 11 blocks of 16, of which the prompt leaves the last two without any that is shown."""
+    model, inputs = hunyuan(3)
+    rules = rule("single_transformer_blocks.0.attn", "1", sparse("draft", keep=0.9))
+    session = Session(plan=plan_of(structure_of(model, inputs), rules, tokens=TOKENS), check_passes=True)
+    with interpreted():
+        forward = compiled(model, session=session)
+        call(forward, inputs, TIMES[0])
+        call(forward, inputs, TIMES[1])
+    (program,) = session.programs
+    assert program.bound is not None
+    variant = program.bound.steps[1].variant
+    gm = program.variants.graph(variant)
+    (maker,) = gm.graph.find_nodes(op="call_function", target=DRAFT_LISTS)
+    (attention,) = gm.graph.find_nodes(op="call_function", target=BLOCK_SPARSE_ATTENTION)
+    assert maker.kwargs["mask"] is attention.kwargs["mask"]
+    maker.kwargs = {}
+    with pytest.raises(AuditError, match=r"blocks\.0\.attn: finds its blocks under another mask than its own"):
+        audit(gm, variant, program.variants.index, {})
 
 
 def test_the_audit_misses_a_mask_that_is_gone_or_another() -> None:
