@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ditopt.passes._infra import Tracer
 
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 MOST_CALLS = 2
 """A batched graph with more than this many times the calls does steps one after the other somewhere."""
 
@@ -51,9 +52,11 @@ def _described(gm: fx.GraphModule) -> list[Tensor]:
 
 
 class _Plain(fx.Interpreter):
-    """Runs a graph with conversions as operators that can be batched."""
+    """Runs a graph with operators that can be batched: conversions, and views of what then lies otherwise in memory."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops.prims.convert_element_type.default:
             return args[0].to(args[1])
+        if target in VIEWS:
+            return args[0].reshape(args[1])
         return super().call_function(target, args, kwargs)
