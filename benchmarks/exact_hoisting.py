@@ -306,8 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gains = []
     for family in given.families:
         gains.append(measure(family, given.layers, given.steps, given.turns))
-        Console().print(tabulated(gains[-1:]))
-    Console().print(tabulated(gains))
+        Console(width=120).print(tabulated(gains[-1:]))
+    Console(width=120).print(tabulated(gains))
     if given.json is not None:
         given.json.write_text(json.dumps(_figures(given, gains), indent=1) + "\n")
 
