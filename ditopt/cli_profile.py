@@ -46,6 +46,7 @@ class Collect(StrEnum):
     linear = "linear"
     sensitivity = "sensitivity"
     latency = "latency"
+    linear_rest = "linear_rest"
 
 
 def profile(

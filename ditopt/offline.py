@@ -19,7 +19,7 @@ from ditopt.geometry import Geometry
 from ditopt.plan import Rule
 from ditopt.predicted import Predicted, can_tell_psnr, psnr_of, psnr_to_relative_error
 from ditopt.profile import NetworkProfile, Profile
-from ditopt.profiled_maps import profiled_maps
+from ditopt.profiled_maps import profiled_tensors
 from ditopt.recipes import find_recipe
 from ditopt.search import Measurement, SearchProblem, Solution, bisect_kept, lambda_range, least_kept, solve, solve_kept
 from ditopt.search.joint import from_kept
@@ -214,7 +214,7 @@ class OfflineSearch:
             self.reasons.append(f"sparse: {error}")
         if best is not found:
             template = self.template.model_copy(update={"tokens": self._tokens})
-            self.template = template.with_maps(profiled_maps(name, network))
+            self.template = template.with_beside(profiled_tensors(name, network))
         return best
 
     @cached_property

@@ -33,7 +33,8 @@ from ditopt.decisions import (
 )
 from ditopt.errors import PlanError
 from ditopt.geometry import Geometry
-from ditopt.plan_tensors import BlockMaps, PlanTensors, TensorFile, is_listed, map_text
+from ditopt.head_tensors import HeadTensors, reads_tensors
+from ditopt.plan_tensors import PlanTensors, TensorFile
 from ditopt.plan_text import explain, number_ranges, read_yaml, short, write_text_atomically, write_yaml
 from ditopt.sites import STEP, range_names
 
@@ -175,14 +176,14 @@ class Rule(_Part):
         return site == self.sites or fnmatch.fnmatchcase(site, self.sites)
 
     @property
-    def is_listed(self) -> bool:
-        """Whether its blocks stand in the file beside the plan."""
-        return isinstance(self.do, Sparse) and is_listed(self.do.pattern)
+    def reads_tensors(self) -> bool:
+        """Whether what it decides reads something in the file beside the plan."""
+        return isinstance(self.do, Sparse) and reads_tensors(self.do.pattern)
 
-    def reads(self, maps: BlockMaps) -> bool:
-        """Whether it is for the site of such maps, under their pattern."""
-        same = isinstance(self.do, Sparse) and map_text(self.do.pattern) == maps.pattern
-        return same and self.names(maps.site) and fnmatch.fnmatchcase(maps.network, self.network)
+    def reads(self, entry: HeadTensors) -> bool:
+        """Whether it reads an entry of that file."""
+        same = isinstance(self.do, Sparse) and entry.text_of(self.do.pattern) == entry.pattern
+        return same and self.names(entry.site) and fnmatch.fnmatchcase(entry.network, self.network)
 
     @property
     def for_heads(self) -> bool:
@@ -283,7 +284,7 @@ class Plan(_Part):
 
     ``settings`` is what the pipeline was called with, ``geometry`` the shape of each network's latents (batch first),
     ``tokens`` how the tokens of that lie, ``breaks`` which networks are several graphs, ``recipe`` what the search was
-    restricted to, ``tensors`` the file beside the plan that has the lists of blocks of which rules speak.
+    restricted to, ``tensors`` the file beside the plan that has what rules speak of and no text holds.
     """
 
     ditopt: Literal[1] = 1
@@ -301,17 +302,17 @@ class Plan(_Part):
     measured: dict[str, Any] = {}
     tensors: TensorFile | None = None
     rules: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES), BeforeValidator(_bounded)] = ()
-    _maps: PlanTensors = PrivateAttr(default_factory=PlanTensors)
+    _beside: PlanTensors = PrivateAttr(default_factory=PlanTensors)
 
     @property
-    def maps(self) -> PlanTensors:
-        """The lists of blocks that its rules read, or may: of the file beside it, or from where it was made."""
-        return self._maps
+    def beside(self) -> PlanTensors:
+        """What its rules read, or may, and no text holds: of the file beside it, or from where it was made."""
+        return self._beside
 
-    def with_maps(self, maps: PlanTensors) -> Plan:
-        """The same plan with these lists, which ``save`` writes beside it as far as rules read them."""
+    def with_beside(self, tensors: PlanTensors) -> Plan:
+        """The same plan with these tensors, which ``save`` writes beside it as far as rules read them."""
         found = self.model_copy(update={"tensors": None})
-        found._maps = maps
+        found._beside = tensors
         return found
 
     def decisions(self, step: int, sites: Sequence[str], network: str = "transformer") -> dict[str, FeatureDecision]:
@@ -366,16 +367,16 @@ class Plan(_Part):
         """Write the plan as YAML, whole or not at all, and before it the file beside it that its rules read, if any.
 
         Raises:
-            PlanError: the folder is missing or not writable, or the lists that rules read are not known.
+            PlanError: the folder is missing or not writable, or what rules read beside it is not known.
         """
         path = Path(path)
         tensors = self.tensors
-        if any(rule.is_listed for rule in self.rules):
-            used = self.maps.used_by(self.rules)
+        if any(rule.reads_tensors for rule in self.rules):
+            used = self.beside.used_by(self.rules)
             if not used:
                 raise PlanError(
-                    f"{path}: is not written: its rules read lists of blocks that it does not have; load the plan from "
-                    "its file (Plan.load), which has them beside it"
+                    f"{path}: is not written: its rules read lists or projections that it does not have; load the plan "
+                    "from its file (Plan.load), which has them beside it"
                 )
             tensors = used.save(path.parent)
         text = "# A ditopt plan. Later rules win; what no rule names is dense.\n"
@@ -411,7 +412,7 @@ class Plan(_Part):
             raise PlanError(f"{path}: cannot be read as a plan: {error}") from error
         found = cls.parse(text, str(path))
         if found.tensors is not None:
-            found._maps = PlanTensors.load(path.parent, found.tensors)
+            found._beside = PlanTensors.load(path.parent, found.tensors)
         return found
 
     @classmethod

@@ -1,7 +1,8 @@
 """What a plan refers to and no text can hold: one safetensors file beside it, named by its hash. Data only; no torch.
 
-The metadata have one entry, ``ditopt_plan_tensors``: ``{"ditopt_plan_tensors": 1, "maps": [...]}``, which says of the
-tensors ``map.0``, ``map.1``, ... what they are. Nothing depends on when or where the file is written.
+The metadata have one entry, ``{"ditopt_plan_tensors": 1, "maps": [...], "projections": [...]}``, which says of the
+tensors ``map.0``, ``map.1``, ... and ``projection.0``, ... what they are. Nothing depends on when or where the file is
+written.
 """
 
 from __future__ import annotations
@@ -9,32 +10,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ditopt.errors import PlanError
 from ditopt.geometry import Geometry
+from ditopt.head_tensors import BlockMaps, HeadTensors, Projections
 
 FORMAT_VERSION = 1
 KEY = "ditopt_plan_tensors"
 MAX_BYTES = 256 * 2**20
-MAX_BLOCKS = 1 << 16
-"""Limits on the file, and on the blocks of queries or keys of one map."""
-CHOOSING = ("pattern", "keep", "mass", "columns", "most", "order")
-"""Settings of a listed pattern that say which blocks it has."""
+"""Limit on the file."""
 AGAIN = "copy it from where the plan was made, or make the plan again with `ditopt optimize DIR --prompts FILE -o PLAN`"
-
-Bytes = npt.NDArray[np.uint8]
-Booleans = npt.NDArray[np.bool_]
 
 
 class TensorFile(BaseModel):
@@ -46,101 +42,18 @@ class TensorFile(BaseModel):
 
 
 class Reader(Protocol):
-    """A rule of a plan, as far as it says which maps it reads."""
+    """A rule of a plan, as far as it says which entries it reads."""
 
     @property
     def heads(self) -> tuple[int, ...] | None:
         """The heads that it is for; None: all."""
 
-    def reads(self, maps: BlockMaps) -> bool:
-        """Whether it is about maps of such a network, site and pattern."""
-
-
-@dataclass(frozen=True, eq=False)
-class BlockMaps:
-    """Which blocks of keys some heads of a site attend to, under a pattern of which no other file tells it.
-
-    Attributes:
-        network: whose site it is, and ``site`` its name.
-        pattern: the ``map_text`` of the decisions that read it.
-        heads: those that have a map, ascending.
-        starts: the first steps of the periods of the schedule, from 0 on; a map holds for a period.
-        geometry: of the tokens, which are in blocks of ``block``.
-        packed: ``[periods, heads, Qb, ceil(Kb / 8)]`` uint8, a bit for a block, the highest bit first.
-    """
-
-    network: str
-    site: str
-    pattern: str
-    heads: tuple[int, ...]
-    starts: tuple[int, ...]
-    geometry: Geometry
-    block: int
-    packed: Bytes
-
-    @classmethod
-    def of(
-        cls,
-        kept: Booleans,
-        network: str,
-        site: str,
-        pattern: str,
-        heads: tuple[int, ...],
-        starts: tuple[int, ...],
-        geometry: Geometry,
-        block: int,
-    ) -> BlockMaps:
-        """Those of booleans ``[periods, heads, Qb, Kb]``."""
-        return cls(network, site, pattern, heads, starts, geometry, block, np.packbits(kept, axis=-1))
-
-    @property
-    def blocks(self) -> int:
-        """Of queries and of keys, each."""
-        return -(-self.geometry.tokens // self.block)
-
-    @property
-    def place(self) -> str:
-        """What it is of, in words."""
-        return f"{self.network}, {self.site}, {self.pattern}"
-
-    def period(self, step: int) -> int:
-        """The period that a step lies in."""
-        return int(np.searchsorted(self.starts, step, side="right")) - 1
-
-    def kept(self, head: int, step: int) -> Booleans:
-        """``[Qb, Kb]``: the blocks of a head in a step.
-
-        Raises:
-            KeyError: the head has none.
-        """
-        if head not in self.heads:
-            raise KeyError(f"{self.place}: head {head} has no map; heads {', '.join(map(str, self.heads))} have")
-        rows = self.packed[self.period(step), self.heads.index(head)]
-        return np.unpackbits(rows, axis=-1, count=self.blocks).astype(bool)
-
-    def of_heads(self, heads: Iterable[int]) -> BlockMaps:
-        """The maps of some of the heads."""
-        wanted = {*heads}
-        at = [place for place, head in enumerate(self.heads) if head in wanted]
-        return replace(self, heads=tuple(self.heads[place] for place in at), packed=self.packed[:, at])
-
-    def complaint(self) -> str | None:
-        """What does not fit together in it; None if all does."""
-        shape = len(self.starts), len(self.heads), self.blocks, -(-self.blocks // 8)
-        if self.blocks > MAX_BLOCKS:
-            return f"{self.blocks} blocks a side are over the limit of {MAX_BLOCKS}"
-        if [*self.heads] != sorted({*self.heads}) or min(self.heads, default=-1) < 0:
-            return f"heads {list(self.heads)} are not ascending numbers"
-        if self.starts[:1] != (0,) or [*self.starts] != sorted({*self.starts}):
-            return f"periods start at steps {list(self.starts)}; they ascend from 0"
-        if self.packed.dtype != np.uint8 or self.packed.shape != shape:
-            found = f"{self.packed.dtype} of shape {list(self.packed.shape)}"
-            return f"maps are {found}; {self.geometry} in blocks of {self.block} has uint8 of shape {list(shape)}"
-        return None
+    def reads(self, entry: HeadTensors) -> bool:
+        """Whether it is about a network, site and pattern of an entry's."""
 
 
 class _Described(BaseModel):
-    """What the metadata say of one tensor of maps."""
+    """What the metadata say of one entry."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     network: str
@@ -148,6 +61,9 @@ class _Described(BaseModel):
     pattern: str
     heads: tuple[Annotated[int, Field(ge=0)], ...]
     starts: tuple[Annotated[int, Field(ge=0)], ...]
+
+
+class _DescribedMaps(_Described):
     geometry: Geometry
     block: Annotated[int, Field(ge=1)]
 
@@ -157,41 +73,42 @@ class PlanTensors:
     """The tensors of a plan. Two are equal if files of them are."""
 
     maps: tuple[BlockMaps, ...] = ()
+    projections: tuple[Projections, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.maps)
+        return bool(self.entries)
+
+    @property
+    def entries(self) -> tuple[HeadTensors, ...]:
+        """All of them."""
+        return (*self.maps, *self.projections)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PlanTensors) and self.to_bytes() == other.to_bytes()
 
     __hash__ = None  # type: ignore[assignment]  # nobody looks it up
 
-    def find(self, network: str, site: str, pattern: str) -> BlockMaps | None:
-        """The maps of a site under a pattern (its ``map_text``); None if there are none."""
-        return next(
-            (each for each in self.maps if (each.network, each.site, each.pattern) == (network, site, pattern)), None
-        )
+    def maps_for(self, network: str, site: str, pattern: str) -> BlockMaps | None:
+        """The maps that a decision with this pattern reads at a site; None if there are none."""
+        return _entry(self.maps, network, site, pattern)
+
+    def projections_for(self, network: str, site: str, pattern: str) -> Projections | None:
+        """The projections that a decision with this pattern reads at a site; None if there are none."""
+        return _entry(self.projections, network, site, pattern)
 
     def used_by(self, rules: Iterable[Reader]) -> PlanTensors:
         """Those that rules read, and nothing else."""
         readers = [*rules]
-        found = []
-        for maps in self.maps:
-            of_rules = [maps.heads if rule.heads is None else rule.heads for rule in readers if rule.reads(maps)]
-            heads = {head for heads in of_rules for head in heads}
-            if heads & {*maps.heads}:
-                found.append(maps.of_heads(heads))
-        return PlanTensors(tuple(found))
+        return PlanTensors(_used(self.maps, readers), _used(self.projections, readers))
 
     def to_bytes(self) -> bytes:
         """What a file of them holds."""
-        described = []
-        for maps in self.maps:
-            facts = {key: value for key, value in vars(maps).items() if key != "packed"}
-            described.append({**facts, "geometry": asdict(maps.geometry)})
-        told = json.dumps({KEY: FORMAT_VERSION, "maps": described}, sort_keys=True)
-        arrays = {f"map.{number}": np.ascontiguousarray(maps.packed) for number, maps in enumerate(self.maps)}
-        return bytes(save(arrays, metadata={KEY: told}))
+        told: dict[str, Any] = {KEY: FORMAT_VERSION}
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        for kind, entries in (("maps", self.maps), ("projections", self.projections)):
+            told[kind] = [each.facts() for each in entries]
+            arrays |= {f"{each.name}.{at}": np.ascontiguousarray(each.packed) for at, each in enumerate(entries)}
+        return bytes(save(arrays, metadata={KEY: json.dumps(told, sort_keys=True)}))
 
     def save(self, folder: Path) -> TensorFile:
         """Write them into a folder, whole or not at all; a file of the same contents has the same name.
@@ -202,7 +119,7 @@ class PlanTensors:
         data = self.to_bytes()
         if len(data) > MAX_BYTES:
             raise PlanError(
-                f"{folder}: lists of {len(data)} bytes are over the limit of {MAX_BYTES} for a plan; search again "
+                f"{folder}: tensors of {len(data)} bytes are over the limit of {MAX_BYTES} for a plan; search again "
                 "without them, or with fewer heads"
             )
         digest = hashlib.sha256(data).hexdigest()
@@ -234,7 +151,9 @@ class PlanTensors:
                 raise PlanError(f"{path}: {size} bytes are over the limit of {MAX_BYTES} for a plan's tensors")
             data = path.read_bytes()
         except FileNotFoundError:
-            raise PlanError(f"{path}: no such file; the plan beside it reads lists of blocks there: {AGAIN}") from None
+            raise PlanError(
+                f"{path}: no such file; the plan beside it reads what its heads have there: {AGAIN}"
+            ) from None
         except OSError as error:
             raise PlanError(f"{path}: cannot be read: {error.strerror or error}; {AGAIN}") from None
         digest = hashlib.sha256(data).hexdigest()
@@ -257,36 +176,57 @@ class PlanTensors:
             raise PlanError(f"{source}: is no file of a plan's tensors ({error!r}); {AGAIN}") from None
         if version != FORMAT_VERSION:
             raise PlanError(f"{source}: format version {version!r} is not supported; expected {FORMAT_VERSION}")
-        try:
-            described = TypeAdapter(list[_Described]).validate_python(told.get("maps"))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise PlanError(f"{source}, field maps.{where}: {first['msg']}; {AGAIN}") from None
-        return cls(tuple(_maps(number, each, arrays, source) for number, each in enumerate(described)))
+        maps = _described(told, "maps", _DescribedMaps, source)
+        others = _described(told, "projections", _Described, source)
+        return cls(
+            tuple(_checked(BlockMaps, number, each, arrays, source) for number, each in enumerate(maps)),
+            tuple(_checked(Projections, number, each, arrays, source) for number, each in enumerate(others)),
+        )
 
 
-def _maps(number: int, described: _Described, arrays: Mapping[str, npt.NDArray[Any]], source: str) -> BlockMaps:
-    name = f"map.{number}"
+Entry = TypeVar("Entry", bound=HeadTensors)
+Description = TypeVar("Description", bound=_Described)
+
+
+def _entry(entries: Sequence[Entry], network: str, site: str, pattern: str) -> Entry | None:
+    wanted = (network, site)
+    return next(
+        (each for each in entries if (each.network, each.site) == wanted and each.text_of(pattern) == each.pattern),
+        None,
+    )
+
+
+def _used(entries: Sequence[Entry], readers: Sequence[Reader]) -> tuple[Entry, ...]:
+    found = []
+    for entry in entries:
+        of_rules = [entry.heads if rule.heads is None else rule.heads for rule in readers if rule.reads(entry)]
+        heads = {head for each in of_rules for head in each}
+        if heads & {*entry.heads}:
+            found.append(entry.of_heads(heads))
+    return tuple(found)
+
+
+def _described(told: Mapping[str, Any], kind: str, as_what: type[Description], source: str) -> list[Description]:
+    found = told.get(kind)
+    if not isinstance(found, list):
+        raise PlanError(f"{source}, field {kind}: expected a list, found {type(found).__name__}; {AGAIN}")
+    try:
+        return [as_what.model_validate(each) for each in found]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise PlanError(f"{source}, field {kind}: {where}: {first['msg']}; {AGAIN}") from None
+
+
+def _checked(
+    kind: type[Entry], number: int, described: _Described, arrays: Mapping[str, npt.NDArray[Any]], source: str
+) -> Entry:
+    name = f"{kind.name}.{number}"
     if name not in arrays:
         raise PlanError(f"{source}: has no tensor {name}, of which its metadata speak; {AGAIN}")
-    facts = {field: getattr(described, field) for field in _Described.model_fields}
-    found = BlockMaps(**facts, packed=arrays[name])
+    facts = {field: getattr(described, field) for field in type(described).model_fields}
+    found = kind(**facts, packed=arrays[name])
     wrong = found.complaint()
     if wrong is not None:
         raise PlanError(f"{source}, tensor {name} ({found.place}): {wrong}; {AGAIN}")
     return found
-
-
-def map_text(pattern: str) -> str:
-    """The text of as much of a pattern as says which blocks are kept: without its ``rest``, say.
-
-    >>> map_text('{"keep": 0.25, "pattern": "listed", "rest": "pooled"}')
-    '{"keep": 0.25, "pattern": "listed"}'
-    """
-    return json.dumps({key: value for key, value in json.loads(pattern).items() if key in CHOOSING}, sort_keys=True)
-
-
-def is_listed(pattern: str) -> bool:
-    """Whether a pattern's blocks are those of a file (``{pattern: listed, ...}``)."""
-    return bool(json.loads(pattern).get("pattern") == "listed")

@@ -20,6 +20,8 @@ ALL_TECHNIQUES = (*TECHNIQUES, *OTHERS)
 
 COLLECTORS = ("attention", "patterns", "features", "tokens", "linear", "sensitivity", "latency")
 """What can be measured beside the features of steps and ranges, by the name of its tables."""
+LINEAR_REST = "linear_rest"
+"""Beside ``patterns``: linear rests are fitted, which takes much room and seldom pays; only where it is named."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,18 @@ ASKED_BY = {
 def choose_collectors(names: Sequence[str] | None, techniques: Sequence[str] | None = None) -> tuple[str, ...]:
     """The collectors called ``names``, in their own order; None: those of ``techniques``, all where that is None, too.
 
+    ``linear_rest`` is no table of its own: it is among all only by name, and brings ``patterns`` along.
+
     Raises:
         InputError: a name is unknown.
     """
-    unknown = sorted(set(names or ()) - set(COLLECTORS))
+    known = (*COLLECTORS, LINEAR_REST)
+    unknown = sorted(set(names or ()) - {*known})
     if unknown:
-        raise InputError(f"collect {', '.join(unknown)}: unknown; choose from {', '.join(COLLECTORS)}")
+        raise InputError(f"collect {', '.join(unknown)}: unknown; choose from {', '.join(known)}")
     if names is None and techniques is not None:
         names = [name for technique in techniques for name in ASKED_BY.get(technique, COLLECTORS)]
-    return COLLECTORS if names is None else tuple(name for name in COLLECTORS if name in names)
+    if names is None:
+        return COLLECTORS
+    wanted = {*names, "patterns"} if LINEAR_REST in names else {*names}
+    return tuple(name for name in known if name in wanted)

@@ -97,9 +97,9 @@ def _provenance(plan: Plan) -> RenderableType:
     if plan.tokens:
         _row(table, "tokens", "; ".join(f"{name} {tokens}" for name, tokens in plan.tokens.items()))
     if plan.tensors is not None:
-        heads = sum(len(maps.heads) for maps in plan.maps.maps)
-        sites = len({(maps.network, maps.site) for maps in plan.maps.maps})
-        _row(table, "lists", f"{heads} of heads at {sites} sites, in {plan.tensors.file} beside the plan")
+        kinds = (plan.beside.maps, "lists of heads"), (plan.beside.projections, "projections")
+        told = [f"{sum(len(each.heads) for each in entries)} {what}" for entries, what in kinds if entries]
+        _row(table, "tensors", f"{' and '.join(told)}, in {plan.tensors.file} beside the plan")
     for name, broken in plan.breaks.items():
         _row(table, "breaks", f"{name}: {'; '.join(broken.at) or 'not told'}")
     _row(table, "device", f"{plan.device.device}, torch {plan.device.torch}, {plan.device.dtype}")

@@ -8,7 +8,8 @@ means of the others where it is given them (``block_sparse_attention.pooled``); 
 imported when it is first called with some. ``ditopt::draft_lists`` makes such lists of the very queries, keys
 and values (``block_sparse_attention.draft``), ``ditopt::cluster_order`` orders of queries and keys
 (``block_sparse_attention.clusters``). ``ditopt::keep_rest`` and ``ditopt::add_rest`` put its result together with that
-of the other blocks, of the same call or kept from an earlier one (``block_sparse_attention.kept``).
+of the other blocks, of the same call or kept from an earlier one (``block_sparse_attention.kept``);
+``ditopt::linear_rest`` is linear attention to these (``block_sparse_attention.linear``).
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ LIBRARY.define(
     "Tensor? kept=None, Tensor? stat=None) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define("add_rest(Tensor out, Tensor lse, Tensor forms, Tensor kept, Tensor stat) -> Tensor")
+
+LIBRARY.define(
+    "linear_rest(Tensor query, Tensor key, Tensor value, Tensor indices, Tensor counts, Tensor projection, "
+    "int query_block, int key_block) -> Tensor"
+)
 
 SETTINGS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 """What attention takes behind its three operands, with its defaults, in order."""
@@ -109,6 +115,7 @@ DRAFT_LISTS = torch.ops.ditopt.draft_lists.default
 CLUSTER_ORDER = torch.ops.ditopt.cluster_order.default
 KEEP_REST = torch.ops.ditopt.keep_rest.default
 ADD_REST = torch.ops.ditopt.add_rest.default
+LINEAR_REST = torch.ops.ditopt.linear_rest.default
 
 
 def _fake_flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -294,6 +301,31 @@ def _fake_add_rest(out: Tensor, lse: Tensor, forms: Tensor, kept: Tensor, stat: 
 
 torch.library.register_fake("ditopt::keep_rest", _fake_keep_rest, lib=LIBRARY)
 torch.library.register_fake("ditopt::add_rest", _fake_add_rest, lib=LIBRARY)
+
+
+def _fake_linear_rest(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    projection: Tensor,
+    query_block: int,
+    key_block: int,
+) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+torch.library.register_fake("ditopt::linear_rest", _fake_linear_rest, lib=LIBRARY)
+
+
+def linear_refusal(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, projection: Tensor) -> str | None:
+    """Why ``ditopt::linear_rest`` does not take these operands; None if it does."""
+    wrong = _mismatch(query, key, value, 1.0) or check(lists, query.shape[0], query.shape[1], query.shape[2])
+    wanted = (query.shape[1], value.shape[3], value.shape[3])
+    if wrong is None and (projection.shape != wanted or projection.dtype != torch.float32):
+        return f"projections are {projection.dtype} {list(projection.shape)}, not torch.float32 {list(wanted)}"
+    return wrong
 
 
 def cluster_refusal(

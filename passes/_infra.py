@@ -67,7 +67,8 @@ class SparseAttention:
     these selectors (``patterns.draft.SELECTORS``); where there are several, an input says which head's by which.
     ``order``: whether blocks are of tokens in an order that is an input. ``clusters``: an input says of which heads the
     call finds it, by clusters of the tokens from the first up to the last of these; others have that which is given.
-    ``int8``: an input says which heads have int8 scores.
+    ``int8``: an input says which heads have int8 scores. ``linear``: linear attention to the other blocks is added to
+    the result, behind projections that are an input.
     ``keeps`` and ``reads`` are kinds of tensors (``passes.kept``): those that the graph hands on to later steps, and
     those that it has from an earlier one, for the heads that an input names. Where it keeps rests, lists of the blocks
     that are left out have room for ``others``.
@@ -83,6 +84,7 @@ class SparseAttention:
     by: tuple[str, ...] = ("means",)
     clusters: tuple[int, int] | None = None
     int8: bool = False
+    linear: bool = False
     keeps: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     others: int = 0

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ditopt.errors import AuditError
-from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, CLUSTER_ORDER, FLASH_ATTENTION
+from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, CLUSTER_ORDER, FLASH_ATTENTION, LINEAR_REST
 from ditopt.passes._infra import SITE, GraphIndex, Ordered, SparseAttention, StepPlan, outputs, tensor_value
 from ditopt.passes.attention import list_maker, rest_of
 from ditopt.passes.cast import VIEWS, castable, readers, source
@@ -28,6 +28,7 @@ from ditopt.passes.sparse import (
     int8_name,
     list_names,
     order_names,
+    projection_name,
     rest_name,
 )
 from ditopt.sites import STEP
@@ -133,7 +134,7 @@ def _check_sparse(
         _check_rest(node, wanted)
         results, rest = check_with_rest(gm, wanted, of_site)
         made |= {slot_of(LISTS, wanted.site): node.args[3:5], slot_of(REST, wanted.site): rest}
-        _check_order(gm, node, wanted, results)
+        _check_order(gm, node, wanted, _check_linear(node, wanted, results))
         _check_mask(node, wanted, index.masks.get(wanted.site))
         _check_int8(node, wanted)
     planned = {wanted.site for wanted in plan.sparse}
@@ -176,6 +177,30 @@ def _check_rest(node: fx.Node, wanted: SparseAttention) -> None:
         if found != bool(wanted.pool) or (found and source(whole) not in _sources_of_means(means)):
             what = f"to be {wanted}, but its attention has {'other' if found else 'no'} pooled {name}"
             raise AuditError(f"{wanted.site}: {what}")
+
+
+def _check_linear(node: fx.Node, wanted: SparseAttention, results: list[fx.Node]) -> list[fx.Node]:
+    """Linear attention of the same operands to what the same lists leave out is added to ``results``, or none is.
+
+    Returns the nodes that hold the whole result of the site's attention.
+    """
+    read_by = readers(results)
+    further = [source(each.args[1]) if each.target is aten.add.Tensor else None for each in read_by]
+    linear = [each for each in further if isinstance(each, fx.Node) and each.target is LINEAR_REST]
+    if not wanted.linear:
+        if linear:
+            raise AuditError(f"{wanted.site}: linear attention is added to its result, but not by the plan")
+        return results
+    own = (*map(source, node.args[:5]), *node.args[5:7])
+    if len(linear) != len(read_by) or len(read_by) != 1:
+        raise AuditError(f"{wanted.site}: to be {wanted}, but no linear attention is added to its result")
+    (rest,) = linear
+    read = rest.args[5]
+    if (*map(source, rest.args[:5]), *rest.args[6:8]) != own or not isinstance(read, fx.Node):
+        raise AuditError(f"{wanted.site}: its linear attention has other operands or lists than its own")
+    if str(read.target) != projection_name(wanted.site):
+        raise AuditError(f"{wanted.site}: to be {wanted}, but its linear attention reads {read.target}")
+    return read_by
 
 
 def _check_order(gm: fx.GraphModule, node: fx.Node, wanted: SparseAttention, results: Sequence[fx.Node]) -> None:

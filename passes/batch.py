@@ -10,7 +10,9 @@ from torch import Tensor, fx
 
 from ditopt.passes._infra import Tracer
 
-VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+aten = torch.ops.aten
+
+VIEWS = (aten.view.default, aten._unsafe_view.default)
 MOST_CALLS = 2
 """A batched graph with more than this many times the calls does steps one after the other somewhere."""
 

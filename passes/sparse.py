@@ -22,9 +22,12 @@ from ditopt.kernels.ops import (
     BLOCK_SPARSE_ATTENTION,
     CLUSTER_ORDER,
     DRAFT_LISTS,
+    LINEAR_REST,
+    MASK_AND_REST,
     BlockLists,
     PooledRest,
     block_sparse_refusal,
+    linear_refusal,
 )
 from ditopt.passes._infra import (
     SITE,
@@ -96,6 +99,11 @@ def int8_name(site: str) -> str:
     return f"int8_{word(site)}"
 
 
+def projection_name(site: str) -> str:
+    """The input with what linear attention to the blocks that heads skip is multiplied by: ``[H, E, E]`` float32."""
+    return f"projection_{word(site)}"
+
+
 def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
     """Replace the attention of every site of ``plan.sparse``; the reasons say why one stays, which no audit passes."""
     wanted = {each.site: each for each in plan.sparse}
@@ -147,6 +155,10 @@ def sparse(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult:
 
             result, kept[slot_of(REST, found.site)] = with_rest(gm, found, both, result, others)
             hand_on(gm, plan, returned, kept)
+        if found.linear:
+            projection = add_input(gm, projection_name(found.site), _projection(node))
+            further = call(gm, LINEAR_REST, *operands, *inputs, projection, *settings[:2])
+            result = call(gm, aten.add.Tensor, result, further)
         if order:
             result = gathered(gm, result, order[1], tensor_value(result).shape[1])
         return in_memory_order(gm, result, tensor_value(node))
@@ -258,6 +270,8 @@ def sparse_refusal(node: fx.Node, wanted: SparseAttention) -> str | None:
         query, key, value, lists, scale_of(node), rest, of_mask, int8
     )
     of_pairs = of_mask is not None and of_mask.ndim > 1 and of_mask.shape[-2] > 1
+    if refused is None and wanted.linear:
+        refused = MASK_AND_REST if mask is not None else linear_refusal(query, key, value, lists, _projection(node))
     if refused is None and of_pairs and wanted.order not in (Ordered.NOT, Ordered.SITE):
         return "there is a mask of queries and keys, which heads with orders of their own would need one each of"
     return refused
@@ -283,6 +297,12 @@ def _lists(node: fx.Node, wanted: SparseAttention) -> BlockLists:
     rows = (1, query.shape[1], -(-query.shape[2] // wanted.query_block))
     indices = query.new_empty((*rows, wanted.width), dtype=torch.int32)
     return BlockLists(indices, query.new_empty(rows, dtype=torch.int32), wanted.query_block, wanted.key_block)
+
+
+def _projection(node: fx.Node) -> Tensor:
+    """What describes the projections of an attention call."""
+    query, _, value = (tensor_value(operand) for operand in node.args[:3])  # type: ignore[arg-type]  # nodes
+    return query.new_empty((query.shape[1], value.shape[3], value.shape[3]), dtype=torch.float32)
 
 
 def _rest(node: fx.Node, wanted: SparseAttention) -> PooledRest | None:

@@ -17,7 +17,7 @@ from ditopt.geometry import Geometry
 from ditopt.plan import Plan
 from ditopt.profile import Profile
 from ditopt.profile_file import fingerprint
-from ditopt.techniques import COLLECTORS
+from ditopt.techniques import COLLECTORS, LINEAR_REST
 from tests.made_profiles import made_profile, toy_profile
 
 
@@ -121,7 +121,7 @@ def test_a_geometry_is_read() -> None:
 
 
 def test_what_can_be_collected_is_what_the_profiler_knows() -> None:
-    assert tuple(each.value for each in Collect) == COLLECTORS
+    assert tuple(each.value for each in Collect) == (*COLLECTORS, LINEAR_REST)
 
 
 def test_merge_writes_one_profile(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Who may import whom, as the design page draws the house; read off the syntax trees, nothing is imported.
 
-    L0  errors, sites, decisions, plan(_text, _diff, _tensors), profile, measures, device, geometry, (block_)roles,
-        findings, observations, recipes, kept                 data
+    L0  errors, sites, decisions, plan(_text, _diff, _tensors), head_tensors, profile, measures, device, geometry,
+        (block_)roles, findings, observations, recipes, kept  data
     L1  kernels      cost_models                              never each other
     L2  passes -> kernels.ops      search -> cost_models      never each other
     L3  everything else: profiler, runtime, backend, adapters, api, report, cli, trace, ...
@@ -29,6 +29,7 @@ DATA = (
         "plan",
         "plan_text",
         "plan_tensors",
+        "head_tensors",
         "plan_diff",
         "profile",
         "measures",

@@ -16,9 +16,10 @@ from ditopt import store
 from ditopt.decisions import Sparse, pattern_text
 from ditopt.errors import PlanError
 from ditopt.geometry import Geometry
+from ditopt.head_tensors import BlockMaps, Projections
 from ditopt.plan import DevicePrint, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.plan_diff import diff_plans
-from ditopt.plan_tensors import KEY, MAX_BYTES, BlockMaps, PlanTensors, TensorFile
+from ditopt.plan_tensors import KEY, MAX_BYTES, PlanTensors, TensorFile
 
 GEOMETRY = Geometry(3, 8, 8, text=5)
 QUARTER, STRIPES = (pattern_text({"pattern": "listed", **each}) for each in ({"keep": 0.25}, {"columns": 0.125}))
@@ -63,43 +64,80 @@ def test_maps_come_back_bit_by_bit_by_head_and_step() -> None:
 def test_a_plan_writes_what_its_rules_read_and_reads_it_again(tmp_path: Path) -> None:
     every = PlanTensors((maps(), maps("blocks.1.attn"), maps(pattern=STRIPES)))
     rules = rule(QUARTER), rule(QUARTER, heads="3", rest={"pooled": 16}), rule(STRIPES, "blocks.*.attn", None)
-    made = plan(*rules).with_maps(every)
+    made = plan(*rules).with_beside(every)
     made.save(tmp_path / "a.yaml")
     read = Plan.load(tmp_path / "a.yaml")
     assert read.rules == made.rules and read.tensors is not None
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.yaml", read.tensors.file]
-    assert {(each.site, each.pattern): each.heads for each in read.maps.maps} == {
+    assert {(each.site, each.pattern): each.heads for each in read.beside.maps} == {
         ("blocks.0.attn", QUARTER): (1, 2, 3),
         ("blocks.0.attn", STRIPES): (0, 1, 2, 3),
     }
-    assert (read.maps.maps[0].kept(3, 4) == every.maps[0].kept(3, 4)).all()
+    assert (read.beside.maps[0].kept(3, 4) == every.maps[0].kept(3, 4)).all()
     before = (tmp_path / "a.yaml").read_text()
     read.save(tmp_path / "a.yaml")
     assert (tmp_path / "a.yaml").read_text() == before and read == Plan.load(tmp_path / "a.yaml")
     read.model_copy(update={"rules": (rules[0],)}).save(tmp_path / "b.yaml")
     other = Plan.load(tmp_path / "b.yaml")
-    assert [each.heads for each in other.maps.maps] == [(1, 2)] and other.tensors != read.tensors
+    assert [each.heads for each in other.beside.maps] == [(1, 2)] and other.tensors != read.tensors
     told = [line for line in diff_plans(read, other) if line.startswith("~ tensors")]
     assert len(told) == 2, "other lists are a difference"
-    plan().with_maps(every).save(tmp_path / "none.yaml")
+    plan().with_beside(every).save(tmp_path / "none.yaml")
     assert Plan.load(tmp_path / "none.yaml").tensors is None, "no rule reads any"
 
 
 def test_a_kept_plan_has_its_file_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DITOPT_CACHE", str(tmp_path / "cache"))
-    plan(rule(QUARTER)).with_maps(PlanTensors((maps(),))).save(tmp_path / "a.yaml")
+    plan(rule(QUARTER)).with_beside(PlanTensors((maps(),))).save(tmp_path / "a.yaml")
     store.keep_plan(tmp_path / "a.yaml", "sha256:ab")
     store.keep_plan(store.plan_path("sha256:ab"), "sha256:cd")
     for structure in ("sha256:ab", "sha256:cd"):
         found = store.find_plan(structure)
-        assert found is not None and found.maps == Plan.load(tmp_path / "a.yaml").maps
+        assert found is not None and found.beside == Plan.load(tmp_path / "a.yaml").beside
     assert not [path for path in store.plan_dir().iterdir() if path.suffix not in (".yaml", ".safetensors")]
 
 
 def test_rules_without_their_lists_are_not_written(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="is not written: its rules read lists of blocks that it does not have"):
+    with pytest.raises(PlanError, match="is not written: its rules read lists or projections that it does not have"):
         plan(rule(QUARTER)).save(tmp_path / "a.yaml")
     assert not list(tmp_path.iterdir())
+
+
+def projections(pattern: str, heads: tuple[int, ...] = (0, 1), width: int = 4) -> Projections:
+    packed = np.random.default_rng(5).standard_normal((2, len(heads), width, width)).astype(np.float16)
+    return Projections("transformer", "blocks.0.attn", pattern, heads, (0, 3), packed)
+
+
+def test_projections_go_with_the_maps_and_are_found_by_what_is_skipped(tmp_path: Path) -> None:
+    linear = pattern_text({"pattern": "listed", "keep": 0.25, "rest": "linear"})
+    skip = pattern_text({"pattern": "skip", "rest": "linear"})
+    every = PlanTensors((maps(),), (projections(linear), projections(skip)))
+    rules = rule(linear, heads="0-1", qk="int8"), rule(skip, "blocks.1.attn")
+    plan(*rules).with_beside(every).save(tmp_path / "a.yaml")
+    read = Plan.load(tmp_path / "a.yaml").beside
+    assert [each.heads for each in read.maps] == [(0, 1)] and [each.pattern for each in read.projections] == [linear]
+    found = read.projections_for("transformer", "blocks.0.attn", rules[0].do.pattern)  # type: ignore[union-attr]
+    assert found is not None and found.of_head(1, 4).dtype == np.float16
+    assert (found.of_head(1, 4) == every.projections[0].packed[1, 1]).all()
+    assert read.projections_for("transformer", "blocks.0.attn", QUARTER) is None
+    with pytest.raises(KeyError, match="head 7 has no projection; heads 0, 1 have"):
+        found.of_head(7, 0)
+
+
+@pytest.mark.parametrize(
+    ("packed", "told"),
+    [
+        (np.zeros((2, 2, 4, 4), np.float32), "projections are float32 of shape"),
+        (np.zeros((2, 2, 4, 3), np.float16), r"shape \[2, 2, 4, 3\], not float16 \[periods, heads, E, E\]"),
+        (np.zeros((1, 2, 4, 4), np.float16), r"projections are \[1, 2\]; there are 2 periods, 2 heads"),
+        (np.full((2, 2, 4, 4), np.nan, np.float16), "NaN or infinite"),
+    ],
+)
+def test_projections_that_do_not_fit_are_refused(packed: np.ndarray, told: str) -> None:
+    skip = pattern_text({"pattern": "skip", "rest": "linear"})
+    data = PlanTensors(projections=(replace(projections(skip), packed=packed),)).to_bytes()
+    with pytest.raises(PlanError, match=told):
+        PlanTensors.parse(data, "file")
 
 
 def _cut(path: Path) -> None:
@@ -117,7 +155,7 @@ def _flip(path: Path) -> None:
     [
         (
             Path.unlink,
-            r"tensors-\w{16}.safetensors: no such file; the plan beside it reads lists of blocks there: c",
+            r"tensors-\w{16}.safetensors: no such file; the plan beside it reads what its heads have",
         ),
         (_cut, "has the SHA-256 .*, the plan was written with .*: the file was cut short or changed"),
         (_flip, "was cut short or changed, or is of another plan"),
@@ -127,7 +165,7 @@ def _flip(path: Path) -> None:
 def test_a_file_that_is_not_as_it_was_written_is_refused(
     tmp_path: Path, harm: Callable[[Path], None], told: str
 ) -> None:
-    plan(rule(QUARTER)).with_maps(PlanTensors((maps(),))).save(tmp_path / "a.yaml")
+    plan(rule(QUARTER)).with_beside(PlanTensors((maps(),))).save(tmp_path / "a.yaml")
     (path,) = tmp_path.glob("*.safetensors")
     harm(path)
     with pytest.raises(PlanError, match=told):
@@ -136,7 +174,7 @@ def test_a_file_that_is_not_as_it_was_written_is_refused(
 
 @pytest.mark.parametrize("name", ["../a.safetensors", "/etc/passwd", ".hidden", "a/b", ""])
 def test_a_file_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
-    plan(rule(QUARTER)).with_maps(PlanTensors((maps(),))).save(tmp_path / "a.yaml")
+    plan(rule(QUARTER)).with_beside(PlanTensors((maps(),))).save(tmp_path / "a.yaml")
     text = (tmp_path / "a.yaml").read_text()
     (path,) = tmp_path.glob("*.safetensors")
     (tmp_path / "b.yaml").write_text(text.replace(path.name, f'"{name}"'))
@@ -164,7 +202,7 @@ def test_large_files_are_neither_written_nor_read(tmp_path: Path, monkeypatch: p
         ({"geometry": Geometry(10**6, 10**6, 1)}, "blocks a side are over the limit"),
         ({"heads": (1, 0, 2, 3)}, "heads .* are not ascending numbers"),
         ({"starts": (1, 3)}, r"periods start at steps \[1, 3\]; they ascend from 0"),
-        ({"block": 0}, "field maps.0.block: Input should be greater than or equal to 1"),
+        ({"block": 0}, "field maps: block: Input should be greater than or equal to 1"),
     ],
 )  # fmt: skip
 def test_maps_that_do_not_fit_are_refused(change: dict[str, object], told: str) -> None:
@@ -180,8 +218,8 @@ def test_maps_that_do_not_fit_are_refused(change: dict[str, object], told: str) 
         (save({"a": np.zeros(1)}), "is no file of a plan's tensors"),
         (save({"a": np.zeros(1)}, metadata={KEY: "[]"}), "is no file of a plan's tensors"),
         (save({"a": np.zeros(1)}, metadata={KEY: json.dumps({KEY: 2})}), "format version 2 is not supported"),
-        (save({"a": np.zeros(1)}, metadata={KEY: json.dumps({KEY: 1})}), "field maps.: Input should be a valid list"),
-        (save({"a": np.zeros(1)}, metadata={KEY: json.dumps({KEY: 1, "maps": [{}]})}), "maps.0.network: Field"),
+        (save({"a": np.zeros(1)}, metadata={KEY: json.dumps({KEY: 1})}), "field maps: expected a list, found NoneType"),
+        (save({"a": np.zeros(1)}, metadata={KEY: json.dumps({KEY: 1, "maps": [{}]})}), "maps: network: Field"),
     ],
 )  # fmt: skip
 def test_other_files_are_refused(tmp_path: Path, data: bytes, told: str) -> None:

@@ -23,9 +23,10 @@ from ditopt.outcome import Result
 from ditopt.plan import Plan
 from ditopt.profiler import take
 from ditopt.profiler.attention_timing import attention_latency
-from ditopt.recipes import ANY, RECIPES, Recipe
+from ditopt.recipes import ANY, RECIPES, Form, Recipe, fits
 from ditopt.report.explained import Explained, side_path
 from ditopt.target import Target
+from ditopt.techniques import LINEAR_REST
 from ditopt.terminal import show_plan
 from ditopt.verify import VerifiedSearch
 from tests.tiny import tiny_wan
@@ -123,30 +124,33 @@ def test_under_a_recipe_heads_are_what_it_allows_and_every_step_is_computed(
     torch._dynamo.reset()
 
 
-def test_lists_that_profiled_prompts_chose_stand_beside_the_plan_and_are_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("form", [{"pattern": "listed", "keep": ANY}, {"pattern": ANY, "rest": "linear"}])
+def test_what_profiled_prompts_gave_stands_beside_the_plan_and_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Form
 ) -> None:
-    """From prompts to a plan with nothing but listed heads, and from its two files to the same generation."""
+    """From prompts to a plan with listed heads, or linear rests, alone, and from its two files to the same sample."""
     monkeypatch.setenv("DITOPT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(RECIPES, "lists", Recipe("lists", "Lists", "none", forms=({"pattern": "listed", "keep": ANY},)))
+    monkeypatch.setitem(RECIPES, "lists", Recipe("lists", "Lists", "none", forms=(form,)))
+    monkeypatch.setattr(take, "SPARSE_TABLES", (*take.SPARSE_TABLES, LINEAR_REST))
     measured_as(monkeypatch, FASTER)
     path = tmp_path / "wan.plan.yaml"
     model = tiny_wan()
-    made = Optimizer(model, PROMPTS, Target(min_psnr=40), euler, path, budget=4, resume=False, quiet=True,
+    made = Optimizer(model, PROMPTS, Target(min_psnr=30), euler, path, budget=4, resume=False, quiet=True,
                      recipe="lists")  # fmt: skip
     result = made.run()
     assert heads_of(result.plan) and heads_of(result.plan) == list(result.plan.rules), made.reasons  # type: ignore[union-attr]  # there is one
     plan = Plan.load(path)
     assert plan.tensors is not None and (tmp_path / plan.tensors.file).exists()
-    assert all(rule.do.settings["pattern"] == "listed" for rule in heads_of(plan))
-    assert {each.heads for each in plan.maps.maps} <= {(0,), (1,), (0, 1)}
-    shares = {rule.do.pattern: rule.do.settings["keep"] for rule in heads_of(plan)}
-    for maps in plan.maps.maps:
+    assert all(fits(form, rule.do.settings) for rule in heads_of(plan))
+    assert {each.heads for each in plan.beside.entries} <= {(0,), (1,), (0, 1)}
+    assert bool(plan.beside.maps) != bool(plan.beside.projections) == ("rest" in form)
+    shares = {rule.do.pattern: rule.do.settings.get("keep", 0.0) for rule in heads_of(plan)}
+    for maps in plan.beside.maps:
         share = shares[maps.pattern]
         for head in maps.heads:
             assert share <= maps.kept(head, 0).mean() <= share + 1 / 16, "the share of blocks of keys, and the own one"
     kept = store.find_plan(plan.model.structure.split()[0])
-    assert kept is not None and kept.maps == plan.maps
+    assert kept is not None and kept.beside == plan.beside
     shown = Console(width=200, record=True, file=io.StringIO())
     shown.print(show_plan(plan, 200))
     assert f"in {plan.tensors.file} beside the plan" in shown.export_text()

@@ -19,6 +19,7 @@ from ditopt.profiler.maps import by_distance, mass_in, pooled_keys, pooled_rows,
 from ditopt.profiler.pattern_errors import PatternCollector
 from ditopt.profiler.regions import DISTANCES, REGIONS, Regions
 from ditopt.profiler.rows import Part, Place, Reads, RowReader, SharedRows, anchor_steps
+from ditopt.techniques import LINEAR_REST
 from ditopt.trace import Trace
 
 SINKS = 100
@@ -272,18 +273,20 @@ def attention_collectors(
 ) -> list[Collector]:
     """The collectors of one generation that look at attention, by the names of their tables; they share what they read.
 
-    ``before`` are the tables ``patterns`` of earlier prompts, by site.
+    ``before`` are the tables ``patterns`` of earlier prompts, by site. Asked for ``linear_rest``, too, these hold fits.
 
     Raises:
         InputError: a name is unknown, or ``map_side`` is not from 1 to 128.
     """
-    unknown = sorted(set(names) - {"attention", "patterns"})
+    unknown = sorted(set(names) - {"attention", "patterns", LINEAR_REST})
     if unknown:
-        raise InputError(f"collectors {', '.join(unknown)} do not look at attention; choose from attention, patterns")
+        raise InputError(
+            f"collectors {', '.join(unknown)} do not look at attention; choose from attention, patterns, {LINEAR_REST}"
+        )
     rows = SharedRows(trace, geometry)
     found: list[Collector] = []
     if "attention" in names:
         found.append(AttentionCollector(trace, calls, geometry, map_side, rows))
     if "patterns" in names:
-        found.append(PatternCollector(trace, calls, geometry, rows, before))
+        found.append(PatternCollector(trace, calls, geometry, rows, before, LINEAR_REST in names))
     return found

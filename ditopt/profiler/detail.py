@@ -31,6 +31,7 @@ from ditopt.profiler.site_sensitivity import SiteSensitivity
 from ditopt.profiler.tokens import TokenChange
 from ditopt.quality import relative_l2
 from ditopt.runtime.program import Program
+from ditopt.techniques import LINEAR_REST
 
 MAP_BYTES = 32 << 20
 """Of all pooled attention maps of a prompt; with many heads they are coarser."""
@@ -165,7 +166,7 @@ class DetailRun:
 
     def _collectors(self, name: str, program: Program, earlier: Sequence[Tables]) -> list[Collector]:
         trace, calls, geometry = program.variants.trace, self.calls[name], self.geometry[name]
-        wanted = [each for each in ("attention", "patterns") if each in self.collect]
+        wanted = [each for each in ("attention", "patterns", LINEAR_REST) if each in self.collect]
         found: list[Collector] = []
         if wanted:
             heads = sum(entry.site.heads for entry in attentions(trace))

@@ -23,7 +23,7 @@ from ditopt.kernels.patterns._infra import Booleans
 from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.listed import Listed, own_blocks
 from ditopt.kernels.patterns.orders import TokenOrder
-from ditopt.measures import Measure, Numbers, Table
+from ditopt.measures import Measure, Numbers
 from ditopt.profiled_maps import SUMS
 from ditopt.profiler.maps import pooled_rows
 from ditopt.profiler.rows import Part, Place
@@ -80,12 +80,6 @@ def periods_that_fit(places: Sequence[Place], steps: int) -> tuple[int, ...]:
 def sums_of(place: Place) -> str:
     """The measure with the sums of a place."""
     return SUMS[place.order is not None]
-
-
-def summed(tables: Sequence[Table], measure: str) -> Numbers | None:
-    """``[periods, H, Qb, Kb]``: the sums of all prompts of some tables of a site; None where none has any."""
-    known = [table[measure].values.sum(0, dtype=np.float32) for table in tables if measure in table.measures]
-    return sum(known[1:], known[0]) if known else None
 
 
 @dataclass

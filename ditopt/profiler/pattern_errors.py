@@ -21,10 +21,12 @@ from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.measures import Label, Measure, Numbers, Table
 from ditopt.passes.attention import rest_refusal
+from ditopt.profiled_maps import LINEAR_AXES
 from ditopt.profiler.draft_blocks import KEPT_BYTES
 from ditopt.profiler.interpret import Seen
 from ditopt.profiler.kept_errors import KeptErrors
-from ditopt.profiler.listed_blocks import periods_that_fit, summed, sums_of
+from ditopt.profiler.linear_branch import fits
+from ditopt.profiler.listed_blocks import periods_that_fit
 from ditopt.profiler.rows import Operands, Part, Place, Reads, RowReader, SharedRows, first_samples
 from ditopt.profiler.tried import Tried
 from ditopt.search.heads import SKIP
@@ -91,6 +93,7 @@ class _Site:
         calls: NetworkCalls,
         starts: Sequence[int] = (),
         before: Sequence[Table] = (),
+        linear: bool = False,
     ) -> None:
         self.place, self.starts = place, tuple(starts)
         first, last = (max(place.video[0], place.entry.rows[0]), min(place.video[1], place.entry.rows[1]))
@@ -106,7 +109,7 @@ class _Site:
             rows = first, last
             self.tried = {
                 each.order: Tried(
-                    each, place.geometry, rows, starts, summed(before, sums_of(each)), steps=steps, branches=branches
+                    each, place.geometry, rows, starts, before, linear=linear, steps=steps, branches=branches
                 )
                 for each in places
             }
@@ -136,9 +139,8 @@ class _Site:
     def measures(self) -> dict[str, Measure]:
         """All of them."""
         along = ("prompt", "step", "branch")
-        sums = [each.listed.measures() for each in self.tried.values() if each.listed is not None]
         return {
-            **{name: measure for each in sums for name, measure in each.items()},
+            **{name: measure for each in self.tried.values() for name, measure in each.measures().items()},
             "error": Measure((*along, "head", "candidate"), self.error, True),
             "reuse": Measure((*along, "head", "lag"), self.reuse, True),
             "branches": Measure(("prompt", "step", "head"), self.branches, True),
@@ -161,6 +163,7 @@ class PatternCollector(RowReader):
     one pair of a query and a group for each group of the sequence more. Those with a ``refresh`` have in a step what
     they found in the last one that is a multiple of it, as a run that starts in the first step has. Those whose rest is
     kept from an earlier step (``kept_errors``) have as ``density`` the mean over a dense step and those up to the next.
+    ``linear``: rests of linear attention are fitted to earlier prompts, too.
     Of a batch the first sample of each guidance branch is looked at. ``rows`` is what other collectors of the
     generation read, too.
     """
@@ -174,6 +177,7 @@ class PatternCollector(RowReader):
         geometry: Geometry | None,
         rows: SharedRows | None = None,
         before: Mapping[str, Sequence[Table]] | None = None,
+        linear: bool = False,
     ) -> None:
         super().__init__()
         self.rows = SharedRows(trace, geometry) if rows is None else rows
@@ -183,8 +187,12 @@ class PatternCollector(RowReader):
         starts = periods_that_fit(fitting, len(calls.timesteps))
         if fitting and not starts:
             self.skip("sums of attention by blocks would be too large: lists chosen from them are not tried")
+        fitted, linear = linear, linear and fits(fitting, len(starts))
+        if fitted and not linear:
+            self.skip("moments of linear attention would be too large: no linear rest is fitted")
+        earlier = before or {}
         self._sites = {
-            place.name: _Site(place, self.rows.ordered.get(node), calls, starts, (before or {}).get(place.name, ()))
+            place.name: _Site(place, self.rows.ordered.get(node), calls, starts, earlier.get(place.name, ()), linear)
             for node, place in self.rows.places.items()
         }
         self._behind: dict[str, _Site] = {}
@@ -291,6 +299,8 @@ class PatternCollector(RowReader):
             place = site.place
             labels: dict[str, tuple[Label, ...]] = {"candidate": site.names, "lag": tuple(range(1, LAGS + 1))}
             labels |= {"period": site.starts} if site.tried and site.starts else {}
+            readers = [each.linear for each in site.tried.values()]
+            labels |= {LINEAR_AXES[each.place.order is not None]: each.names for each in readers if each and each.names}
             facts = {
                 "tokens": place.entry.site.queries,
                 "kind": place.kind,

@@ -17,7 +17,7 @@ from ditopt.errors import InputError
 from ditopt.geometry import Geometry
 from ditopt.prepare import Preparation, Prepared, as_it_was, seeded
 from ditopt.profile import LATENCY, NetworkProfile, Profile
-from ditopt.profiled_maps import profiled_maps
+from ditopt.profiled_maps import profiled_tensors
 from ditopt.profiler.checkpoint import Checkpoints, weights_print
 from ditopt.profiler.observe import Pair
 from ditopt.profiler.run import ProfileRun
@@ -26,12 +26,14 @@ from ditopt.quality import value_range
 from ditopt.search.sparse import site_costs
 from ditopt.techniques import Techniques
 
-TABLES = 12
+TABLES = 13
 """Counts up when collectors measure otherwise: checkpoints of before are not taken up."""
 
 
 SPARSE_PROMPTS = 2
 """Of so many prompts ``optimize`` measures what patterns cost."""
+SPARSE_TABLES = ("patterns", "sensitivity")
+"""What it measures for that."""
 LEAST_DENSITY = 0.25
 MOST_REASONS = 3
 WORTH_LOOKING = 0.1
@@ -118,9 +120,7 @@ def add_sparse_tables(
         return profile
     from ditopt.profiler.detail import DetailRun
 
-    run = DetailRun(
-        prepared.evaluator, prepared.calls, checkpoints, reporter, ("patterns", "sensitivity"), attention_only=True
-    )
+    run = DetailRun(prepared.evaluator, prepared.calls, checkpoints, reporter, SPARSE_TABLES, attention_only=True)
     ((name, timed),) = run.latency(profile).items()
     network = replace(profile.networks[name], tables={**profile.networks[name].tables, LATENCY: timed})
     share, told = attention_share(network)
@@ -138,7 +138,7 @@ def add_sparse_tables(
     tables = {**networks[name].tables, LATENCY: timed}
     evaluator = prepared.evaluator
     template = evaluator.template.model_copy(update={"tokens": {name: geometry}})
-    evaluator.template = template.with_maps(profiled_maps(name, networks[name]))
+    evaluator.template = template.with_beside(profiled_tensors(name, networks[name]))
     return replace(profile, networks={name: replace(networks[name], tables=tables)})
 
 

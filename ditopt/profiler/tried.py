@@ -21,12 +21,14 @@ from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.candidates import candidates
 from ditopt.kernels.patterns.choice import REST, Pooled, SparseChoice
 from ditopt.kernels.patterns.orders import TokenOrder
-from ditopt.measures import Numbers
+from ditopt.measures import Measure, Numbers, Table
 from ditopt.passes.attention import first_order_refusal
+from ditopt.profiled_maps import summed
 from ditopt.profiler.cluster_errors import ClusterReader
 from ditopt.profiler.draft_blocks import KEPT_BYTES, DraftReader, drafts_of
 from ditopt.profiler.kept_errors import KeptReader, kept_of
-from ditopt.profiler.listed_blocks import ListedReader, lists_of
+from ditopt.profiler.linear_branch import LinearReader
+from ditopt.profiler.listed_blocks import ListedReader, lists_of, sums_of
 from ditopt.profiler.rows import Operands, Part, Place
 
 WITH_REST = ("skip", "spatial", "temporal", "window", "band", "draft", "listed")
@@ -136,9 +138,9 @@ def _by_query_block(sums: Tensor, blocks: int) -> Tensor:
 class Tried:
     """The candidates of a site whose blocks are of tokens in one order, and what they have of the calls seen.
 
-    ``starts`` are those of the periods in which lists are chosen, none if they are not; ``before`` the sums of
-    attention of earlier prompts that choose them. Where there are none, errors of listed candidates are NaN. ``steps``
-    and ``branches`` are those of a generation.
+    ``starts`` are those of the periods in which lists are chosen, none if they are not; ``before`` the tables of
+    earlier prompts that choose them, and that ``linear`` rests are fitted to. Where there are none, errors of these
+    candidates are NaN. ``steps`` and ``branches`` are those of a generation.
     """
 
     def __init__(
@@ -147,8 +149,9 @@ class Tried:
         geometry: Geometry,
         rows: tuple[int, int],
         starts: Sequence[int] = (),
-        before: Numbers | None = None,
+        before: Sequence[Table] = (),
         *,
+        linear: bool = False,
         steps: int = 1,
         branches: int = 1,
     ) -> None:
@@ -162,11 +165,21 @@ class Tried:
             drafts = drafts_of(geometry, block, order)
         self.drafts = DraftReader(drafts)
         self.clusters = ClusterReader(geometry, place.key_block) if order is None else None
-        self.listed = ListedReader(place, lists_of(geometry, block, order), tuple(starts), before) if starts else None
+        self.listed = self.linear = None
+        if starts:
+            sums = summed(before, sums_of(place))
+            self.listed = ListedReader(place, lists_of(geometry, block, order), tuple(starts), sums)
+        if starts and linear and place.pool:
+            among = (*self.candidates.names, *self.drafts.drafts.names)
+            self.linear = LinearReader(place, among, starts, before)
         listed = self.listed.lists.names if self.listed is not None else ()
-        every, self._with_rests = self._names(listed)
+        fitted = self.linear.names if self.linear is not None else ()
+        every, self._with_rests = self._names(listed, fitted)
         self.tries_lists = self.listed is not None and self.listed.tried
-        measured, self.compensated = self._names(listed if self.tries_lists else ())
+        self.tries_linear = self.linear is not None and self.linear.tried
+        measured, self.compensated = self._names(
+            listed if self.tries_lists else (), fitted if self.tries_linear else ()
+        )
         # What means the same in every order has its numbers in raster order.
         self.told = tuple(
             at
@@ -186,15 +199,15 @@ class Tried:
         self.names = (*(every[at] for at in self.told), *self.kept_rests.names)
         self._errors: dict[int, Tensor] = {}
 
-    def _names(self, listed: tuple[str, ...]) -> tuple[tuple[str, ...], Compensated | None]:
-        """All candidates with these listed ones, and those of them with a rest."""
+    def _names(self, listed: tuple[str, ...], fitted: tuple[str, ...]) -> tuple[tuple[str, ...], Compensated | None]:
+        """All candidates with these listed ones and linear rests, and those of them with means."""
         every = (*self.candidates.names, *self.drafts.drafts.names, *listed)
         found, place = None, self.place
         if place.pool:
             linear = first_order_refusal(place.entry.node) is None
             found = compensated_of(every, place.key_block, place.pool, linear)
             every += found.names
-        return (*every, *(self.clusters.names if self.clusters is not None else ())), found
+        return (*every, *(self.clusters.names if self.clusters is not None else ()), *fitted), found
 
     @property
     def density(self) -> Numbers:
@@ -210,6 +223,8 @@ class Tried:
             found = np.concatenate([found, np.minimum(of_rests, 1)])
         if self.clusters is not None:
             found = np.concatenate([found, self.clusters.density])
+        if self.linear is not None:
+            found = np.concatenate([found, np.minimum(found[[*self.linear.which]] + self.linear.further, 1)])
         return np.concatenate([found[[*self.told]], self.kept_rests.density])
 
     def kept(self, part: Part) -> Tensor:
@@ -222,14 +237,14 @@ class Tried:
 
     def start(self, operands: Operands, index: int) -> None:
         """Remember what heads would find their blocks by."""
-        for reader in (self.drafts, self.clusters):
+        for reader in (self.drafts, self.clusters, self.linear):
             if reader is not None:
                 reader.start(operands, index)
 
     def finish(self, branch: int) -> None:
         """Let go of a branch's operands."""
         self.kept_rests.finish(branch)
-        for reader in (self.drafts, self.clusters):
+        for reader in (self.drafts, self.clusters, self.linear):
             if reader is not None:
                 reader.finish()
 
@@ -251,11 +266,18 @@ class Tried:
         pooled = linear = None
         if self.compensated is not None and part.pooled is not None and part.linear is not None:
             pooled, linear = (part.pooled, self.compensated.which), (part.linear, self.compensated.linear)
-        found = error_moments(sums, self.kept(part), weights, pooled, linear)
-        if self.clusters is None or not self.clusters.names:
-            return found
-        of_clusters, kept = self.clusters.sums(part, self.place.sample)
-        return torch.cat([found, error_moments(of_clusters, kept, weights.view(-1, 1))])
+        kept = self.kept(part)
+        found = [error_moments(sums, kept, weights, pooled, linear)]
+        if self.clusters is not None and self.clusters.names:
+            of_clusters, of_rows = self.clusters.sums(part, self.place.sample)
+            found.append(error_moments(of_clusters, of_rows, weights.view(-1, 1)))
+        fitted = self.linear.take(part, kept, weights) if self.linear is not None else None
+        return torch.cat([*found, *([] if fitted is None else [fitted])])
+
+    def measures(self) -> dict[str, Measure]:
+        """What later prompts choose lists by, and fit linear rests to."""
+        readers = (self.listed, self.linear)
+        return {name: each for reader in readers if reader is not None for name, each in reader.measures().items()}
 
     def errors(self, branch: int) -> Tensor:
         """``[H, C, E, E]``: second moments of the errors in a branch's call, which are then forgotten; NaN: unknown.

@@ -114,6 +114,8 @@ def _rest_words(rest: Any) -> str:
     match rest:
         case "pooled":
             return "by means"
+        case "linear":
+            return "by linear attention"
         case {"pooled": tokens}:
             return f"by means of {tokens}"
         case {"taylor": tokens}:

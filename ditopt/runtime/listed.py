@@ -13,11 +13,11 @@ from torch import Tensor
 from ditopt.decisions import HeadDecision, Sparse
 from ditopt.errors import AuditError, PlanMismatchError
 from ditopt.geometry import Geometry
+from ditopt.head_tensors import BlockMaps
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks
 from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.listed import rescaled
 from ditopt.plan import Plan, Rule
-from ditopt.plan_tensors import BlockMaps, is_listed, map_text
 
 Heads = tuple[HeadDecision, ...]
 Sizes = tuple[int, int]
@@ -38,6 +38,10 @@ class BoundList(Sparse):
     bound: HeadMap
 
 
+def _is_listed(do: Sparse) -> bool:
+    return BlockMaps.text_of(do.pattern) is not None
+
+
 class ListedHeads:
     """What the file beside a plan says of the heads of one network.
 
@@ -45,7 +49,7 @@ class ListedHeads:
     """
 
     def __init__(self, plan: Plan, network: str, retarget: bool) -> None:
-        self.maps, self.network, self.retarget = plan.maps, network, retarget
+        self.beside, self.network, self.retarget = plan.beside, network, retarget
         self._proven: set[tuple[str, Heads]] = set()
 
     def check(self, rule: Rule, told: str, site: str, heads: int) -> None:
@@ -54,13 +58,13 @@ class ListedHeads:
         Raises:
             PlanMismatchError: it has not.
         """
-        if not isinstance(rule.do, Sparse) or not rule.is_listed:
+        if not isinstance(rule.do, Sparse) or not _is_listed(rule.do):
             return
         maps = self._find(rule.do, site)
         wanted = range(heads) if rule.heads is None else rule.heads
         missing = [head for head in wanted if maps is None or head not in maps.heads]
         if missing:
-            known = [each.place for each in self.maps.maps if each.site == site and each.network == self.network]
+            known = [each.place for each in self.beside.maps if each.site == site and each.network == self.network]
             has = "; ".join(known[:4]) or "no lists of this site"
             of_heads = "" if maps is None else f" of head {missing[0]}, only of {', '.join(map(str, maps.heads))}"
             raise PlanMismatchError(
@@ -79,7 +83,7 @@ class ListedHeads:
         known: dict[tuple[HeadDecision, int, int], BoundList] = {}
 
         def bound(do: HeadDecision, head: int, step: int) -> HeadDecision:
-            if not isinstance(do, Sparse) or not is_listed(do.pattern):
+            if not isinstance(do, Sparse) or not _is_listed(do):
                 return do
             maps = self._of(do, site)
             key = do, head, maps.period(step)
@@ -114,7 +118,7 @@ class ListedHeads:
                 )
 
     def _find(self, do: Sparse, site: str) -> BlockMaps | None:
-        return self.maps.find(self.network, site, map_text(do.pattern))
+        return self.beside.maps_for(self.network, site, do.pattern)
 
     def _of(self, do: Sparse, site: str) -> BlockMaps:
         found = self._find(do, site)

@@ -29,12 +29,21 @@ from ditopt.kernels.patterns.whole import Nothing
 from ditopt.passes._infra import SITE, SparseAttention, tensor_value
 from ditopt.passes.attention import mask_of
 from ditopt.passes.kept import LISTS, REST, readers_name, room_name
-from ditopt.passes.sparse import clusters_name, draft_inputs, int8_name, list_names, order_names, rest_name
+from ditopt.passes.sparse import (
+    clusters_name,
+    draft_inputs,
+    int8_name,
+    list_names,
+    order_names,
+    projection_name,
+    rest_name,
+)
 from ditopt.plan import Plan, Rule
 from ditopt.runtime.choices import choice_of
 from ditopt.runtime.drafts import finding, limits_of_steps, room_of, selectors_of_steps
 from ditopt.runtime.kept import KeptRead, KeptSteps, kept_steps, refresh_of
 from ditopt.runtime.kept_rests import kept_rests
+from ditopt.runtime.linear import LinearRests
 from ditopt.runtime.listed import BoundList, ListedHeads
 from ditopt.runtime.products import int8_heads, is_int8
 from ditopt.runtime.token_orders import clustered_heads, site_orders
@@ -62,7 +71,7 @@ def not_looked_for(given: Geometry | None) -> tuple[Geometry | None, str]:
 class Place:
     """An attention site, its block, whether it is self-attention of the latents' tokens (``own``), and its device.
 
-    ``masked``: the model hides keys from queries there.
+    ``masked``: the model hides keys from queries there. ``channels`` are those of a head's values.
     """
 
     site: AttentionSite
@@ -70,6 +79,7 @@ class Place:
     own: bool
     device: torch.device
     masked: bool = False
+    channels: int = 0
 
     @property
     def key_blocks(self) -> int:
@@ -93,6 +103,7 @@ def places_of(trace: Trace) -> dict[str, Place]:
             site.queries == site.keys and nodes[site.name].args[1] in changing,
             tensor_value(nodes[site.name]).device,
             mask_of(nodes[site.name]) is not None,
+            int(tensor_value(nodes[site.name].args[2]).shape[-1]),  # type: ignore[arg-type]  # a node
         )
         for site in trace.sites
         if isinstance(site, AttentionSite)
@@ -127,7 +138,7 @@ class AttentionSites:
                 parameters, a rest or an order that it has not, or is for self-attention only and the site is none, or
                 has no lists in the plan's file.
         """
-        listed = ListedHeads(plan, network, self.retarget)
+        listed, linear = ListedHeads(plan, network, self.retarget), LinearRests(plan, network)
         for number, rule in enumerate(plan.rules):
             if rule.for_heads and fnmatchcase(network, rule.network):
                 told = f"rule {number} ({rule.place})"
@@ -138,6 +149,7 @@ class AttentionSites:
                 for place in named:
                     self._check_heads(rule, told, place)
                     listed.check(rule, told, place.site.name, place.site.heads)
+                    linear.check(rule, told, place.site.name, place.site.heads, place.channels)
 
     def _check_heads(self, rule: Rule, told: str, place: Place) -> None:
         heads = place.site.heads
@@ -200,6 +212,7 @@ class AttentionSites:
             block = kernel_blocks(place.site.queries, place.site.keys)[1]
             ordered, orders = site_orders(decided, geometry, block, place.device)
             products = int8_heads(name, decided, place.device)
+            projections = LinearRests(plan, network).inputs(name, place.channels, decided, place.device)
             for step, lists in of_steps.items():
                 listed.audit(name, geometry, decided[step], step, lists)
                 pool, heads = rests[step]
@@ -214,6 +227,8 @@ class AttentionSites:
                     inputs |= zip(draft_inputs(wanted), (*limits[step], codes.to(place.device)), strict=False)
                 if products:
                     wanted, inputs[int8_name(name)] = replace(wanted, int8=True), products[step]
+                if projections:
+                    wanted, inputs[projection_name(name)] = replace(wanted, linear=True), projections[step]
                 clustered = clustered_heads(decided[step])
                 if geometry is not None and any(clustered):
                     before = geometry.text if geometry.text_first else 0

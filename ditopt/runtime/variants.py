@@ -14,6 +14,7 @@ import ditopt.kernels.block_sparse_attention.clusters
 # These register the operators that flash and sparse put into graphs.
 import ditopt.kernels.block_sparse_attention.cpu
 import ditopt.kernels.block_sparse_attention.draft
+import ditopt.kernels.block_sparse_attention.linear
 import ditopt.kernels.flash_attention.cpu  # noqa: F401
 from ditopt._torch import BoxedCallable, fake_mode_of, lower, trace_aten
 from ditopt.passes._infra import GraphIndex, PassManager, StepPlan, outputs

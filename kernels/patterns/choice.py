@@ -18,6 +18,7 @@ from ditopt.kernels.patterns.whole import Everything, Nothing
 
 REST, POOLED, TAYLOR, ORDER, QK, INT8 = "rest", "pooled", "taylor", "order", "qk", "int8"
 REFRESH = "refresh"
+LINEAR = "linear"
 WITHOUT_PLACES = (Draft, Everything, Nothing)
 """Patterns that do not speak of where tokens are."""
 LEAST_POOL = 4
@@ -61,6 +62,19 @@ class Pooled:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """A rest that counts by linear attention behind a projection (SLA), which the file beside the plan has.
+
+    >>> Linear().to_data()
+    'linear'
+    """
+
+    def to_data(self) -> str:
+        """The word that describes it."""
+        return LINEAR
+
+
+@dataclass(frozen=True)
 class SparseChoice:
     """A pattern, and the ``rest`` of what it keeps; None: that is lost.
 
@@ -70,7 +84,7 @@ class SparseChoice:
     """
 
     pattern: Pattern | Draft | Listed
-    rest: Pooled | Kept | None = None
+    rest: Pooled | Kept | Linear | None = None
     order: TokenOrder | None = None
     qk: Literal["int8"] | None = None
     refresh: int | None = None
@@ -162,16 +176,18 @@ def _no_kept_rest(choice: SparseChoice) -> str | None:
     return None
 
 
-def _rest(written: Any) -> Pooled | Kept:
+def _rest(written: Any) -> Pooled | Kept | Linear:
     if isinstance(written, dict) and KEPT in written:
         return Kept.from_data(written)
+    if written == LINEAR:
+        return Linear()
     word, tokens = written, None
     if isinstance(written, dict) and len(written) == 1:
         ((word, tokens),) = written.items()
     sized = type(tokens) is int and tokens >= LEAST_POOL and not tokens & (tokens - 1)
     if word not in (POOLED, TAYLOR) or not (sized or word is written):
         raise ValueError(
-            f"rest {written!r} is unknown; write {POOLED} or {TAYLOR}, or {{{POOLED}: 16}} for means of 16 tokens, a "
-            f"power of two from {LEAST_POOL} on, or {{{KEPT}: merge, refresh: 4}} for what an earlier step had"
+            f"rest {written!r} is unknown; write {POOLED}, {TAYLOR} or {LINEAR}, or {{{POOLED}: 16}} for means of 16 "
+            f"tokens, a power of two from {LEAST_POOL} on, or {{{KEPT}: merge, refresh: 4}} for what an earlier one had"
         )
     return Pooled(tokens, first_order=word == TAYLOR)

@@ -97,8 +97,12 @@ def literal(
     scale: float,
     value: Tensor | None = None,
     by: Sequence[str] | None = None,
+    seen: Tensor | None = None,
 ) -> list[Any]:
-    """The definition, one block after the other; ``by`` is what each head's blocks are chosen by."""
+    """The definition, one block after the other; ``by`` is what each head's blocks are chosen by.
+
+    Blocks of which no pair is ``seen`` (``[B, H, S, L]`` boolean, a mask) are not there.
+    """
     value = key if value is None else value
     found: list[Any] = []
     for sample in range(query.shape[0]):
@@ -108,11 +112,17 @@ def literal(
             of_head = scored(query[sample, head], key[sample, group], value[sample, group], sizes, scale)
             for row, scores in enumerate(of_head):
                 forced = always[sample if len(always) > 1 else 0, head, row].tolist()
+                there = [True] * len(scores)
+                if seen is not None:
+                    rows = seen[sample, head, sizes[0] * row : sizes[0] * (row + 1)]
+                    there = [bool(part.any()) for part in rows.split(sizes[1], -1)]
+                    scores = [score if held else -math.inf for score, held in zip(scores, there, strict=True)]
+                    forced = [given and held for given, held in zip(forced, there, strict=True)]
                 weights = [math.exp(score - max(scores)) for score in scores]
                 best = sorted(range(len(scores)), key=lambda at: (not forced[at], -scores[at], at))
                 kept, held = [], 0.0
                 for rank, at in enumerate(best):
-                    if forced[at] or (rank < keep[head] and held < mass[head]):
+                    if forced[at] or (there[at] and rank < keep[head] and held < mass[head]):
                         kept.append(at)
                     held += weights[at] / sum(weights)
                 found.append([at in kept for at in range(len(scores))])

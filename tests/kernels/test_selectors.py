@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_told(changed: dict[str, Any], told: str) -> None:
 
 def test_what_is_described_is_what_is_given() -> None:
     query, key, value = operands(SIZES[0])
-    lists = BlockLists.from_map(torch.ones(1, 4, 3, 5) > 0, 64, 16)
+    lists = BlockLists.from_map(torch.ones(1, 4, 3, 5) > 0, 64, 16, width=5)
     limits = (torch.ones(4, dtype=torch.int32), torch.ones(4))
     codes = torch.zeros(4, dtype=torch.int32)
     given = (query, key, lists.indices, lists.counts, *limits, 64, 16, 0.35, value, codes, "means,mass,error")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from ditopt.calls import NetworkCalls
 from ditopt.errors import InputError
 from ditopt.geometry import Geometry
+from ditopt.profiled_maps import SUMS
 from ditopt.profiler import attention, rows
 from ditopt.profiler.attention import AttentionCollector, attention_collectors
 from ditopt.profiler.rows import Operands, anchor_steps, refusal
@@ -244,7 +246,8 @@ def test_what_cannot_be_measured_is_skipped_and_counted(mask: Tensor, reason: st
             expected[f"{SITE}: there is a mask; no pattern is tried with means of what it skips"] = 1
         assert collector.reasons == expected
         table = collector.tables()[SITE]
-        assert all(np.isnan(measure.values).all() for name, measure in table.measures.items() if name != "density")
+        unknown = {name: each for name, each in table.measures.items() if name not in ("density", *SUMS)}
+        assert unknown and all(np.isnan(measure.values).all() for measure in unknown.values())
 
 
 def test_a_batch_that_guidance_branches_cannot_share_is_skipped() -> None:
@@ -253,7 +256,10 @@ def test_a_batch_that_guidance_branches_cannot_share_is_skipped() -> None:
     run(captured, steps(2, 2, batched=True), collectors)
     for collector in collectors:
         assert collector.reasons == {f"{SITE}: a batch of 1 does not divide into 2 guidance branches": 2}
-        assert np.isnan(next(iter(collector.tables()[SITE].measures.values())).values).all()
+        measures = collector.tables()[SITE].measures
+        assert all(
+            np.isnan(measure.values).all() for name, measure in measures.items() if name not in ("density", *SUMS)
+        )
 
 
 def test_values_that_are_not_finite_are_skipped() -> None:
@@ -362,7 +368,10 @@ def test_models_are_measured_at_every_site(name: str) -> None:
             missing = (cross and of_region) or measure == "between_branches"
             assert np.isnan(found.values).all() == np.isnan(found.values).any() == missing, (site, measure)
         assert ("by_distance" in table.measures) != cross
-        assert patterns[site].facts["projected"] and not np.isnan(patterns[site]["error"].values).any()
+        names = [json.loads(str(label)) for label in patterns[site].labels["candidate"]]
+        of_others = [each["pattern"] != "listed" for each in names]
+        errors = patterns[site]["error"].values
+        assert patterns[site].facts["projected"] and not np.isnan(errors[..., of_others]).any()
 
 
 def test_cross_attention_respects_the_prompts_mask() -> None:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ditopt.decisions import pattern_text
 from ditopt.geometry import Geometry
+from ditopt.head_tensors import BlockMaps
 from ditopt.kernels.patterns.candidates import block_for
 from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.listed import Listed
 from ditopt.measures import Table, joined
-from ditopt.plan_tensors import is_listed, map_text
 from ditopt.profile import NetworkProfile
-from ditopt.profiled_maps import profiled_maps
+from ditopt.profiled_maps import profiled_tensors
 from ditopt.profiler import listed_blocks
 from ditopt.profiler.listed_blocks import PERIODS, lists_of, period_starts
 from ditopt.profiler.pattern_errors import PatternCollector
@@ -33,12 +33,16 @@ BEFORE = Geometry(3, 3, 4, text=6, text_first=True)  # the second block holds te
 STEPS = 4
 
 
-def prompt(geometry: Geometry, heads: tuple[int, int], seed: int, before: list[Table]) -> tuple[Table, list[Tensor]]:
+def prompt(
+    geometry: Geometry, heads: tuple[int, int], seed: int, before: list[Table], linear: bool = False
+) -> tuple[Table, list[Tensor]]:
     """The table of a prompt's generation behind earlier ones, and its operands by step."""
     inputs = [operands(geometry.tokens, heads, sharp=1.5, seed=10 * seed + step) for step in range(STEPS)]
     settings = {"enable_gqa": True} if heads[0] != heads[1] else {}
     captured, calls = planted(inputs[0], None, heads, **settings), steps(STEPS)
-    collector = PatternCollector(trace_of(captured), calls, geometry, before={SITE: before} if before else None)
+    collector = PatternCollector(
+        trace_of(captured), calls, geometry, before={SITE: before} if before else None, linear=linear
+    )
     run(captured, calls, [collector], *inputs)
     return collector.tables()[SITE], inputs
 
@@ -54,7 +58,7 @@ def attention_sums(inputs: list[Tensor], heads: tuple[int, int], block: int, ord
 
 
 def listed(table: Table) -> dict[str, int]:
-    return {str(name): at for at, name in enumerate(table.labels["candidate"]) if is_listed(str(name))}
+    return {str(name): at for at, name in enumerate(table.labels["candidate"]) if BlockMaps.text_of(str(name))}
 
 
 @pytest.mark.parametrize(("geometry", "heads"), [(LINE, (2, 2)), (BEFORE, (4, 2))])
@@ -105,8 +109,8 @@ def test_the_plan_has_what_all_prompts_choose() -> None:
         tables.append(table)
         inputs += of_prompt
     whole = joined(tables)
-    found = profiled_maps("net", network_of(whole, LINE))
-    names = dict.fromkeys(map_text(name) for name in listed(whole))
+    found = profiled_tensors("net", network_of(whole, LINE))
+    names = dict.fromkeys(BlockMaps.text_of(name) for name in listed(whole))
     assert [each.pattern for each in found.maps] == list(names)
     for maps in found.maps:
         assert (maps.network, maps.site, maps.heads, maps.starts) == ("net", SITE, (0, 1), (0, 2, 3))
@@ -127,8 +131,8 @@ def test_the_plan_has_what_all_prompts_choose() -> None:
         assert density == pytest.approx(shares, abs=0.02), "that of the last prompt's table is of all prompts"
     without = network_of(Table({key: each for key, each in whole.measures.items() if "mass" not in key}, whole.labels,
                                whole.facts), LINE)  # fmt: skip
-    assert not profiled_maps("net", without), "profiles of before have no sums"
-    assert not profiled_maps("net", network_of(whole, Geometry(2, 3, 8))), "they are of other tokens"
+    assert not profiled_tensors("net", without), "profiles of before have no sums"
+    assert not profiled_tensors("net", network_of(whole, Geometry(2, 3, 8))), "they are of other tokens"
 
 
 def test_sums_that_would_be_too_large_have_fewer_periods_or_none(monkeypatch: pytest.MonkeyPatch) -> None:

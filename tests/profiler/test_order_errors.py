@@ -13,7 +13,7 @@ from torch import Tensor
 from ditopt.decisions import Sparse, pattern_text
 from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.candidates import block_for, candidates
-from ditopt.kernels.patterns.choice import SparseChoice
+from ditopt.kernels.patterns.choice import Linear, SparseChoice
 from ditopt.kernels.patterns.draft import Draft
 from ditopt.kernels.patterns.listed import Listed
 from ditopt.kernels.patterns.orders import ORDERS, TokenOrder, compact_order, spread
@@ -59,8 +59,10 @@ def test_errors_are_those_of_attention_in_the_order(geometry: Geometry, heads: t
     for name, at in places.items():
         choice = SparseChoice.from_data(json.loads(name))
         assert choice.order is not None
-        if isinstance(choice.pattern, Listed):
-            assert np.isnan(table["error"].values[..., at]).all(), "lists are chosen by earlier prompts"
+        if isinstance(choice.pattern, Listed) or isinstance(choice.rest, Linear):
+            assert np.isnan(table["error"].values[..., at]).all(), (
+                "lists are chosen by earlier prompts, projections fitted to them"
+            )
             continue
         order = torch.from_numpy(choice.order.of_sequence(geometry, block))
         place = order.argsort()

@@ -142,7 +142,10 @@ def test_a_planted_head_is_served_by_its_pattern_only() -> None:
     x[:, :4] = 0
     table = measured(planted(x, torch.from_numpy(np.stack(biases)).float()[None]), geometry)
     for number, name in enumerate(table.labels["candidate"]):
-        pattern = json.loads(str(name))["pattern"]
+        settings = json.loads(str(name))
+        if "kept" in settings.get("rest", {}):  # a rest that this very step keeps: it is dense
+            continue
+        pattern = settings["pattern"]
         of_spatial, of_temporal = table["error"].values[0, 0, 0, :, number]
         if pattern == "spatial":
             assert of_spatial < 1e-6 and of_temporal > 0.05

@@ -36,7 +36,8 @@ def rests(table: Table) -> dict[str, int]:
     found = {}
     for at, name in enumerate(map(str, table.labels["candidate"])):
         settings = json.loads(name)
-        if "order" not in settings and "rest" in settings and "kept" not in settings["rest"]:
+        rest = settings.get("rest")
+        if "order" not in settings and rest not in (None, "linear") and "kept" not in rest:
             found[name] = at
     return found
 

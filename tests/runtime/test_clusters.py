@@ -75,7 +75,9 @@ def by_clusters(decided: list[Any], geometry: Geometry) -> Edit:
                     places.append(order)
                 limit, mass = [choice.pattern.room(blocks(tokens, sizes[1]))], [choice.pattern.mass or math.inf]
                 one, other = q[places[0]][None, None].float(), k[places[1]][None, None].float()
-                kept = torch.tensor(literal(one, other, text, sizes, limit, mass, scale)).view(text.shape[2:])
+                shown = seen[sample, head][places[0]][:, places[1]][None, None]
+                found = literal(one, other, text, sizes, limit, mass, scale, seen=shown)
+                kept = torch.tensor(found).view(text.shape[2:])
                 of_query, of_key = (place.argsort() // size for place, size in zip(places, sizes, strict=True))
                 of_row, keys, means, counts = kept[of_query], [k.double()], [v.double()], [torch.ones(tokens)]
                 hidden = [~(of_row[:, of_key] & seen[sample, head])]

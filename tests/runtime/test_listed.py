@@ -15,12 +15,13 @@ from ditopt.backend import Session
 from ditopt.decisions import Dense, Sparse
 from ditopt.errors import AuditError, PlanMismatchError
 from ditopt.geometry import Geometry
+from ditopt.head_tensors import BlockMaps
 from ditopt.kernels.block_sparse_attention.lists import BlockLists
 from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.listed import own_blocks, rescaled
 from ditopt.passes.sparse import list_names
 from ditopt.plan import Plan, Rule
-from ditopt.plan_tensors import BlockMaps, PlanTensors, map_text
+from ditopt.plan_tensors import PlanTensors
 from ditopt.profiler.interpret import Edit, Watched
 from ditopt.runtime.program import Program
 from tests.runtime.test_sparse import (
@@ -55,7 +56,8 @@ def maps(site: str, do: Sparse, seed: int, geometry: Geometry = FRAMES, heads: t
     order = SparseChoice.from_data(do.settings).order
     own = own_blocks(geometry, 64, order)
     drawn = np.random.default_rng(seed).random((len(STARTS), len(heads), *own.shape)) < 0.2
-    text = map_text(do.pattern)
+    text = BlockMaps.text_of(do.pattern)
+    assert text is not None
     return BlockMaps.of(drawn | own, "transformer", site, text, heads, STARTS, geometry, 64)
 
 
@@ -69,7 +71,7 @@ EVERY = PlanTensors(
 
 
 def listed_plan(structure: str, *rules: Rule, **settings: Any) -> Plan:
-    return plan_of(structure, *(rules or RULES), **settings).with_maps(EVERY)
+    return plan_of(structure, *(rules or RULES), **settings).with_beside(EVERY)
 
 
 def kept_tokens(plan: Plan, site: str, head: int, step: int, geometry: Geometry) -> Tensor | None:
@@ -81,7 +83,7 @@ def kept_tokens(plan: Plan, site: str, head: int, step: int, geometry: Geometry)
     if do.settings["pattern"] == "spatial":
         kept, order = choice.pattern.block_map(geometry, 64), None  # type: ignore[union-attr]  # it has a map
     else:
-        of_site = plan.maps.find("transformer", site, map_text(do.pattern))
+        of_site = plan.beside.maps_for("transformer", site, do.pattern)
         assert of_site is not None
         kept, order = of_site.kept(head, step), choice.order
         if geometry != FRAMES:
@@ -180,7 +182,7 @@ def test_at_another_size_lists_are_laid_over_it_or_refused(wan: nn.Module, struc
 
 def test_lists_for_other_tokens_are_refused_where_nobody_says_to_lay_them_over(wan: nn.Module, structure: str) -> None:
     other = PlanTensors((maps("blocks.0.attn1", QUARTER, 0, Geometry(4, 8, 32)),))
-    plan = plan_of(structure, rule("blocks.0.attn1", "1-4", QUARTER)).with_maps(other)
+    plan = plan_of(structure, rule("blocks.0.attn1", "1-4", QUARTER)).with_beside(other)
     told = (
         r"blocks\.0\.attn1: its lists were chosen for the geometry of 4 x 8 x 32 tokens in blocks of 64, here are the "
         r"geometry of 4 x 16 x 16 tokens in blocks of 64; make a plan at this size, or lay them over it"
@@ -189,7 +191,7 @@ def test_lists_for_other_tokens_are_refused_where_nobody_says_to_lay_them_over(w
         call(compiled(wan, plan=plan), wan_inputs(), TIMES[2])
     few = PlanTensors((maps("blocks.0.attn1", QUARTER, 0, Geometry(4, 8, 16)),))
     torch._dynamo.reset()
-    small = plan_of(structure, rule("blocks.0.attn1", "1-4", QUARTER), tokens=Geometry(4, 8, 16)).with_maps(few)
+    small = plan_of(structure, rule("blocks.0.attn1", "1-4", QUARTER), tokens=Geometry(4, 8, 16)).with_beside(few)
     with interpreted(), pytest.raises(PlanMismatchError, match="512 tokens are too few for lists of a file"):
         call(compiled(wan, plan=small), wan_inputs(16), TIMES[2])
 
@@ -213,6 +215,6 @@ def test_rules_without_lists_are_named(wan: nn.Module, structure: str, bad: Rule
 
 def test_a_head_that_the_file_leaves_out_is_named(wan: nn.Module, structure: str) -> None:
     one = PlanTensors((maps("blocks.0.attn1", QUARTER, 0, heads=(1,)),))
-    plan = plan_of(structure, rule("blocks.0.attn1", "1", QUARTER)).with_maps(one)
+    plan = plan_of(structure, rule("blocks.0.attn1", "1", QUARTER)).with_beside(one)
     with interpreted(), pytest.raises(PlanMismatchError, match=r"has no lists for .* of head 0, only of 1; it has"):
         call(compiled(wan, plan=plan), wan_inputs(), TIMES[0])

@@ -153,7 +153,7 @@ def test_it_goes_with_a_dtype(wan: nn.Module, structure: str) -> None:
     [
         (
             [rule("blocks.0.attn1", "1", sparse("spatial", rest="mean"))],
-            r"rule 0 \(blocks\.0\.attn1\): rest 'mean' is unknown; write pooled or taylor, or \{pooled: 16\}",
+            r"rule 0 \(blocks\.0\.attn1\): rest 'mean' is unknown; write pooled, taylor or linear, or \{pooled: 16\}",
         ),
         (
             [rule("blocks.0.attn1", "1", sparse("spatial", rest={"pooled": 24}))],
@@ -201,5 +201,5 @@ def test_a_decision_is_written_as_it_is_read(rest: Any) -> None:
     "rest", [16, True, {"pooled": 2}, {"pooled": True}, {"pooled": 16, "of": 2}, ["pooled"], "all"]
 )
 def test_other_rests_are_told(rest: Any) -> None:
-    with pytest.raises(ValueError, match=r"is unknown; write pooled or taylor, or \{pooled: 16\}"):
+    with pytest.raises(ValueError, match=r"is unknown; write pooled, taylor or linear, or \{pooled: 16\}"):
         SparseChoice.from_data({"pattern": "skip", "rest": rest})
