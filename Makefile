@@ -10,6 +10,8 @@ DEMO     := build/demo
 MODEL    := examples/tiny_video
 OPTIMIZE := --quality fast --guidance 1
 BENCH    := --limit 5
+# Files of tests are shared out among so many processes, of one thread each: threads of two would wait for each other.
+WORKERS  := --numprocesses auto --maxprocesses 4 --dist loadfile
 PROFILE  := --guidance 1 --limit 2 $(foreach table,attention patterns features tokens linear,--collect $(table))
 
 .PHONY: demo test lint format clean
@@ -24,7 +26,7 @@ demo: $(VENV)/.installed
 	@echo "The plan is $(DEMO)/plan.yaml, its figures are $(DEMO)/bench.json, the report to open is $(DEMO)/report.html."
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(PYTEST)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
