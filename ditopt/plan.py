@@ -370,7 +370,7 @@ class Plan(_Part):
             PlanError: the folder is missing or not writable, or what rules read beside it is not known.
         """
         path = Path(path)
-        tensors = self.tensors
+        tensors = None
         if any(rule.reads_tensors for rule in self.rules):
             used = self.beside.used_by(self.rules)
             if not used:

@@ -17,6 +17,7 @@ from ditopt.cli_inputs import pipe_settings, read_prompts
 from ditopt.decisions import Fit, Forecast, Reuse
 from ditopt.errors import InputError, PlanError
 from ditopt.kernels.block_sparse_attention.gpu import gpu_refusal, triton_missing
+from ditopt.kernels.ops import int8_refusal
 from ditopt.plan import DevicePrint, ModelPrint, Plan, Rule, SamplerPrint
 from ditopt.report.doctor import Finding
 from ditopt.techniques import ALL_TECHNIQUES
@@ -288,6 +289,8 @@ def test_doctor_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     (tmp_path / "plans" / "bad.yaml").write_text("no plan")
     found = {finding.name: finding for finding in ditopt.report.doctor.findings() if finding.name}
     assert {"torch", "device", "C++ compiler", "triton", "cache", "plans", "private interfaces"} <= set(found)
+    assert found["sparse kernel"].text.startswith("present, bfloat16 ")
+    assert ("with int8" in found["sparse kernel"].text) == (int8_refusal(torch.device("cpu")) is None)
     refused = gpu_refusal(torch.device("cuda"))
     assert found["GPU sparse kernel"].text.startswith("present" if refused is None else f"absent: {refused}")
     assert found["triton"].text.startswith("present" if triton_missing() is None else "absent")

@@ -84,6 +84,9 @@ def test_a_plan_writes_what_its_rules_read_and_reads_it_again(tmp_path: Path) ->
     assert len(told) == 2, "other lists are a difference"
     plan().with_beside(every).save(tmp_path / "none.yaml")
     assert Plan.load(tmp_path / "none.yaml").tensors is None, "no rule reads any"
+    (tmp_path / "elsewhere").mkdir()
+    read.model_copy(update={"rules": ()}).save(tmp_path / "elsewhere" / "plan.yaml")
+    assert Plan.load(tmp_path / "elsewhere" / "plan.yaml").tensors is None, "a file that nothing reads is not named"
 
 
 def test_a_kept_plan_has_its_file_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ def findings() -> Iterator[Finding]:
     dots = has_bfloat16_dot_products()
     absent = "absent: attention in bfloat16 is torch's own (no avx512_bf16)"
     yield Finding("attention kernel", "present, for bfloat16 on this processor" if dots else absent)
+    yield _sparse_kernel()
     missing = triton_missing()
     text = "present" if missing is None else f"absent; needed for GPUs only: {missing}"
     yield Finding("triton", text, device.type == "cuda" and missing is not None)
@@ -65,6 +66,19 @@ def _compiler() -> Finding:
     if found is None:
         return Finding("C++ compiler", f"none of {', '.join(wanted)} found; install g++ or set CXX", broken=True)
     return Finding("C++ compiler", found)
+
+
+def _sparse_kernel() -> Finding:
+    """The C++ kernel of sparse heads, which this builds."""
+    from ditopt.kernels.block_sparse_attention.cpu import library
+
+    try:
+        found = library()
+    except RuntimeError as error:
+        return Finding("sparse kernel", f"absent: {error}")
+    bfloat16 = "by dot products of pairs" if found.ditopt_pairs() else "as float32"
+    int8 = "with int8 scores" if found.ditopt_bytes() else "without int8 scores (no avx512_vnni)"
+    return Finding("sparse kernel", f"present, bfloat16 {bfloat16}, {int8}")
 
 
 def _cache() -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ditopt.passes.kept import LISTS, REST, slot_of
 from ditopt.passes.kept_rest import forms_name, other_names
 from ditopt.plan import Plan, Rule
 from ditopt.profiler.interpret import Edit, Watched
-from ditopt.runtime.program import Program
+from ditopt.runtime.program import Compute, Program
 from ditopt.sites import STEP, AttentionSite
 from tests.literal_kept import LITERAL, attention, dense
 from tests.runtime.test_kept_lists import FIRST, SECOND, Run, drifting, same
@@ -311,12 +312,22 @@ def test_at_another_size_what_is_skipped_is_that_of_the_blocks_there(wan: nn.Mod
     with interpreted():
         run = Run(wan, plan, on_mismatch="retarget")
         smaller = wan_inputs(16)
-        for step in (0, 2):
-            same(call(run.forward, smaller, TIMES[step]), call(wan, smaller, TIMES[step]))
-        bound = run.program.bound
-        assert bound is not None and bound.steps[1].reads
-        call(run.forward, smaller, TIMES[3])
-        assert run.program.statistics.cold_calls == 0
+        call(run.forward, smaller, TIMES[0])
+        run.program.bind(plan)
+        taken: list[list[Any]] = []
+
+        def watch(arguments: list[Any], compute: Compute) -> Sequence[Any]:
+            taken.append([*arguments])
+            return compute(arguments)
+
+        run.program.interceptor = watch
+        of_blocks, reads = Literal(plan, Geometry(4, 8, 16)), 0
+        for step in range(4):
+            moved = {"hidden_states": smaller["hidden_states"] * (1 + 0.1 * step)}
+            given = call(run.forward, smaller | moved, TIMES[step])
+            torch.testing.assert_close(given, of_blocks(run.program, step, taken[-1]), rtol=1e-4, atol=1e-5)
+            reads += bool(run.program.bound is not None and run.program.bound.steps[step].reads)
+        assert reads == 2 and run.program.statistics.cold_calls == 0
 
 
 @pytest.mark.parametrize(
