@@ -15,10 +15,10 @@ from ditopt._torch import CompileContext, is_model_state, module_path, module_st
 from ditopt.kernels.ops import ATTENTION, SETTINGS
 from ditopt.passes._infra import SITE, Boundary, GraphIndex
 from ditopt.passes.attention import mask_of
+from ditopt.passes.flops import PRODUCTS, attention_flops, product_flops
 from ditopt.sites import AttentionSite, BlockSite, LinearSite, Site, StepSite, range_names
 
 SDPA_ARGUMENTS = ("query", "key", "value", *SETTINGS)
-PRODUCTS = {torch.ops.aten.addmm.default: (1, 2), torch.ops.aten.mm.default: (0, 1), torch.ops.aten.bmm.default: (0, 1)}
 
 
 @dataclass
@@ -312,16 +312,3 @@ def count_flops(gm: fx.GraphModule, block: str | None = None) -> int:
         elif node.target is ATTENTION:
             total += attention_flops(node)
     return total
-
-
-def product_flops(node: fx.Node) -> int:
-    """FLOPs of a product among ``PRODUCTS``."""
-    left = node.args[PRODUCTS[node.target][0]].meta["val"]  # type: ignore[index,union-attr]  # it is one of them
-    return 2 * int(left.numel()) * int(node.meta["val"].shape[-1])
-
-
-def attention_flops(node: fx.Node) -> int:
-    """FLOPs of an attention: queries with keys, and the result with values."""
-    query, key, value = (node.args[i].meta["val"] for i in range(3))  # type: ignore[union-attr]  # they are nodes
-    rows, keys = int(query.numel() // query.shape[-1]), int(key.shape[-2])
-    return 2 * rows * keys * (int(query.shape[-1]) + int(value.shape[-1]))

@@ -27,13 +27,11 @@ from ditopt.passes._infra import (
     tensor_value,
 )
 from ditopt.passes.attention import list_maker
+from ditopt.passes.flops import LEFT
 
 aten = torch.ops.aten
 
-PRODUCTS = {
-    **{aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1},
-    **{ATTENTION: 0, BLOCK_SPARSE_ATTENTION: 0},
-}
+PRODUCTS = {**LEFT, ATTENTION: 0, BLOCK_SPARSE_ATTENTION: 0}
 """What is cast, and which of its arguments has the terms that are summed over as its last dimension."""
 MASK = 3  # of attention's arguments
 VIEWS = (aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default, aten.unsqueeze.default)

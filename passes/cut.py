@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from ditopt.kernels.ops import ATTENTION, FLASH_ATTENTION
 from ditopt.passes._infra import tensor_value
+from ditopt.passes.flops import LEFT, attention_flops, product_flops
 
 aten = torch.ops.aten
 
@@ -29,8 +30,6 @@ FREE = {
     *(aten.unbind.int, aten.alias.default, aten.as_strided.default, operator.getitem),
 }
 """What moves no data."""
-PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}
-"""Matrix products, and which of their arguments is the left one."""
 ATTENTIONS = (ATTENTION, FLASH_ATTENTION)
 
 
@@ -108,32 +107,26 @@ def _is_input(node: fx.Node) -> bool:
 
 def bytes_of(value: object) -> int:
     """Bytes of a tensor's elements; 0 of what is none."""
-    return _count(value) * value.element_size() if isinstance(value, Tensor) else 0
+    return value.nbytes if isinstance(value, Tensor) else 0
 
 
 def _elements(node: fx.Node) -> int:
     values = [node.meta.get("val"), *(parent.meta.get("val") for parent in node.all_input_nodes)]
-    return max((_count(value) for value in values if isinstance(value, Tensor)), default=0)
-
-
-def _count(value: Tensor) -> int:
-    return math.prod(int(size) for size in value.shape)
+    return max((value.numel() for value in values if isinstance(value, Tensor)), default=0)
 
 
 def is_product(node: fx.Node) -> bool:
     """Whether a call multiplies matrices."""
-    return node.target in (*PRODUCTS, *ATTENTIONS, aten.convolution.default)
+    return node.target in (*LEFT, *ATTENTIONS, aten.convolution.default)
 
 
 def _flops(node: fx.Node) -> int:
     """FLOPs of a product (two a multiply-add); 0 of other calls."""
     if node.target in ATTENTIONS:
-        query, key, value = (tensor_value(operand) for operand in node.args[:3])  # type: ignore[arg-type]  # nodes
-        return 2 * _count(query) // int(query.shape[-1]) * int(key.shape[-2]) * int(query.shape[-1] + value.shape[-1])
-    if node.target in PRODUCTS:
-        left = tensor_value(node.args[PRODUCTS[node.target]])  # type: ignore[arg-type]  # a node
-        return 2 * _count(tensor_value(node)) * int(left.shape[-1])
+        return attention_flops(node)
+    if node.target in LEFT:
+        return product_flops(node)
     if node.target is aten.convolution.default:
         weight = tensor_value(node.args[1])  # type: ignore[arg-type]  # a node
-        return 2 * _count(tensor_value(node)) * _count(weight) // int(weight.shape[0])
+        return 2 * tensor_value(node).numel() * weight.numel() // int(weight.shape[0])
     return 0

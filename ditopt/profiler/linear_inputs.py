@@ -12,13 +12,14 @@ from torch import Tensor, fx
 from ditopt.calls import NetworkCalls
 from ditopt.errors import InputError
 from ditopt.measures import PROMPT, Label, Measure, Numbers, Table
+from ditopt.passes.flops import PRODUCTS
 from ditopt.profiler.drawn import drawn, drawn_tokens
 from ditopt.profiler.formats import FORMATS, decibels
 from ditopt.profiler.interpret import Collector, Moment, Seen, of_branches
 from ditopt.profiler.places import linears
 from ditopt.profiler.rows import anchor_steps
 from ditopt.sites import LinearSite
-from ditopt.trace import PRODUCTS, Trace
+from ditopt.trace import Trace
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 CHANNEL_BYTES = 16 << 20

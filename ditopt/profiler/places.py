@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from ditopt._torch import module_stack
+from ditopt.passes.flops import PRODUCTS
 from ditopt.sites import AttentionSite, LinearSite
-from ditopt.trace import PRODUCTS, Trace, block_of, seen_through
+from ditopt.trace import Trace, block_of, seen_through
 
 SELF, CROSS, MLP, BLOCK, RANGE, STEP_KIND = "self", "cross", "mlp", "block", "range", "step"
 """Kinds of features."""

@@ -15,10 +15,10 @@ from ditopt.kernels.block_sparse_attention.lists import blocks
 from ditopt.kernels.ops import ATTENTION, BLOCK_SPARSE_ATTENTION, FLASH_ATTENTION
 from ditopt.passes._infra import SITE, StepPlan, tensor_value
 from ditopt.passes.attention import list_maker, rest_of
+from ditopt.passes.flops import PRODUCTS, attention_flops, product_flops
 from ditopt.passes.kept import LISTS, room_name, taken
 from ditopt.profiler.timing import inputs_for, synchronise
 from ditopt.runtime.program import Program
-from ditopt.trace import PRODUCTS, attention_flops, product_flops
 
 RUNS = 3
 ATTENTION_KIND, PRODUCT_KIND, REST = "attention", "linear", "other"

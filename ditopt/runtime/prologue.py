@@ -56,7 +56,7 @@ class Kept:
     @property
     def bytes(self) -> int:
         """What the results take."""
-        return sum(value.numel() * value.element_size() for value in self.values)
+        return sum(value.nbytes for value in self.values)
 
 
 class Coming:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ditopt.calls import NetworkCalls
 from ditopt.errors import InputError
+from ditopt.passes.flops import PRODUCTS
 from ditopt.profiler import linear_inputs
 from ditopt.profiler.drawn import drawn
 from ditopt.profiler.formats import FORMATS
@@ -20,7 +21,6 @@ from ditopt.profiler.interpret import Moment, Seen
 from ditopt.profiler.linear_inputs import QUANTILES, LinearInputs, outlier_ratio, ranges, ratios
 from ditopt.profiler.places import linears
 from ditopt.profiler.rows import anchor_steps
-from ditopt.trace import PRODUCTS
 from tests.profiler.watched_models import (
     BATCHED,
     ONE,
