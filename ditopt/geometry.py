@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -52,6 +52,10 @@ class Geometry:
     def tokens(self) -> int:
         """All tokens of the sequence."""
         return self.video + self.text
+
+    def of_tokens(self, tokens: int) -> Geometry | None:
+        """That of a sequence of so many tokens: with this text, or of the video alone; None if neither makes them."""
+        return next((each for each in (self, replace(self, text=0)) if each.tokens == tokens), None)
 
     def expect(self, tokens: int) -> None:
         """Check that a sequence has the tokens of this geometry.

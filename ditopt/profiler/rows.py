@@ -186,8 +186,7 @@ def place_of(entry: Attention, geometry: Geometry | None) -> Place:
     site = entry.site
     fits = None
     if not entry.cross and site.queries == site.keys:
-        choices = [Geometry(1, 1, site.queries)] if geometry is None else [geometry, replace(geometry, text=0)]
-        fits = next((each for each in choices if each.tokens == site.queries), None)
+        fits = (geometry or Geometry(1, 1, site.queries)).of_tokens(site.queries)
     before = fits.text if fits is not None and fits.text_first else 0
     video = (before, before + fits.video) if fits is not None else (0, site.queries)
     block = block_for(site.queries)

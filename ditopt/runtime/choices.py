@@ -7,6 +7,9 @@ import functools
 from ditopt.decisions import HeadDecision, Sparse
 from ditopt.kernels.patterns.choice import SparseChoice
 
+Heads = tuple[HeadDecision, ...]
+"""What every head of a site does."""
+
 
 def choice_of(decision: HeadDecision) -> SparseChoice | None:
     """What a sparse decision asks for; None of a dense one."""

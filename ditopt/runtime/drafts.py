@@ -11,8 +11,8 @@ from torch import Tensor
 from ditopt.decisions import Dense, HeadDecision
 from ditopt.kept import Use
 from ditopt.kernels.patterns.draft import COSTLY, SELECTORS, Draft, Selector
-from ditopt.runtime.choices import choice_of
-from ditopt.runtime.kept import Heads, KeptSteps, refresh_of
+from ditopt.runtime.choices import Heads, choice_of
+from ditopt.runtime.kept import KeptSteps, refresh_of
 
 
 def draft_of(decision: HeadDecision) -> Draft | None:

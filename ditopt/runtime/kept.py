@@ -10,10 +10,9 @@ from torch import Tensor
 from ditopt.decisions import Dense, HeadDecision
 from ditopt.kept import Use, uses
 from ditopt.passes.kept import kept_names, slot_of
-from ditopt.runtime.choices import choice_of
+from ditopt.runtime.choices import Heads, choice_of
 from ditopt.runtime.slots import StreamState
 
-Heads = tuple[HeadDecision, ...]
 Period = Callable[[HeadDecision], int | None]
 """N, where a head finds something in every N-th step of a run; None: it is not kept."""
 

@@ -14,8 +14,8 @@ from ditopt.kernels.block_sparse_attention.kept import NO_REST, other_blocks
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, longest_list
 from ditopt.passes.kept import REST, readers_name
 from ditopt.passes.kept_rest import forms_name, other_names
-from ditopt.runtime.choices import choice_of
-from ditopt.runtime.kept import Heads, KeptRead, KeptSteps, kept_steps
+from ditopt.runtime.choices import Heads, choice_of
+from ditopt.runtime.kept import KeptRead, KeptSteps, kept_steps
 
 Lists = Mapping[int, BlockLists]
 

@@ -11,8 +11,7 @@ from ditopt.decisions import HeadDecision, Sparse
 from ditopt.errors import PlanMismatchError
 from ditopt.head_tensors import Projections
 from ditopt.plan import Plan, Rule
-
-Heads = tuple[HeadDecision, ...]
+from ditopt.runtime.choices import Heads
 
 
 class LinearRests:

@@ -18,8 +18,8 @@ from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks
 from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.listed import rescaled
 from ditopt.plan import Plan, Rule
+from ditopt.runtime.choices import Heads
 
-Heads = tuple[HeadDecision, ...]
 Sizes = tuple[int, int]
 """Tokens of a block of queries, and of keys."""
 

@@ -10,9 +10,7 @@ from torch import Tensor
 from ditopt.decisions import HeadDecision
 from ditopt.errors import PlanMismatchError
 from ditopt.kernels.ops import int8_refusal
-from ditopt.runtime.choices import choice_of
-
-Heads = tuple[HeadDecision, ...]
+from ditopt.runtime.choices import Heads, choice_of
 
 
 def is_int8(decision: HeadDecision) -> bool:

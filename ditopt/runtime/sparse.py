@@ -7,7 +7,7 @@ case, and how much more it finds in each call goes with them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -39,7 +39,7 @@ from ditopt.passes.sparse import (
     rest_name,
 )
 from ditopt.plan import Plan, Rule
-from ditopt.runtime.choices import choice_of
+from ditopt.runtime.choices import Heads, choice_of
 from ditopt.runtime.drafts import finding, limits_of_steps, room_of, selectors_of_steps
 from ditopt.runtime.kept import KeptRead, KeptSteps, kept_steps, refresh_of
 from ditopt.runtime.kept_rests import kept_rests
@@ -189,7 +189,7 @@ class AttentionSites:
                 a rest is not in pools of one size that divides its blocks.
             AuditError: lists are not those of the plan's file.
         """
-        listed = ListedHeads(plan, network, self.retarget)
+        listed, linear = ListedHeads(plan, network, self.retarget), LinearRests(plan, network)
         found: list[list[tuple[SparseAttention, dict[str, Tensor], tuple[KeptRead, ...]]]]
         found = [[] for _ in plan.sampler.timesteps[network]]
         notes: dict[str, None] = {}  # a set in order
@@ -212,7 +212,7 @@ class AttentionSites:
             block = kernel_blocks(place.site.queries, place.site.keys)[1]
             ordered, orders = site_orders(decided, geometry, block, place.device)
             products = int8_heads(name, decided, place.device)
-            projections = LinearRests(plan, network).inputs(name, place.channels, decided, place.device)
+            projections = linear.inputs(name, place.channels, decided, place.device)
             for step, lists in of_steps.items():
                 listed.audit(name, geometry, decided[step], step, lists)
                 pool, heads = rests[step]
@@ -266,12 +266,12 @@ class AttentionSites:
         given = plan.tokens.get(network)
         if given is not None:
             told = f"the plan says {given}, which makes {given.tokens}"
-            fits = next(_fitting(given, tokens), None)
+            fits = given.of_tokens(tokens)
             if fits is not None:
                 return self._checked(fits, network)
         if given is None or self.retarget:
             found, how = self.find(None)
-            fits = next(_fitting(found, tokens), None) if found is not None else None
+            fits = None if found is None else found.of_tokens(tokens)
             if fits is not None:
                 return fits
             told += f", and {how if found is None else f'{found} was found ({how})'}"
@@ -293,7 +293,7 @@ class AttentionSites:
 def _lists(
     place: Place,
     geometry: Geometry | None,
-    decided: Mapping[int, tuple[HeadDecision, ...]],
+    decided: Mapping[int, Heads],
     notes: dict[str, None],
     known: dict[object, BlockLists],
 ) -> dict[int, BlockLists]:
@@ -325,7 +325,7 @@ def _lists(
     return {step: lists[heads] for step, heads in decided.items() if heads in lists}
 
 
-def _rests(place: Place, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dict[int, tuple[int, Tensor]]:
+def _rests(place: Place, decided: Mapping[int, Heads]) -> dict[int, tuple[int, Tensor]]:
     """By step the pool of a site's means, 0 where no step has any, and which heads have them, to which order, ``[H]``.
 
     A step without any is pooled as another step is, so that it needs no graph of its own.
@@ -335,7 +335,7 @@ def _rests(place: Place, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dic
     """
     site = place.site
     _, key_block = kernel_blocks(site.queries, site.keys)
-    asked: dict[tuple[HeadDecision, ...], tuple[int, ...]] = {}
+    asked: dict[Heads, tuple[int, ...]] = {}
     orders = {}
     for heads in dict.fromkeys(decided.values()):
         rests = [None if choice is None else choice.pooled for choice in map(choice_of, heads)]
@@ -359,7 +359,7 @@ def _rests(place: Place, decided: Mapping[int, tuple[HeadDecision, ...]]) -> dic
     return {step: found[heads] for step, heads in decided.items()}
 
 
-def _kept(place: Place, computed: Sequence[int], decided: Mapping[int, tuple[HeadDecision, ...]]) -> KeptSteps:
+def _kept(place: Place, computed: Sequence[int], decided: Mapping[int, Heads]) -> KeptSteps:
     """In which steps which heads find the lists that they keep, and in which they read them."""
     return kept_steps(
         LISTS, place.site.name, computed, decided, lambda do: refresh_of(do) if room_of(do, place.key_blocks) else None
@@ -369,11 +369,6 @@ def _kept(place: Place, computed: Sequence[int], decided: Mapping[int, tuple[Hea
 def _of_heads(values: Sequence[float], dtype: torch.dtype, place: Place) -> Tensor:
     """``[H]``: a number for every head of a site."""
     return torch.tensor(values, dtype=dtype, device=place.device)
-
-
-def _fitting(geometry: Geometry, tokens: int) -> Iterator[Geometry]:
-    """The geometry of a site with so many tokens: with the text of a network, or without."""
-    return (each for each in (geometry, replace(geometry, text=0)) if each.tokens == tokens)
 
 
 def _map(

@@ -12,9 +12,7 @@ from ditopt.decisions import HeadDecision
 from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.orders import TokenOrder, inverse
 from ditopt.passes._infra import Ordered
-from ditopt.runtime.choices import choice_of
-
-Heads = tuple[HeadDecision, ...]
+from ditopt.runtime.choices import Heads, choice_of
 
 
 def order_of(decision: HeadDecision) -> TokenOrder | None:

@@ -483,12 +483,14 @@ struct Int8 {
     bool of(int64_t head) const { return heads && heads[head] != 0; }
 };
 
+inline int64_t blocks(int64_t tokens, int64_t block) { return (tokens + block - 1) / block; }
+
 inline int64_t words8(const Sizes& s) { return (s.depth + 3) / 4; }
 
 // A block of keys of a head, number `number` of all; `room` has one for a key.
 template <class F>
 void quantise(const Int8& to, const Rows<F>& keys, const Sizes& s, int64_t number, float* room) {
-    const int64_t key_blocks = (s.keys + s.key_block - 1) / s.key_block, row = number / key_blocks, head = row % s.key_heads;
+    const int64_t key_blocks = blocks(s.keys, s.key_block), row = number / key_blocks, head = row % s.key_heads;
     const int64_t group = s.heads / s.key_heads, stride = 4 * words8(s);
     if (std::none_of(to.heads + head * group, to.heads + (head + 1) * group, [](int32_t each) { return each != 0; })) return;
     const int64_t first = number % key_blocks * s.key_block, end = std::min(s.keys, first + s.key_block);
@@ -549,8 +551,6 @@ struct Space {
         all = wide8 + (int8 ? whole_lines(words8(s) * 16) : 0);
     }
 };
-
-inline int64_t blocks(int64_t tokens, int64_t block) { return (tokens + block - 1) / block; }
 
 // A list; one that counts as many as there are key blocks is all of them, and its entries are not read.
 struct List {
@@ -798,14 +798,17 @@ extern "C" int64_t ditopt_space(const int64_t* sizes, int element_bytes, int mas
 // row; the last dimension is dense; then those of the mask, as in `Mask`, which may be null. `lse` is [batch, heads,
 // queries]; so is `kept`, of listed keys alone, written for heads with a rest, or null. `rest` [heads] says which heads
 // have one, and is not read where there are no groups. `interleaved` and `pooled_interleaved` have room for the values in
-// bfloat16, and are not read otherwise; `memory` has `ditopt_space` bytes for each thread, and begins at a line of 64. What begins with int8 is as in `Int8`. Returns 0;
-// 1 if a list is wrong (`wrong` says which), 2 if no kernel for the element was compiled, 3 if memory is short.
+// bfloat16, and are not read otherwise; `memory` has `ditopt_space` bytes for each thread, and begins at a line of 64. What
+// begins with int8 is as in `Int8`. Returns 0; 1 if a list is wrong (`wrong` says which), 2 if no kernel for the element was
+// compiled, 3 if memory is short.
 extern "C" int ditopt_block_sparse_attention(const void* query, const void* key, const void* value, void* out, float* lse,
                                              float* kept, const int32_t* indices, const int32_t* counts, int32_t* interleaved,
                                              const void* pooled_key, const void* pooled_value, const int32_t* rest,
-                                             int32_t* pooled_interleaved, const float* mask, char* memory, const int32_t* int8_heads, const float* int8_mean,
-                                             int8_t* int8_numbers, int32_t* int8_shifted, float* int8_scales, const int64_t* sizes, const int64_t* strides,
-                                             float scale, int element_bytes, int threads, int64_t* wrong) {
+                                             int32_t* pooled_interleaved, const float* mask, char* memory,
+                                             const int32_t* int8_heads, const float* int8_mean, int8_t* int8_numbers,
+                                             int32_t* int8_shifted, float* int8_scales, const int64_t* sizes,
+                                             const int64_t* strides, float scale, int element_bytes, int threads,
+                                             int64_t* wrong) {
     Sizes s;
     std::memcpy(&s, sizes, sizeof s);
     check(s, indices, counts, wrong);

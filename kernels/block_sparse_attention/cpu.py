@@ -66,11 +66,12 @@ def block_sparse_attention(
         refused = str(error)
     if refused is not None:
         raise ValueError(f"ditopt::block_sparse_attention: {refused}")
-    if int8 is not None and not library(lanes).ditopt_bytes():
+    kernel = library(lanes)
+    if int8 is not None and not kernel.ditopt_bytes():
         raise ValueError(f"ditopt::block_sparse_attention: in vectors of {lanes} floats {NO_BYTES}")
     dtype = query.dtype
     pairs = dtype == torch.bfloat16 and lanes == WIDEST and has_bfloat16_dot_products()
-    pairs = pairs and not (query.shape[3] % 2 or value.shape[3] % 2) and bool(library(lanes).ditopt_pairs())
+    pairs = pairs and not (query.shape[3] % 2 or value.shape[3] % 2) and bool(kernel.ditopt_pairs())
     if pooled_key is None or pooled_value is None or rest is None:
         pooled_key, pooled_value, rest = key[:, :, :0], value[:, :, :0], torch.empty(0, dtype=torch.int32)
     parts = [part.float() if not pairs else part for part in (query, key, value, pooled_key, pooled_value)]
@@ -94,11 +95,11 @@ def block_sparse_attention(
     of_rest = (pooled_key, pooled_value, rest.contiguous(), of_pooled)
     threads, element = torch.get_num_threads(), query.element_size()
     masked, eight = mask is not None, int8 is not None
-    space = working_memory(threads * library(lanes).ditopt_space(numbers(sizes), element, masked, eight))
+    space = working_memory(threads * kernel.ditopt_space(numbers(sizes), element, masked, eight))
     of_int8 = _room_for_int8(key, int8) if int8 is not None else (None,) * 5
     tensors = (query, key, value, out, logs, kept, *listed, interleaved, *of_rest, added, space, *of_int8)
     wrong = numbers([0] * 3)
-    run = library(lanes).ditopt_block_sparse_attention
+    run = kernel.ditopt_block_sparse_attention
     failed = called(run, tensors, sizes, strides, ctypes.c_float(scale), element, threads, wrong)
     if failed == 1:
         row, what, index = wrong
