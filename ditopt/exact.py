@@ -17,7 +17,7 @@ from ditopt.console import Reporter
 from ditopt.decisions import Hoist
 from ditopt.errors import DitoptError
 from ditopt.measure import Evaluator
-from ditopt.plan import Plan, Rule
+from ditopt.plan import Plan, Rule, cast_rules
 from ditopt.runtime.prologue import hoisted_work
 
 Pairs = Sequence[tuple[str, int]]
@@ -32,6 +32,7 @@ ROUNDING = {"float32": 1e-4, "float64": 1e-10}
 Samplers let rounding grow; that nothing else differs is proven graph by graph, so this only catches a broken one.
 """
 OTHERWISE = 0.1
+CUT = "graph breaks cut the network, so that nothing can be computed ahead of steps"
 
 
 def hoist_rules(plan: Plan) -> tuple[Rule, ...]:
@@ -84,7 +85,7 @@ class Hoisting:
         evaluator, plain = self.evaluator, tuple(rules)
         added = hoist_rules(evaluator.template.model_copy(update={"rules": plain}))
         if not added:
-            return Hoisted(plain, reason="graph breaks cut the network, so that nothing can be computed ahead of steps")
+            return Hoisted(plain, reason=CUT)
         hoisted = (*plain, *added)
         try:
             evaluator.compile(hoisted)
@@ -106,7 +107,7 @@ class Hoisting:
         return Hoisted(hoisted, seconds, apart, None, work)
 
     def _dtype(self, rules: Sequence[Rule]) -> str | None:
-        return next((rule.do.dtype for rule in rules if getattr(rule.do, "dtype", None)), None)  # type: ignore[union-attr]
+        return next((dtype for _, dtype in cast_rules(rules) if dtype is not None), None)
 
     def _apart(self, hoisted: Sequence[Rule], plain: Sequence[Rule]) -> float | None:
         """How far the samples of the first pair are apart; None where one is not finite."""

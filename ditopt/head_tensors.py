@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -20,6 +20,15 @@ BESIDE = ("qk", "refresh")
 """Settings of a listed pattern that say which blocks it has, and of any that say nothing of which it leaves out."""
 
 Booleans = npt.NDArray[np.bool_]
+
+
+def period_of(starts: Sequence[int], step: int) -> int:
+    """The period of a schedule that a step lies in, of those that begin at ``starts``.
+
+    >>> period_of((0, 3, 6), 5)
+    1
+    """
+    return int(np.searchsorted(starts, step, side="right")) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +61,7 @@ class HeadTensors(ABC):
 
     def period(self, step: int) -> int:
         """The period that a step lies in."""
-        return int(np.searchsorted(self.starts, step, side="right")) - 1
+        return period_of(self.starts, step)
 
     def of_heads(self, heads: Iterable[int]) -> Self:
         """Those of some of the heads."""

@@ -19,7 +19,7 @@ from ditopt.geometry import Geometry
 from ditopt.plan import Rule
 from ditopt.predicted import Predicted, can_tell_psnr, psnr_of, psnr_to_relative_error
 from ditopt.profile import NetworkProfile, Profile
-from ditopt.profiled_maps import profiled_tensors
+from ditopt.profiled_tensors import profiled_tensors
 from ditopt.recipes import find_recipe
 from ditopt.search import Measurement, SearchProblem, Solution, bisect_kept, lambda_range, least_kept, solve, solve_kept
 from ditopt.search.joint import from_kept

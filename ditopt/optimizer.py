@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from ditopt.adapters import Adapter, DiffusersAdapter, adapt
 from ditopt.console import Reporter
-from ditopt.exact import Hoisted, Hoisting, ahead_mib
+from ditopt.exact import CUT, Hoisted, Hoisting, ahead_mib
 from ditopt.finish import looks
 from ditopt.guidance import watch_guidance
 from ditopt.measure import Evaluator
@@ -157,24 +157,13 @@ class Optimizer:
             with self._timed("hoisting"):
                 found = Hoisting(evaluator, held_out, self.reporter)()
         else:
-            found = Hoisted((), reason="graph breaks cut the network, so that nothing can be computed ahead of steps")
+            found = Hoisted((), reason=CUT)
         evaluator.bind(())
+        rows: list[Row] = []
         if found.seconds is not None:
-            evaluations = self._evaluations(evaluator, ())
-            dense = Row("dense, compiled", found.seconds[1], 1.0, None, None, evaluations)
-            speedup = found.seconds[1] / found.seconds[0]
-            eager = Row(
-                "dense, eager (first run)",
-                prepared.eager_seconds,
-                dense.seconds / prepared.eager_seconds,
-                None,
-                None,
-                evaluations,
-            )
-            ours = Row("ditopt, exact", found.seconds[0], speedup, None, None, evaluations)
-            rows = [eager, dense, ours]
-        else:
-            rows = []
+            ours, dense = found.seconds
+            rows = self._dense_rows(evaluator, prepared.eager_seconds, dense)
+            rows.append(Row("ditopt, exact", ours, dense / ours, None, None, rows[0].evaluations))
         self._note_reasons(evaluator)
         if found.reason is not None:
             self.reporter.table(closing_table(rows))
@@ -184,12 +173,26 @@ class Optimizer:
         path = Path(self.plan_path) if self.plan_path is not None else None
         told = {"held_out": [prompt for prompt, _ in held_out]}
         path = write_outcome(path, plan, None, None, result, told, {"hoisted": found.work})
+        return self._handed_over(evaluator, plan, path, result, None)
+
+    def _handed_over(
+        self, evaluator: Evaluator, plan: Plan, path: Path, result: Result, watch: Callable[[], None] | None
+    ) -> Result:
+        """Leave the networks running by a plan that was written, and end with the table."""
         self.reporter.say(f"plan: {path}  (explained by `ditopt explain {path}`)")
         for session in evaluator.sessions.values():
-            session.settle(self.on_mismatch, None)
+            session.settle(self.on_mismatch, watch)
             session.bind(plan)
-        self.reporter.table(closing_table(rows))
+        self.reporter.table(closing_table(result.rows))
         return result
+
+    def _dense_rows(self, evaluator: Evaluator, eager_seconds: float, seconds: float) -> list[Row]:
+        """The lines of the dense model in the closing table."""
+        evaluations = self._evaluations(evaluator, ())
+        return [
+            Row("dense, eager (first run)", eager_seconds, seconds / eager_seconds, None, None, evaluations),
+            Row("dense, compiled", seconds, 1.0, None, None, evaluations),
+        ]
 
     def _note_reasons(self, evaluator: Evaluator) -> None:
         """Keep what did not apply in any graph."""
@@ -217,10 +220,8 @@ class Optimizer:
         assert found.seconds is not None
         evaluator, profiled, held_out = search.evaluator, search.profiled, search.held_out
         plan_seconds, dense_seconds = found.seconds
-        evaluations = self._evaluations(evaluator, ())
         rows = [
-            Row("dense, eager (first run)", eager_seconds, dense_seconds / eager_seconds, None, None, evaluations),
-            Row("dense, compiled", dense_seconds, 1.0, None, None, evaluations),
+            *self._dense_rows(evaluator, eager_seconds, dense_seconds),
             Row(
                 "ditopt",
                 plan_seconds,
@@ -255,13 +256,8 @@ class Optimizer:
         result = Result(plan, rows, self.reasons, found.quality, self.timings)
         prompts = {"profiled": [prompt for prompt, _ in profiled], "held_out": [prompt for prompt, _ in held_out]}
         path = write_outcome(path, plan, search.profile, found, result, prompts, further)
-        self.reporter.say(f"plan: {path}  (explained by `ditopt explain {path}`)")
         watch = watch_guidance(self.model, plan) if isinstance(self.adapter, DiffusersAdapter) else None
-        for session in evaluator.sessions.values():
-            session.settle(self.on_mismatch, watch)
-            session.bind(plan)
-        self.reporter.table(closing_table(rows))
-        return result
+        return self._handed_over(evaluator, plan, path, result, watch)
 
     def _evaluations(self, evaluator: Evaluator, rules: Sequence[Rule]) -> int:
         plan = evaluator.template.model_copy(update={"rules": tuple(rules)})

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
@@ -25,6 +23,7 @@ from safetensors.numpy import load, save
 from ditopt.errors import PlanError
 from ditopt.geometry import Geometry
 from ditopt.head_tensors import BlockMaps, HeadTensors, Projections
+from ditopt.plan_text import write_atomically
 
 FORMAT_VERSION = 1
 KEY = "ditopt_plan_tensors"
@@ -124,17 +123,7 @@ class PlanTensors:
             )
         digest = hashlib.sha256(data).hexdigest()
         path = folder / f"tensors-{digest[:16]}.safetensors"
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, path)
-        except OSError as error:
-            raise PlanError(
-                f"{path}: cannot be written: {error.strerror or error}; choose a folder that exists and is writable"
-            ) from error
-        finally:
-            with suppress(OSError):  # an interrupted writing leaves nothing behind
-                partial.unlink(missing_ok=True)
+        write_atomically(path, data)
         return TensorFile(file=path.name, sha256=digest)
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +159,19 @@ def short(value: Any, limit: int = 80) -> str:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write ``text`` to a temporary neighbour of ``path`` and rename it into place.
+    """``write_atomically`` of a text, in UTF-8."""
+    write_atomically(path, text.encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` to a temporary neighbour of ``path`` and rename it into place.
 
     Raises:
         PlanError: the folder is missing or not writable.
     """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # made by open, so that the umask counts
     try:
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # made by open, so that the umask counts
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(data)
         os.replace(partial, path)
     except IsADirectoryError:
         raise PlanError(f"{path}: is a folder; give the name of a file in it") from None
@@ -173,3 +179,6 @@ def write_text_atomically(path: Path, text: str) -> None:
         raise PlanError(
             f"{path}: cannot be written: {error.strerror or error}; choose a folder that exists and is writable"
         ) from error
+    finally:
+        with suppress(OSError):  # an interrupted writing leaves nothing behind
+            partial.unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from ditopt.kernels.patterns.choice import REST
 from ditopt.kernels.patterns.kept import FORMS, Form, Kept
 from ditopt.measures import Numbers
 from ditopt.profiler.rows import Part
-from ditopt.profiler.sample import Sample
+from ditopt.profiler.sample import Sample, second_moments
 
 EVERY = (2, 4)
 """N: rests are kept anew in every N-th step."""
@@ -181,8 +181,7 @@ class KeptReader:
 
     @staticmethod
     def _moments(errors: Tensor, weights: Tensor) -> Tensor:
-        scaled = (errors * weights.sqrt()[:, None]).flatten(0, 1)
-        found: Tensor = torch.bmm(scaled.transpose(1, 2), scaled).view(*errors.shape[:2], *scaled.shape[2:] * 2)
+        found: Tensor = second_moments(errors.flatten(0, 1), weights).unflatten(0, errors.shape[:2])
         return found
 
     def _mean(self, of_ages: Sequence[Tensor], place: int, own: Tensor) -> Tensor:

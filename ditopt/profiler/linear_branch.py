@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ditopt.decisions import pattern_text
+from ditopt.head_tensors import period_of
 from ditopt.kernels.block_sparse_attention.linear import NOTHING, block_sums, features
 from ditopt.measures import Measure, Table
-from ditopt.profiled_maps import CROSS, GRAM, LINEAR_AXES, fitted_projections, summed
+from ditopt.profiled_tensors import CROSS, GRAM, LINEAR_AXES, fitted_projections, summed
 from ditopt.profiler.rows import Operands, Part, Place
 
 FITTED: tuple[Mapping[str, object], ...] = (
@@ -90,7 +90,7 @@ class LinearReader:
         if self._sums is None:
             shape = (len(self.starts), self.place.entry.site.heads, len(self.names), lost.shape[-1], lost.shape[-1])
             self._sums = torch.zeros(shape), torch.zeros(shape)
-        period = int(np.searchsorted(self.starts, part.step, side="right")) - 1
+        period = period_of(self.starts, part.step)
         for sums, other in zip(self._sums, (linear, lost), strict=True):
             sums[period, part.head] += torch.bmm(linear.transpose(1, 2), other).cpu()
         if self._before is None:

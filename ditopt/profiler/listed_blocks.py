@@ -18,13 +18,14 @@ from torch import Tensor
 
 from ditopt.decisions import pattern_text
 from ditopt.geometry import Geometry
+from ditopt.head_tensors import period_of
 from ditopt.kernels.block_sparse_attention.lists import blocks
 from ditopt.kernels.patterns._infra import Booleans
 from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.listed import Listed, own_blocks
 from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.measures import Measure, Numbers
-from ditopt.profiled_maps import SUMS
+from ditopt.profiled_tensors import SUMS
 from ditopt.profiler.maps import pooled_rows
 from ditopt.profiler.rows import Part, Place
 
@@ -105,7 +106,7 @@ class ListedReader:
     def take(self, part: Part) -> None:
         """Add up the attention of some rows."""
         if self.lists.names:
-            sample, period = self.place.sample, self._period(part.step)
+            sample, period = self.place.sample, period_of(self.starts, part.step)
             real = sample.real[part.blocks].to(part.mass.device)
             pooled = pooled_rows(part.mass.view(len(real), sample.each, -1), real)
             self.sums[period, part.head, part.blocks] += pooled.cpu().numpy()
@@ -114,7 +115,7 @@ class ListedReader:
     def kept(self, part: Part) -> Tensor:
         """``[q, L, Kb]`` boolean: what each pattern keeps of some rows of a head."""
         assert self.before is not None, "there is nothing to choose by"
-        period = self._period(part.step)
+        period = period_of(self.starts, part.step)
         if self._latest is None or self._latest[:2] != (period, part.head):
             found = chosen(self.lists, self.before[period, part.head])
             self._latest = period, part.head, torch.from_numpy(found).transpose(0, 1)
@@ -136,9 +137,6 @@ class ListedReader:
             return {}
         means = self.sums / np.maximum(self._calls, 1)[:, None, None, None]
         return {sums_of(self.place): Measure(AXES, means.astype(np.float16)[None])}
-
-    def _period(self, step: int) -> int:
-        return int(np.searchsorted(self.starts, step, side="right")) - 1
 
 
 def chosen(lists: Lists, attention: npt.NDArray[np.floating]) -> Booleans:

@@ -21,13 +21,14 @@ from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.measures import Label, Measure, Numbers, Table
 from ditopt.passes.attention import rest_refusal
-from ditopt.profiled_maps import LINEAR_AXES
+from ditopt.profiled_tensors import LINEAR_AXES
 from ditopt.profiler.draft_blocks import KEPT_BYTES
 from ditopt.profiler.interpret import Seen
 from ditopt.profiler.kept_errors import KeptErrors
 from ditopt.profiler.linear_branch import fits
 from ditopt.profiler.listed_blocks import periods_that_fit
 from ditopt.profiler.rows import Operands, Part, Place, Reads, RowReader, SharedRows, first_samples
+from ditopt.profiler.sample import second_moments
 from ditopt.profiler.tried import Tried
 from ditopt.search.heads import SKIP
 from ditopt.trace import Trace
@@ -36,12 +37,6 @@ LAGS = 3
 """A head's output is reused for so many steps at most."""
 REMEMBERED = 1 << 19
 """So many values of a site's output are kept per step; of more, a share of the sampled rows."""
-
-
-def moments(outputs: Tensor, weights: Tensor) -> Tensor:
-    """``[H, E, E]``: weighted second moments of ``[H, R, E]`` over rows; ``weights`` ``[R]``."""
-    scaled = outputs * weights.sqrt()[:, None]
-    return torch.bmm(scaled.transpose(1, 2), scaled)
 
 
 @dataclass(frozen=True)
@@ -253,17 +248,17 @@ class PatternCollector(RowReader):
         weights = site.weights.view(-1)[kept].to(result.device)
         now = outputs[:, kept.to(result.device)]
         past = site.past.setdefault(branch, deque(maxlen=LAGS))
-        apart = {step - at: moments(now - then, weights) for at, then in past if 0 < step - at <= LAGS}
+        apart = {step - at: second_moments(now - then, weights) for at, then in past if 0 < step - at <= LAGS}
         other = site.past.get(1 - branch)
         beside = other[-1] if other else None
-        from_other = moments(now - beside[1], weights) if beside is not None and beside[0] == step else None
+        from_other = second_moments(now - beside[1], weights) if beside is not None and beside[0] == step else None
         past.append((step, now))
         found: list[Tensor | KeptErrors] = []
         for each in site.tried.values():
             rests = each.kept_rests.errors(branch)
             found += [each.errors(branch), *([] if rests is None else [rests])]
         if not found:
-            found = [moments(outputs, site.weights.view(-1).to(result.device))[:, None]]
+            found = [second_moments(outputs, site.weights.view(-1).to(result.device))[:, None]]
         site.waiting.append(_Call(step, branch, outputs, found, apart, from_other))
 
     def _measure(self, site: _Site, weight: Tensor | None) -> None:
@@ -282,7 +277,7 @@ class PatternCollector(RowReader):
             at = (0, call.step, call.branch)
             site.output[at] = float(total) / channels**0.5
             site.elements = site.rows * channels
-            site.share[at] = _numbers(projection.norms(moments(call.outputs, weights)) / total)
+            site.share[at] = _numbers(projection.norms(second_moments(call.outputs, weights)) / total)
             site.error[at] = np.concatenate([_relative(projection, each, total) for each in call.errors], 1)
             for lag, squares in call.apart.items():
                 site.reuse[(*at, slice(None), lag - 1)] = _numbers(projection.norms(squares) / total_kept)

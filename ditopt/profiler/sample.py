@@ -15,6 +15,12 @@ MOST_ROWS = 1024
 SPREAD = (math.sqrt(5) - 1) / 2
 
 
+def second_moments(outputs: Tensor, weights: Tensor) -> Tensor:
+    """``[H, E, E]``: weighted second moments of ``[H, R, E]`` over rows; ``weights`` ``[R]``."""
+    scaled = outputs * weights.sqrt()[:, None]
+    return torch.bmm(scaled.transpose(1, 2), scaled)
+
+
 @dataclass(frozen=True)
 class Sample:
     """Query rows of a sequence of ``tokens`` in blocks of ``block``.

@@ -17,7 +17,7 @@ from ditopt.errors import InputError
 from ditopt.geometry import Geometry
 from ditopt.prepare import Preparation, Prepared, as_it_was, seeded
 from ditopt.profile import LATENCY, NetworkProfile, Profile
-from ditopt.profiled_maps import profiled_tensors
+from ditopt.profiled_tensors import profiled_tensors
 from ditopt.profiler.checkpoint import Checkpoints, weights_print
 from ditopt.profiler.observe import Pair
 from ditopt.profiler.run import ProfileRun

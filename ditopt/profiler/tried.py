@@ -23,7 +23,7 @@ from ditopt.kernels.patterns.choice import REST, Pooled, SparseChoice
 from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.measures import Measure, Numbers, Table
 from ditopt.passes.attention import first_order_refusal
-from ditopt.profiled_maps import summed
+from ditopt.profiled_tensors import summed
 from ditopt.profiler.cluster_errors import ClusterReader
 from ditopt.profiler.draft_blocks import KEPT_BYTES, DraftReader, drafts_of
 from ditopt.profiler.kept_errors import KeptReader, kept_of

@@ -40,7 +40,7 @@ def needs_of(decision: Decision) -> Needs:
     return frozenset(found)
 
 
-def refresh_of(decision: Decision) -> int | None:
+def found_every(decision: Decision) -> int | None:
     """N, where a head finds its blocks in every N-th step of a run, or is dense there and keeps its rest; else None."""
     found = decision.settings.get(REFRESH) if isinstance(decision, Sparse) else None
     return kept_every(decision) if found is None else int(found)
@@ -48,7 +48,7 @@ def refresh_of(decision: Decision) -> int | None:
 
 def needs_now(decision: Decision, use: Use) -> Needs:
     """What a head needs in one step: where it reads what an earlier one found, nothing to find that."""
-    every = refresh_of(decision)
+    every = found_every(decision)
     needs = needs_of(decision)
     return needs if every is None else frozenset((name, 1) for name, n in needs if n != every or use is Use.FOUND)
 

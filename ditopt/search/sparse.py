@@ -25,12 +25,12 @@ from ditopt.search.site_choice import (
     HeadCandidate,
     SiteCandidates,
     between,
+    found_every,
     kept_every,
     mean_density,
     needs_now,
     needs_of,
     not_worse,
-    refresh_of,
     union,
 )
 from ditopt.search.solution import Draft, Explanation, Rival, SparsePart
@@ -240,7 +240,7 @@ def planned_saving(
         density = dict(zip(table.labels["candidate"], table["density"].values.tolist(), strict=True))
         decided = plan.head_decisions(site, name)
         in_turn = [decided[step].of(heads) for step in steps]
-        of_uses = zip(*(uses(each, refresh_of) for each in zip(*in_turn, strict=True)), strict=True)
+        of_uses = zip(*(uses(each, found_every) for each in zip(*in_turn, strict=True)), strict=True)
         for step, of_heads, used in zip(steps, in_turn, of_uses, strict=True):
             if decided[step].any_sparse:
                 each = [_density(density, do, use) for do, use in zip(of_heads, used, strict=True)]

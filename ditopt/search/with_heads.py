@@ -12,7 +12,7 @@ from ditopt.kept import Use, uses
 from ditopt.profile import NetworkProfile
 from ditopt.recipes import Recipe
 from ditopt.search.problem import SearchProblem
-from ditopt.search.site_choice import KEPT, MASS, SiteCandidates, kept_every, needs_now, refresh_of
+from ditopt.search.site_choice import KEPT, MASS, SiteCandidates, found_every, kept_every, needs_now
 from ditopt.search.solution import Solution, SparsePart, signatures
 from ditopt.search.sparse import (
     head_candidates,
@@ -100,7 +100,7 @@ def count_graphs(problem: SearchProblem, solution: Solution) -> int:
     does: list[set[tuple[str, ...]]] = [set() for _ in range(problem.steps)]
     for (site, _), of_steps in decided.items():
         in_turn = [of_steps.get(step, Dense()) for step in solution.kept]
-        for step, do, use in zip(solution.kept, in_turn, uses(in_turn, refresh_of), strict=True):
+        for step, do, use in zip(solution.kept, in_turn, uses(in_turn, found_every), strict=True):
             if isinstance(do, Sparse):
                 by = {*FINDING} & dict(needs_now(do, use)).keys()
                 kind = "lists" if kept_every(do) is None else KEPT

@@ -14,7 +14,7 @@ from torch import Tensor
 from ditopt.calls import NetworkCalls
 from ditopt.errors import InputError
 from ditopt.geometry import Geometry
-from ditopt.profiled_maps import SUMS
+from ditopt.profiled_tensors import SUMS
 from ditopt.profiler import attention, rows
 from ditopt.profiler.attention import AttentionCollector, attention_collectors
 from ditopt.profiler.rows import Operands, anchor_steps, refusal

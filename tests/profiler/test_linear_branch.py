@@ -17,7 +17,7 @@ from ditopt.kernels.patterns.draft import Draft
 from ditopt.kernels.patterns.registry import pattern_from_data
 from ditopt.measures import Table, joined
 from ditopt.profile_check import _of_table
-from ditopt.profiled_maps import RIDGE, profiled_tensors
+from ditopt.profiled_tensors import RIDGE, profiled_tensors
 from ditopt.profiler import linear_branch
 from ditopt.profiler.pattern_errors import PatternCollector
 from tests.profiler.attention_rig import SITE, operands, planted, run, steps, trace_of

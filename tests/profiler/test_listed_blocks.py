@@ -17,7 +17,7 @@ from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.listed import Listed
 from ditopt.measures import Table, joined
 from ditopt.profile import NetworkProfile
-from ditopt.profiled_maps import profiled_tensors
+from ditopt.profiled_tensors import profiled_tensors
 from ditopt.profiler import listed_blocks
 from ditopt.profiler.listed_blocks import PERIODS, lists_of, period_starts
 from ditopt.profiler.pattern_errors import PatternCollector

@@ -23,8 +23,9 @@ from ditopt.measures import Table
 from ditopt.profiler import pattern_errors
 from ditopt.profiler.attention import attention_collectors
 from ditopt.profiler.interpret import Collector, Seen
-from ditopt.profiler.pattern_errors import PatternCollector, Projection, moments
+from ditopt.profiler.pattern_errors import PatternCollector, Projection
 from ditopt.profiler.places import attentions
+from ditopt.profiler.sample import second_moments
 from ditopt.profiler.tried import error_moments
 from tests.profiler.attention_rig import SITE, model, operands, planted, run, steps, trace_of
 from tests.trace.models import Captured
@@ -255,7 +256,7 @@ def test_norms_come_from_second_moments(heads: int, rows: int, width: int, out: 
     outputs = torch.randn(heads, rows, width, generator=generator, dtype=torch.float64)
     weight = torch.randn(heads, width, out, generator=generator, dtype=torch.float64)
     weights = torch.rand(rows, generator=generator, dtype=torch.float64)
-    squares = moments(outputs, weights)
+    squares = second_moments(outputs, weights)
     scaled = outputs * weights.sqrt()[:, None]
     assert torch.allclose(Projection(weight).norms(squares), norm(scaled, weight))
     assert torch.allclose(Projection(None).norms(squares), scaled.flatten(1).norm(dim=1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -68,11 +67,10 @@ def _of_site(name: str, site: str, table: Table, geometry: Geometry) -> Iterator
     labels = map(str, table.labels.get("candidate", ()))
     for pattern in filter(None, dict.fromkeys(map(BlockMaps.text_of, labels))):
         choice = SparseChoice.from_data(json.loads(pattern))
-        measure = SUMS[choice.order is not None]
-        if not isinstance(choice.pattern, Listed) or measure not in table.measures:
+        sums = summed([table], SUMS[choice.order is not None])
+        if not isinstance(choice.pattern, Listed) or sums is None:
             continue
         block = int(table.facts["block_queries"])
-        sums: Numbers = table[measure].values.sum(0, dtype=np.float32)
         always = own_blocks(geometry, block, choice.order)
         kept = np.stack([[choice.pattern.choose(head, always) for head in period] for period in sums])
         starts = tuple(int(start) for start in table.labels["period"])
@@ -85,4 +83,4 @@ def _geometry(network: NetworkProfile, table: Table) -> Geometry | None:
     known = network.geometry
     if known is None or "tokens" not in table.facts:
         return None
-    return next((each for each in (known, replace(known, text=0)) if each.tokens == table.facts["tokens"]), None)
+    return known.of_tokens(int(table.facts["tokens"]))
