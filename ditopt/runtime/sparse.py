@@ -21,7 +21,7 @@ from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kern
 from ditopt.kernels.block_sparse_attention.pooled import FIRST_ORDER, ZEROTH_ORDER
 from ditopt.kernels.ops import ATTENTION, FIRST_ORDER_ON_GPU, MASK_AND_REST
 from ditopt.kernels.patterns._infra import Pattern
-from ditopt.kernels.patterns.choice import SparseChoice
+from ditopt.kernels.patterns.choice import Linear, Pooled, SparseChoice
 from ditopt.kernels.patterns.draft import OWN, Draft
 from ditopt.kernels.patterns.listed import Listed
 from ditopt.kernels.patterns.orders import TokenOrder
@@ -170,7 +170,7 @@ class AttentionSites:
                     f"{told}: {place.site.name} is no self-attention of the latents' tokens; a rest is for that only, "
                     "as text is not pooled"
                 )
-            if place.masked and choice.pooled is not None:
+            if place.masked and isinstance(choice.rest, Pooled | Linear):
                 raise PlanMismatchError(f"{told}: {place.site.name}: {MASK_AND_REST}")
             if not place.own and choice.order is not None:
                 raise PlanMismatchError(

@@ -23,11 +23,14 @@ from ditopt.kernels.patterns.spatial import Spatial
 from ditopt.passes.kept import LISTS, REST, slot_of
 from ditopt.passes.kept_rest import forms_name, other_names
 from ditopt.plan import Plan, Rule
+from ditopt.plan_tensors import PlanTensors
 from ditopt.profiler.interpret import Edit, Watched
+from ditopt.runtime.linear import is_linear
 from ditopt.runtime.program import Compute, Program
 from ditopt.sites import STEP, AttentionSite
 from tests.literal_kept import LITERAL, attention, dense
 from tests.runtime.test_kept_lists import FIRST, SECOND, Run, drifting, same
+from tests.runtime.test_linear import heads_anew, projections
 from tests.runtime.test_masked import TOKENS, hunyuan, structure_of
 from tests.runtime.test_sparse import (
     FRAMES,
@@ -241,6 +244,35 @@ def test_beside_a_draft_with_means_in_another_order_whose_lists_are_kept(wan: nn
     for together, first, second, dense_one in [*zip(*results, strict=True)][1:]:
         apart = together - dense_one
         assert (apart - (first - dense_one) - (second - dense_one)).norm() < 0.1 * apart.norm()
+
+
+class BesideLinear(Literal):
+    """The same with linear rests, by the formula, in heads that have one."""
+
+    def _edit(self, site: str, decided: tuple[HeadDecision, ...]) -> Edit:
+        linear = [do if is_linear(do) else Dense() for do in decided]
+        keeping = super()._edit(site, tuple(Dense() if is_linear(do) else do for do in decided))
+        beside = {each.heads[0]: torch.from_numpy(each.packed[0, 0]).float() for each in self.plan.beside.projections}
+        behind = heads_anew(linear, self.geometry, beside)
+        return lambda given, value: behind(given, keeping(given, value))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_beside_a_head_with_linear_attention_to_what_it_skips(wan: nn.Module, structure: str, form: str) -> None:
+    """Neither has a part of the other: what is kept is without the linear attention that is added behind it."""
+    linear, keeping = sparse("spatial", rest="linear"), kept("temporal", form, 2, rows=1, columns=2)
+    rules = rule(SECOND, "1-5", keeping, "0"), rule(SECOND, "1-5", linear, "1")
+    plan = plan_of(structure, *rules).with_beside(PlanTensors(projections=(projections(1, linear, (1,)),)))
+    with interpreted():
+        run, expected = Run(wan, plan), BesideLinear(plan)
+        run.begin()
+        for step, inputs in enumerate(drifting()[:3]):
+            result = run(inputs, TIMES[step])
+            same(result, expected(run.program, step, run.taken))
+    bound = run.program.bound
+    assert bound is not None and run.program.statistics.cold_calls == 0 and expected.moved > 1e-4
+    told = [[(each.keeps, each.reads, each.linear) for each in step.variant.sparse] for step in bound.steps[:3]]
+    assert told == [[], [((REST,), (), True)], [((), (REST,), True)]]
 
 
 @pytest.mark.parametrize("name", ["Flux", "CogVideoX"])

@@ -138,9 +138,10 @@ def test_it_goes_with_a_dtype() -> None:
             assert 1e-5 < distance(found, expected) < 3e-2
 
 
-def test_a_rest_is_refused_where_the_model_hides_keys() -> None:
+@pytest.mark.parametrize("rest", ["pooled", "linear"])
+def test_a_rest_is_refused_where_the_model_hides_keys(rest: str) -> None:
     model, inputs = hunyuan()
-    bad: Rule = rule("transformer_blocks.0.attn", "1", sparse("spatial", rest="pooled"))
+    bad: Rule = rule("transformer_blocks.0.attn", "1", sparse("spatial", rest=rest))
     plan = plan_of(structure_of(model, inputs), bad, tokens=TOKENS)
     message = r"transformer_blocks\.0\.attn: there is a mask, under which what a pattern skips has no means \(a rest\)"
     with interpreted(), pytest.raises(PlanMismatchError, match=message):
