@@ -64,7 +64,8 @@ class VerifiedSearch:
     less than all, as a ``recipe`` says where there is one; ``all_computed``: whether they are all that is looked for,
     with every step computed; ``hoist``: whether what is the same in many steps may be computed ahead, and ``ahead``
     what was. ``dense_seconds``: of a dense generation, where one was timed in this run; 0 where none was.
-    ``rival_sample`` is what the first held-out prompt gives with fewer steps.
+    ``rival_sample`` is what the first held-out prompt gives with fewer steps. ``without_heads`` and ``with_heads`` are
+    the plans before and behind the choice of sparse heads, where they were looked at.
     """
 
     evaluator: Evaluator
@@ -87,6 +88,8 @@ class VerifiedSearch:
     recipe: Recipe | None = None
     hoist: bool = False
     ahead: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    without_heads: Found | None = None
+    with_heads: Found | None = None
 
     def __post_init__(self) -> None:
         self._plan_seconds = math.inf
@@ -171,7 +174,8 @@ class VerifiedSearch:
             self.recipe,
             self.all_computed,
         )
-        return sparsify(found, tuner)
+        self.without_heads, self.with_heads = found, sparsify(found, tuner)
+        return self.with_heads
 
     def _aim(self, found: Found) -> Found:
         """Spend what quality there is to spare on samples as near to a finer sampler's as the dense ones are."""
