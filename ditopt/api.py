@@ -19,7 +19,7 @@ def optimize(
     calib_prompts: Sequence[str],
     *,
     rollout: Any = None,
-    quality: str = "balanced",
+    quality: str | None = None,
     max_rel_error: float | None = None,
     min_psnr: float | None = None,
     target_speedup: float | None = None,
@@ -40,14 +40,14 @@ def optimize(
         model: a diffusers pipeline (its networks are compiled in place), or an ``nn.Module`` with ``rollout``.
         calib_prompts: at least two; half of them are profiled, the other half only judge the result.
         rollout: ``rollout(model, prompt, seed) -> Tensor``, the caller's own sampling loop for a bare module.
-        quality: ``high``, ``balanced`` or ``fast``: 42, 36 or 32 dB mean paired PSNR to the dense run; or ``exact``:
-            nothing is approximated, what is the same in many steps is computed ahead of them.
+        quality: ``high``, ``balanced`` (the default) or ``fast``: 42, 36 or 32 dB mean paired PSNR to the dense run; or
+            ``exact``: nothing is approximated, what is the same in many steps is computed ahead of them.
         max_rel_error: instead, the largest mean relative L2 error of the sample.
         min_psnr: instead, the mean paired PSNR in dB to reach.
         target_speedup: instead, the least ratio of dense to optimised seconds of whole generations; the best quality
             at it is sought. Where it is missed within the rounds of search, the nearest plan is kept and that is said.
-            With ``min_psnr`` beside it no plan below that is taken, be it slower; quality that is to spare is spent on
-            being as near to converged samples as dense ones are.
+            With ``min_psnr`` or a level of ``quality`` beside it no plan below that is taken, be it slower; quality
+            that is to spare is spent on being as near to converged samples as dense ones are.
         plan_path: where to write the plan (YAML); it is kept in the user's cache as well.
         pipe_kwargs: what the pipeline is called with later: steps, guidance, size.
         seed: of the first prompt's noise; prompt i uses ``seed + i``.

@@ -32,7 +32,6 @@ from ditopt.cli_inputs import (
     Settings,
     Steps,
     Trust,
-    level,
     load_pipeline,
     pipe_settings,
     read_prompts,
@@ -84,7 +83,9 @@ def optimize(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="PLAN", help="where to write the plan")],
     quality: Annotated[
         Quality | None,
-        typer.Option(help="42, 36 or 32 dB to the dense run, or nothing approximated; default: balanced"),
+        typer.Option(
+            help="42, 36 or 32 dB to the dense run, beside a speed-up too, or nothing approximated; default: balanced"
+        ),
     ] = None,
     min_psnr: Annotated[float | None, typer.Option(help="instead: mean PSNR in dB; or beside a speed-up")] = None,
     max_rel_error: Annotated[float | None, typer.Option(help="instead: mean relative L2 error")] = None,
@@ -118,18 +119,20 @@ def optimize(
     """Find a faster equivalent of a pipeline's sampling loop and write it as a plan."""
     texts = read_prompts(prompts)
     settings = pipe_settings(steps, guidance, setting)
-    wanted = level(quality, min_psnr=min_psnr, max_rel_error=max_rel_error, target_speedup=target_speedup)
     from ditopt.api import check_prompts
     from ditopt.api import optimize as run
     from ditopt.outcome import check_writable
     from ditopt.recipes import find_recipe
+    from ditopt.target import Target
 
     check_prompts(texts)
+    level = None if quality is None else quality.value
+    Target.from_arguments(level, max_rel_error, min_psnr, target_speedup)
     find_recipe(recipe)
     check_writable(output)
     pipe = load_pipeline(model, trust_remote_code, dtype, device)
     run(
-        pipe, texts, quality=wanted, max_rel_error=max_rel_error, min_psnr=min_psnr,
+        pipe, texts, quality=level, max_rel_error=max_rel_error, min_psnr=min_psnr,
         target_speedup=target_speedup, plan_path=output, pipe_kwargs=settings, seed=seed, techniques=technique or None,
         recipe=recipe, max_variants=max_variants, budget=budget, on_mismatch=on_mismatch.value, resume=resume,
     )  # fmt: skip

@@ -59,18 +59,6 @@ Recipe = Annotated[
 Device = Annotated[str | None, typer.Option(help="where to run; default: cuda if there is one, else cpu")]
 
 
-def level(quality: Quality | None, **numbers: float | None) -> str:
-    """The quality level that is asked for: the balanced one unless another is.
-
-    Raises:
-        InputError: a number is given beside it, which is another target.
-    """
-    given = [f"--{name.replace('_', '-')} {value:g}" for name, value in numbers.items() if value is not None]
-    if quality is not None and given:
-        raise InputError(f"--quality {quality} and {' and '.join(given)} are given together; give one of them")
-    return (quality or Quality.balanced).value
-
-
 def read_prompts(path: Path, option: str = "--prompts") -> list[str]:
     """The lines of a prompt file, empty ones left out.
 

@@ -24,7 +24,6 @@ from ditopt.cli_inputs import (
     Settings,
     Steps,
     Trust,
-    level,
     load_pipeline,
     pipe_settings,
     read_prompts,
@@ -153,8 +152,8 @@ def search(
     from ditopt.profile_file import fingerprint
     from ditopt.target import Target
 
-    wanted = level(quality, min_psnr=min_psnr, max_rel_error=max_rel_error, target_speedup=target_speedup)
-    target = Target.from_arguments(wanted, max_rel_error, min_psnr, target_speedup)
+    level = None if quality is None else quality.value
+    target = Target.from_arguments(level, max_rel_error, min_psnr, target_speedup)
     check_output(output, "plan.yaml")
     loaded = Profile.load(profile)
     try:

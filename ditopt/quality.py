@@ -11,6 +11,7 @@ from torch import Tensor
 
 LEVELS: dict[str, float] = {"high": 42.0, "balanced": 36.0, "fast": 32.0}
 """Quality levels as the mean paired PSNR in dB that held-out prompts must reach."""
+DEFAULT_LEVEL = "balanced"
 
 EXACT = "exact"
 """The level at which nothing is approximated: what differs is the order of sums."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ditopt.errors import InputError
-from ditopt.quality import EXACT, LEVELS, Quality
+from ditopt.quality import DEFAULT_LEVEL, EXACT, LEVELS, Quality
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,11 @@ class Target:
 
     @classmethod
     def from_arguments(
-        cls, quality: str, max_rel_error: float | None, min_psnr: float | None, target_speedup: float | None
+        cls, quality: str | None, max_rel_error: float | None, min_psnr: float | None, target_speedup: float | None
     ) -> Target:
-        """The target that ``optimize``'s arguments name; ``quality`` counts where no number is given.
+        """The target that ``optimize``'s arguments name; nothing at all is ``balanced``.
+
+        A level beside a speed-up is the PSNR that it stands for beside it.
 
         Raises:
             InputError: numbers are given that do not go together, one makes no sense, or the level is unknown.
@@ -43,17 +45,24 @@ class Target:
                 raise InputError(f"{name}={value} makes no sense; give a number above {least:g}")
         if max_rel_error is not None and max_rel_error >= 1:
             raise InputError(f"max_rel_error={max_rel_error} makes no sense; give a number below 1, which is all of it")
-        if named:
+        if quality is not None and named.keys() - {"target_speedup"}:
+            raise InputError(f"quality={quality!r} and {' and '.join(named)} are given together; give one of them")
+        if named and quality is None:
             return cls(min_psnr, max_rel_error, target_speedup)
         if quality == EXACT:
+            if named:
+                raise InputError(
+                    "quality='exact' and target_speedup are given together; nothing is approximated then, so that a "
+                    "speed-up cannot be asked for: give one of them"
+                )
             return cls(exact=True)
-        if quality not in LEVELS:
+        if quality is not None and quality not in LEVELS:
             levels = ", ".join([*(f"{name} ({psnr:g} dB)" for name, psnr in LEVELS.items()), EXACT])
             raise InputError(
                 f"quality={quality!r} is unknown; use one of {levels}, or give min_psnr=, max_rel_error= or "
                 "target_speedup="
             )
-        return cls(min_psnr=LEVELS[quality])
+        return cls(min_psnr=LEVELS[quality or DEFAULT_LEVEL], speedup=target_speedup)
 
     def error(self, quality: Quality) -> float:
         """What the search lowers: the negative mean PSNR, or the mean relative error."""

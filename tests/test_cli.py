@@ -234,7 +234,7 @@ def test_optimize_hands_everything_on(prompts: Path, tmp_path: Path, monkeypatch
     assert seen.pop("given") == ("pipe", ["a red circle", "a blue square"])
     settings = {"num_inference_steps": 30, "guidance_scale": 1.0, "height": 64, "negative_prompt": ""}
     assert seen == {
-        "quality": "balanced", "max_rel_error": None, "min_psnr": 42.0, "target_speedup": 2.5, "plan_path": out,
+        "quality": None, "max_rel_error": None, "min_psnr": 42.0, "target_speedup": 2.5, "plan_path": out,
         "pipe_kwargs": settings, "seed": 7, "techniques": ["reuse", "sparse"], "recipe": "radial",
         "max_variants": 4, "budget": 9, "on_mismatch": "dense", "resume": False,
     }  # fmt: skip

@@ -204,8 +204,8 @@ def test_messages_say_what_the_file_is_and_what_does_not_go_together(toy: Path, 
     assert f"in a profile, `ditopt search {toy} -o PLAN` finds one" in refused("diff", toy, plan)
     assert "is no JSON" in refused("report", plan, "--bench", plan, "-o", tmp_path / "r.html")
     assert "is a folder; give the name of a file" in refused("report", plan, "-o", tmp_path)
-    together = refused("search", toy, "--quality", "fast", "--target-speedup", 3, "-o", plan)
-    assert "--quality fast and --target-speedup 3 are given together" in together
+    together = refused("search", toy, "--quality", "fast", "--min-psnr", 30, "-o", plan)
+    assert "quality='fast' and min_psnr are given together" in together
     assert "give a number below 1" in refused("search", toy, "--max-rel-error", 7, "-o", plan)
     once = refused("search", toy, "--technique", "foo", "-o", plan)
     assert once.count(" reuse,") == 1

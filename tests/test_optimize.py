@@ -195,12 +195,21 @@ def test_prompts_that_cannot_be_used_are_named(prompts: Any, message: str) -> No
         ditopt.optimize(make_model(), prompts, rollout=euler, quiet=True)
 
 
+def test_a_level_beside_a_speed_up_is_the_psnr_below_which_no_plan_is_taken() -> None:
+    assert Target.from_arguments("high", None, None, 3.0) == Target(min_psnr=42.0, speedup=3.0)
+    assert Target.from_arguments(None, None, None, 3.0) == Target(speedup=3.0)
+    assert Target.from_arguments(None, None, None, None) == Target(min_psnr=36.0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"quality": "best"}, "quality='best' is unknown; use one of high"),
         ({"min_psnr": 40, "max_rel_error": 0.1}, "max_rel_error and min_psnr are given together"),
         ({"target_speedup": 2.0, "max_rel_error": 0.1}, "max_rel_error and target_speedup are given together"),
+        ({"quality": "high", "min_psnr": 40}, "quality='high' and min_psnr are given together; give one of them"),
+        ({"quality": "high", "max_rel_error": 0.1}, "quality='high' and max_rel_error are given together"),
+        ({"quality": "exact", "target_speedup": 2.0}, "quality='exact' and target_speedup are given together"),
         ({"target_speedup": 0.5}, "target_speedup=0.5 makes no sense; give a number above 1"),
         (
             {"techniques": ["magic"]},
