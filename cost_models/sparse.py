@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ditopt.errors import InputError
 
 FINDING = ("means", "mass", "error")
-SHARED = (*FINDING, "pooled", "taylor", "kept")
+INT8 = "int8"
+SHARED = (*FINDING, "pooled", "taylor", "kept", INT8)
 """What heads may need that a site computes once a step: blocks found by each of three selectors, means of what is
-skipped, the first-order term beside them, results put together with rests that are kept from an earlier step."""
+skipped, the first-order term beside them, results put together with rests that are kept from an earlier step, and for
+int8 scores what is done to keys of all heads."""
 OTHERS = "others"
 """What a site needs once in so many steps whose heads keep rests: a second call of the kernel, for other blocks."""
 Need = tuple[str, int]
@@ -38,6 +40,19 @@ def shared_seconds(prices: Mapping[str, float], needs: Iterable[Need], steps: in
 
 
 @dataclass(frozen=True)
+class Int8Cost:
+    """What heads with int8 scores take in the place of others.
+
+    Attributes:
+        overhead: seconds for all heads of a site, whatever their lists are: quantising queries and keys.
+        efficiency: pairs of queries and keys a second, of those of dense attention.
+    """
+
+    overhead: float
+    efficiency: float
+
+
+@dataclass(frozen=True)
 class SparseCost:
     """Seconds of an attention site in one step, dense and block-sparse.
 
@@ -46,26 +61,35 @@ class SparseCost:
         overhead: what block-sparse attention takes whatever its lists are: packing queries, writing results.
         efficiency: pairs of queries and keys a second beyond that, of those of dense attention.
         shared: what each of ``SHARED`` takes by itself for all heads; what was not timed is left out.
+        int8: of heads with int8 scores; None: there are none, or they take as long.
 
     Raises:
-        InputError: dense attention takes no time, something else a negative one, or the efficiency is not above 0.
+        InputError: dense attention takes no time, something else a negative one, or an efficiency is not above 0.
     """
 
     dense: float
     overhead: float
     efficiency: float
     shared: Mapping[str, float] = field(default_factory=dict)
+    int8: Int8Cost | None = None
 
     def __post_init__(self) -> None:
-        others = (self.overhead, *self.shared.values())
-        if not (self.dense > 0 and self.efficiency > 0 and all(each >= 0 for each in others)):
+        eight = Int8Cost(0.0, 1.0) if self.int8 is None else self.int8
+        others = (self.overhead, eight.overhead, *self.shared.values())
+        if not (min(self.dense, self.efficiency, eight.efficiency) > 0 and all(each >= 0 for each in others)):
             raise InputError(f"{self}: dense and efficiency have to be above 0, what else takes time not below")
 
     @classmethod
     def measured(
-        cls, dense: float, times: Mapping[float, float], shared: Mapping[str, float] | None = None
+        cls,
+        dense: float,
+        times: Mapping[float, float],
+        shared: Mapping[str, float] | None = None,
+        int8: Mapping[float, float] | None = None,
     ) -> SparseCost:
         """The line of least squares through ``times``: seconds by density (0 to 1) of this site on this machine.
+
+        And the one through ``int8``, of heads that all have int8 scores, if it rises less.
 
         Raises:
             InputError: fewer than two densities were timed, or seconds do not rise with them.
@@ -74,12 +98,19 @@ class SparseCost:
             raise InputError(
                 f"block-sparse attention was timed at {len(times)} densities; it takes two to tell its cost"
             )
-        slope, overhead = np.polyfit(list(times), list(times.values()), 1)
+        slope, overhead = _line(times)
         if slope <= 1e-6 * max(times.values()):
             raise InputError(
                 f"block-sparse attention takes no longer at higher densities: {dict(times)}; time it again"
             )
-        return cls(dense, max(0.0, float(overhead)), dense / float(slope), dict(shared or {}))
+        found = cls(dense, max(0.0, overhead), dense / slope, dict(shared or {}))
+        if not int8:
+            return found
+        of_int8, at_none = _line(int8)
+        if not 1e-6 * slope < of_int8 < slope:
+            return found
+        further = at_none - overhead - found.shared.get(INT8, 0.0)
+        return replace(found, int8=Int8Cost(max(0.0, further), dense / of_int8))
 
     @property
     def prices(self) -> dict[str, float]:
@@ -89,3 +120,19 @@ class SparseCost:
     def seconds(self, density: float) -> float:
         """What it takes block-sparse; ``density`` is the mean share of blocks that heads attend to, 0 to 1."""
         return self.overhead + self.dense * density / self.efficiency
+
+    def as_plain(self, density: float) -> float:
+        """The density at which a head without int8 scores takes as long as one with them does at this one.
+
+        >>> SparseCost(1.0, 0.1, 0.5, int8=Int8Cost(0.2, 1.0)).as_plain(0.5)
+        0.35
+        """
+        if self.int8 is None:
+            return density
+        return self.efficiency * (density / self.int8.efficiency + self.int8.overhead / self.dense)
+
+
+def _line(times: Mapping[float, float]) -> tuple[float, float]:
+    """Slope and value at 0 of the line of least squares through seconds by density."""
+    slope, at_none = np.polyfit(list(times), list(times.values()), 1)
+    return float(slope), float(at_none)

@@ -15,7 +15,7 @@ from ditopt.errors import InputError
 
 ANY = "any"
 """In a form: a setting that has to be there, whatever its value."""
-SAID = ("rest", "order", "by", "refresh")
+SAID = ("rest", "order", "by", "refresh", "qk")
 """Settings that a candidate of a recipe has only where the form speaks of them; others, as widths, are free."""
 Form = Mapping[str, Any]
 """Settings of candidates, as plans have them: ``{pattern: draft, keep: any, rest: {pooled: any}}``."""

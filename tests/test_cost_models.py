@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ditopt.cost_models.measured import MeasuredCost
-from ditopt.cost_models.sparse import OTHERS, SparseCost, shared_seconds
+from ditopt.cost_models.sparse import INT8, OTHERS, Int8Cost, SparseCost, shared_seconds
 from ditopt.errors import InputError
 from ditopt.sites import STEP
 
@@ -51,6 +51,28 @@ def test_sparse_attention_costs_its_overhead_and_its_share_of_the_pairs() -> Non
     assert (found.overhead, found.efficiency) == pytest.approx((0.1, 0.8))
     assert found.prices == {OTHERS: found.overhead}, "a second call for other blocks"
     assert not found.shared and SparseCost.measured(2.0, times, {"means": 0.2}).shared == {"means": 0.2}
+
+
+def test_heads_with_int8_scores_have_a_line_of_their_own() -> None:
+    cost = SparseCost(dense=2.0, overhead=0.1, efficiency=0.8)
+    times = {density: cost.seconds(density) for density in (0.125, 0.5, 1.0)}
+    eight = {density: 0.25 + 1.25 * density for density in times}
+    shared = {INT8: 0.05, "means": 0.2}
+    found = SparseCost.measured(2.0, times, shared, eight)
+    assert found.int8 is not None and found.shared == shared
+    assert (found.int8.overhead, found.int8.efficiency) == pytest.approx((0.1, 1.6)), "keys are paid for by themselves"
+    for density in (0.0, 0.3, 1.0):
+        seconds = found.seconds(found.as_plain(density)) + shared[INT8]
+        assert seconds == pytest.approx(0.25 + 1.25 * density), "all heads with int8 scores"
+    one_of_four = found.seconds((found.as_plain(0.5) + 3 * 0.5) / 4)
+    assert one_of_four == pytest.approx((found.seconds(found.as_plain(0.5)) + 3 * found.seconds(0.5)) / 4)
+    for slower in ({density: 2.5 * density for density in times}, dict.fromkeys(times, 1.0)):
+        slow = SparseCost.measured(2.0, times, shared, slower)
+        assert slow.int8 is None and slow.as_plain(0.5) == 0.5
+    with pytest.raises(InputError, match="what else takes time not below"):
+        SparseCost(1.0, 0.0, 1.0, int8=Int8Cost(-0.1, 1.0))
+    with pytest.raises(InputError, match="have to be above 0"):
+        SparseCost(1.0, 0.0, 1.0, int8=Int8Cost(0.1, 0.0))
 
 
 def test_what_heads_share_is_paid_as_often_as_the_head_that_needs_it_most() -> None:

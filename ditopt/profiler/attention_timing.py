@@ -13,12 +13,20 @@ from torch.nn import functional as F
 import ditopt.kernels.block_sparse_attention.draft
 import ditopt.kernels.flash_attention.cpu  # noqa: F401  # both register what is timed
 from ditopt.cost_models.measured import FORMS
-from ditopt.cost_models.sparse import SHARED
+from ditopt.cost_models.sparse import INT8, SHARED
 from ditopt.kernels.block_sparse_attention.cpu import add_first_order
+from ditopt.kernels.block_sparse_attention.int8 import mean_of
 from ditopt.kernels.block_sparse_attention.kept import MERGE
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, kernel_blocks
 from ditopt.kernels.block_sparse_attention.pooled import pool_tokens
-from ditopt.kernels.ops import ADD_REST, BLOCK_SPARSE_ATTENTION, DRAFT_LISTS, FLASH_ATTENTION, block_sparse_refusal
+from ditopt.kernels.ops import (
+    ADD_REST,
+    BLOCK_SPARSE_ATTENTION,
+    DRAFT_LISTS,
+    FLASH_ATTENTION,
+    block_sparse_refusal,
+    int8_refusal,
+)
 from ditopt.kernels.patterns.candidates import block_for
 from ditopt.kernels.patterns.draft import SELECTORS
 from ditopt.measures import Measure, Table
@@ -38,10 +46,11 @@ def attention_latency(trace: Trace, forms: Sequence[str], per_step: float) -> tu
 
     ``dense`` ``[form]`` is what attention takes in a step of each of ``forms`` (``form_name``; those that are none are
     passed over); ``sparse`` ``[form, density]`` what block-sparse attention takes whose heads attend to the same share
-    of blocks; ``shared`` ``[form, need]`` what finding blocks by each selector, means of what is skipped, their
-    first-order term, and merging with a rest that was kept take by themselves, for all heads (NaN: not there). Operands
-    are drawn: what attention takes does not depend on their values. ``per_step``: calls of the network in a step. Sites
-    of equal shapes are timed once.
+    of blocks, ``int8`` the same with int8 scores (NaN: no kernel has them); ``shared`` ``[form, need]`` what finding
+    blocks by each selector, means of what is skipped, their first-order term, merging with a rest that was kept, and
+    readying keys for int8 scores take by themselves, for all heads (NaN: not there). Operands are drawn: what attention
+    takes does not depend on their values. ``per_step``: calls of the network in a step. Sites of equal shapes are timed
+    once.
     """
     known: dict[object, dict[str, dict[str, float]]] = {}
     found: dict[str, Table] = {}
@@ -96,6 +105,10 @@ def _seconds(node: fx.Node, dtype: str | None, simplify: bool) -> dict[str, floa
             raise ValueError(refused)
         contenders[f"{share:g}"] = partial(_sparse, query, key, value, lists, scale, mask)
     contenders |= _shared(query, key, value, scale)
+    eight = torch.ones(query.shape[1], dtype=torch.int32, device=query.device)
+    for share in DENSITIES if int8_refusal(query.device) is None else ():
+        lists = even_lists(query.shape[1], query.shape[2], key.shape[2], share).to(query.device)
+        contenders[f"{INT8} {share:g}"] = partial(_sparse, query, key, value, lists, scale, mask, eight)
     with torch.no_grad():
         return time_in_turn({name: warmed(timed(run)) for name, run in contenders.items()})
 
@@ -132,7 +145,18 @@ def _shared(query: Tensor, key: Tensor, value: Tensor, scale: float) -> dict[str
         out, shares = torch.zeros_like(result), torch.zeros_like(lse)
         found["taylor"] = first_order
     found["kept"] = partial(ADD_REST, result, lse, merging, torch.zeros_like(result), lse)
+    if int8_refusal(query.device) is None:
+        found[INT8] = partial(_keys_for_int8, key, lists.key_block)
     return found
+
+
+def _keys_for_int8(key: Tensor, key_block: int) -> Tensor:
+    """What is done to the keys of all heads where some have int8 scores: on processors the mean alone."""
+    if not key.is_cuda:
+        return mean_of(key)
+    from ditopt.kernels.block_sparse_attention.triton import quantised_keys, readable
+
+    return quantised_keys(readable(key), key_block).numbers
 
 
 def _drawn(like: Tensor, dtype: str | None) -> Tensor:
@@ -155,10 +179,17 @@ def _hides_nothing(mask: fx.Node | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _sparse(
-    query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, scale: float, mask: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: BlockLists,
+    scale: float,
+    mask: Tensor | None = None,
+    int8: Tensor | None = None,
 ) -> Tensor:
     sizes = (lists.query_block, lists.key_block, scale)
-    result: Tensor = BLOCK_SPARSE_ATTENTION(query, key, value, lists.indices, lists.counts, *sizes, mask=mask)[0]
+    named = {"mask": mask, "int8": int8}
+    result: Tensor = BLOCK_SPARSE_ATTENTION(query, key, value, lists.indices, lists.counts, *sizes, **named)[0]
     return result
 
 
@@ -176,10 +207,12 @@ def even_lists(heads: int, queries: int, keys: int, share: float) -> BlockLists:
 def _table(seconds: dict[str, dict[str, float]], per_step: float, queries: int) -> Table:
     dense = np.array([of_form["dense"] for of_form in seconds.values()]) * per_step
     sparse = np.array([[of_form[f"{share:g}"] for share in DENSITIES] for of_form in seconds.values()]) * per_step
+    int8 = [[of_form.get(f"{INT8} {share:g}", np.nan) for share in DENSITIES] for of_form in seconds.values()]
     shared = np.array([[of_form.get(need, np.nan) for need in SHARED] for of_form in seconds.values()]) * per_step
     measures = {
         "dense": Measure(("form",), dense),
         "sparse": Measure(("form", "density"), sparse),
+        "int8": Measure(("form", "density"), np.array(int8) * per_step, True),
         "shared": Measure(("form", "need"), shared, True),
     }
     facts = {"queries": queries, "block_queries": kernel_blocks(queries, queries)[0], "profiled": block_for(queries)}

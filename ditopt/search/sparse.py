@@ -15,7 +15,7 @@ from ditopt.cost_models.sparse import Need, SparseCost, shared_seconds
 from ditopt.decisions import Decision, Sparse
 from ditopt.errors import InputError
 from ditopt.kept import Use, uses
-from ditopt.measures import Label, Table
+from ditopt.measures import Table
 from ditopt.plan import Plan, Rule, format_steps
 from ditopt.profile import LATENCY, NetworkProfile
 from ditopt.recipes import Recipe
@@ -26,6 +26,7 @@ from ditopt.search.site_choice import (
     SiteCandidates,
     between,
     found_every,
+    is_int8,
     kept_every,
     mean_density,
     needs_now,
@@ -72,7 +73,10 @@ def site_costs(network: NetworkProfile, form: str) -> AttentionCosts:
         try:
             dense = float(table["dense"].at(form=at).values)
             known = {float(density): each for density, each in times.items()}
-            found[site] = SparseCost.measured(dense, known, _shared(table, at))
+            eight = _int8(table, at)
+            found[site] = SparseCost.measured(dense, known, _shared(table, at), eight)
+            if eight and found[site].int8 is None:
+                reasons.append(f"{site}: int8 scores take no less time in {form} steps, so no head there has them")
         except InputError as error:
             reasons.append(f"{site}: {error}")
     return AttentionCosts(found, tuple(reasons))
@@ -84,6 +88,24 @@ def _shared(table: Table, at: int) -> dict[str, float]:
         return {}
     seconds = table["shared"].at(form=at).values.tolist()
     return {str(name): each for name, each in zip(table.labels["need"], seconds, strict=True) if not math.isnan(each)}
+
+
+def _int8(table: Table, at: int) -> dict[float, float]:
+    """Seconds by density of heads with int8 scores in a form, where that was timed."""
+    if "int8" not in table.measures:
+        return {}
+    seconds = table["int8"].at(form=at).values.tolist()
+    timed = zip(table.labels["density"], seconds, strict=True)
+    return {float(density): each for density, each in timed if not math.isnan(each)}
+
+
+def _densities(table: Table, cost: SparseCost) -> dict[Sparse, float]:
+    """Of a site's candidates: with int8 scores the density at which a head without them takes as long."""
+    found = {}
+    for label, density in zip(table.labels["candidate"], table["density"].values.tolist(), strict=True):
+        decision = Sparse(pattern=str(label))
+        found[decision] = cost.as_plain(density) if is_int8(decision) else density
+    return found
 
 
 def head_candidates(
@@ -101,7 +123,8 @@ def head_candidates(
     Of a range the steps count that ``draft`` computes. A candidate is worse than another that saves as much with as
     small an error, and than dense if it saves nothing; what was not measured in one of the steps is none. Densities are
     those of the profile's blocks; of a rest that is kept it counts how many of the steps are dense. What a ``recipe``
-    does not allow, and steps that it keeps dense, are left out, and all such rests where ``kept`` is false.
+    does not allow, and steps that it keeps dense, are left out, and all such rests where ``kept`` is false; so are int8
+    scores where a site's costs have none.
 
     Raises:
         KeyError: the profile has no tables of a site (``patterns``, ``sensitivity``).
@@ -116,10 +139,13 @@ def head_candidates(
         labels = table.labels["candidate"]
         decisions = [Sparse(pattern=str(label)) for label in labels]
         allowed = [
-            (recipe is None or recipe.allows(do.pattern)) and (kept or kept_every(do) is None) for do in decisions
+            (recipe is None or recipe.allows(do.pattern))
+            and (kept or kept_every(do) is None)
+            and not (cost.int8 is None and is_int8(do))
+            for do in decisions
         ]
         needs = list(map(needs_of, decisions))
-        density = dict(zip(decisions, table["density"].values.tolist(), strict=True))
+        density = _densities(table, cost)
         heads = range(table["error"].size("head"))
         for steps in filter(None, computed):
             errors = squared_errors(network, problem, draft, site, steps, heads, range(len(labels)))
@@ -237,7 +263,7 @@ def planned_saving(
     for site, cost in costs.items():
         table = network.tables["patterns"][site]
         heads = table["error"].size("head")
-        density = dict(zip(table.labels["candidate"], table["density"].values.tolist(), strict=True))
+        density = _densities(table, cost)
         decided = plan.head_decisions(site, name)
         in_turn = [decided[step].of(heads) for step in steps]
         of_uses = zip(*(uses(each, found_every) for each in zip(*in_turn, strict=True)), strict=True)
@@ -249,11 +275,11 @@ def planned_saving(
     return saved
 
 
-def _density(density: Mapping[Label, float], do: Decision, use: Use) -> float:
+def _density(density: Mapping[Sparse, float], do: Decision, use: Use) -> float:
     """What a head attends to in a step that finds its blocks or keeps its rest, or reads them: in the former all."""
     if not isinstance(do, Sparse):
         return 1.0
-    found, every = density.get(do.pattern, 1.0), kept_every(do)
+    found, every = density.get(do, 1.0), kept_every(do)
     if every is None:
         return found
     return 1.0 if use is Use.FOUND else between(every, found)

@@ -69,6 +69,7 @@ def block_sparse_attention(
     kernel = library(lanes)
     if int8 is not None and not kernel.ditopt_bytes():
         raise ValueError(f"ditopt::block_sparse_attention: in vectors of {lanes} floats {NO_BYTES}")
+    int8 = int8 if int8 is not None and int8.any() else None
     dtype = query.dtype
     pairs = dtype == torch.bfloat16 and lanes == WIDEST and has_bfloat16_dot_products()
     pairs = pairs and not (query.shape[3] % 2 or value.shape[3] % 2) and bool(kernel.ditopt_pairs())

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from ditopt.cost_models.sparse import SHARED
+from ditopt._torch import has_byte_dot_products
+from ditopt.cost_models.sparse import INT8, SHARED
 from ditopt.kernels.block_sparse_attention.lists import check, check_entries
 from ditopt.measures import Table
 from ditopt.profile import NetworkProfile
@@ -19,6 +20,8 @@ from ditopt.trace import Trace
 from tests.search.test_sparse import with_attention
 from tests.search.toy import Toy
 from tests.tiny import compiled_tiny, euler, make_model
+
+needs_bytes = pytest.mark.skipif(not has_byte_dot_products(), reason="no dot products of bytes (avx512_vnni)")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,7 @@ def in_order(variants: Mapping[str, Timed]) -> dict[str, float]:
     return {name: float(place) for place, name in enumerate(variants, 1)}
 
 
+@needs_bytes
 def test_sites_of_equal_shapes_are_timed_once_in_every_form(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = []
 
@@ -48,8 +52,19 @@ def test_sites_of_equal_shapes_are_timed_once_in_every_form(trace: Trace, monkey
         assert table.labels == {"form": ("full", "bfloat16"), "density": DENSITIES, "need": SHARED}
         assert table["dense"].values.tolist() == [2.0, 2.0], "two calls a step"
         assert table["sparse"].values.tolist() == [[4.0, 6.0, 8.0, 10.0]] * 2
-        assert table["shared"].values.tolist() == [[12.0, 14.0, 16.0, 18.0, 20.0, 22.0]] * 2
+        assert table["shared"].values.tolist() == [[12.0, 14.0, 16.0, 18.0, 20.0, 22.0, 24.0]] * 2
+        assert table["int8"].values.tolist() == [[26.0, 28.0, 30.0, 32.0]] * 2
         assert table.facts == {"queries": 64, "block_queries": 64, "profiled": 4}
+
+
+def test_without_a_kernel_int8_scores_are_not_timed(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ditopt.kernels.ops.has_byte_dot_products", lambda: False)
+    monkeypatch.setattr("ditopt.profiler.attention_timing.time_in_turn", in_order)
+    tables, reasons = attention_latency(trace, ("full",), 1.0)
+    assert reasons == []
+    for table in tables.values():
+        assert np.isnan(table["int8"].values).all() and np.isnan(table["shared"].values[0, SHARED.index(INT8)])
+        assert table["shared"].values[0, :-1].tolist() == [6.0, 7.0, 8.0, 9.0, 10.0, 11.0]
 
 
 def test_a_form_without_a_kernel_is_told(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:

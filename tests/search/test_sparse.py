@@ -33,6 +33,10 @@ from tests.search.toy import Toy
 
 BAND, SPATIAL = '{"pattern": "band", "width": 2.0}', '{"frames": 0, "pattern": "spatial"}'
 DRAFT, KEPT = (pattern_text({"pattern": "draft", "keep": 0.5, "by": "mass", **more}) for more in ({}, {"refresh": 4}))
+INT8_DENSE, INT8_SPATIAL = INT8_SCORES = (
+    '{"pattern": "dense", "qk": "int8"}',
+    '{"frames": 0, "pattern": "spatial", "qk": "int8"}',
+)
 STEPS, HEADS = 8, 3
 COST = SparseCost(2.0, 0.1, 0.8, shared={"means": 0.01, "mass": 1.0, "error": 0.03, "pooled": 0.02, "kept": 0.005})
 """What the table of seconds has."""
@@ -41,7 +45,8 @@ COST = SparseCost(2.0, 0.1, 0.8, shared={"means": 0.01, "mass": 1.0, "error": 0.
 def with_attention(found: NetworkProfile, dense: float = 2.0, scale: float = 1.0) -> NetworkProfile:
     """A profile of six prompts with an attention site of three heads and three candidates: skip, band, spatial.
 
-    Dense attention takes ``dense`` seconds a step; errors of heads are multiplied by ``scale``.
+    Dense attention takes ``dense`` seconds a step; errors of heads are multiplied by ``scale``. Int8 scores were not
+    timed.
     """
     steps = len(found.timesteps)
     error = np.broadcast_to(
@@ -67,7 +72,7 @@ def with_attention(found: NetworkProfile, dense: float = 2.0, scale: float = 1.0
     latency = {
         "dense": Measure(("form",), np.array([dense])),
         "sparse": Measure(("form", "density"), seconds),
-        "shared": Measure(("form", "need"), np.array([[0.01, 1.0, 0.03, 0.02, np.nan, 0.005]]), True),
+        "shared": Measure(("form", "need"), np.array([[0.01, 1.0, 0.03, 0.02, np.nan, 0.005, np.nan]]), True),
     }
     facts = {"queries": 1024, "block_queries": 64, "profiled": 64}
     found.tables["latency"] = {"attn": Table(latency, {"form": ("full",), "density": densities, "need": SHARED}, facts)}
@@ -195,9 +200,93 @@ def test_what_heads_need_is_told_by_their_settings() -> None:
     assert needs(pattern="draft", keep=0.5) == {("means", 1)}
     assert needs(pattern="draft", keep=0.5, by="mass", refresh=4) == {("mass", 4)}
     assert needs(pattern="skip", rest="pooled") == needs(pattern="skip", rest={"pooled": 16}) == {("pooled", 1)}
+    assert needs(pattern="dense", qk="int8") == {("int8", 1)}
+    assert needs(pattern="draft", keep=0.5, by="mass", refresh=4, qk="int8") == {("mass", 4), ("int8", 1)}
     both = {("error", 1), ("pooled", 1), ("taylor", 1)}
     assert needs(pattern="draft", keep=0.5, by="error", rest={"taylor": 16}) == both
     assert needs(pattern="skip", rest={"kept": "merge", "refresh": 3}) == {("kept", 1), ("others", 3)}
+
+
+def with_int8(network: NetworkProfile, seconds: float, error: float = 0.004) -> NetworkProfile:
+    """``with_attention`` and int8 scores: of all blocks and of ``SPATIAL``, which err so much more, in quadrature.
+
+    Heads that all have them take so many ``seconds`` a step at all blocks, and a tenth of a second at none; what is
+    done to the keys is 0.02 of it.
+    """
+    table, timed = network.tables["patterns"]["attn"], network.tables["latency"]["attn"]
+    plain = table["error"].values
+    errors = np.concatenate([plain, np.full_like(plain[..., :1], error), np.hypot(plain[..., 2:], error)], -1)
+    measures = {**table.measures, "error": Measure(table["error"].axes, errors)}
+    measures["density"] = Measure(("candidate",), np.append(table["density"].values, [1.0, 0.5]))
+    labels = {"candidate": (*table.labels["candidate"], *INT8_SCORES)}
+    patterns = replace(table, measures=measures, labels=labels)
+    densities = np.array([timed.labels["density"]], dtype=float)
+    shared = timed["shared"].values.copy()
+    shared[0, SHARED.index("int8")] = 0.02
+    eight = Measure(("form", "density"), 0.1 + (seconds - 0.1) * densities)
+    latency = replace(
+        timed, measures={**timed.measures, "int8": eight, "shared": replace(timed["shared"], values=shared)}
+    )
+    tables = {**network.tables, "patterns": {"attn": patterns}, "latency": {"attn": latency}}
+    return replace(network, tables=tables)
+
+
+def chosen_patterns(network: NetworkProfile, price: float) -> tuple[set[str], float, float]:
+    """What the site's heads do at a price, and the seconds of a generation that this saves; also less its error."""
+    problem = SearchProblem.from_profile(network)
+    costs, _ = site_costs(network, "full")
+    found = head_candidates(network, problem, dense(problem), costs, [range(STEPS)])
+    saved, error = totals(found, price)
+    return {str(each.choice.candidate) for each in choose(found, price)}, saved, saved - price * error
+
+
+def test_int8_scores_are_taken_where_they_save_time_for_their_error(network: NetworkProfile) -> None:
+    """Of 2.6 seconds they leave 1.5: a price at which no pattern pays has all heads attend to everything in int8."""
+    fast = with_int8(network, 1.5)
+    cost = site_costs(fast, "full").costs["attn"]
+    assert cost.int8 is not None and cost.int8.overhead == 0.0 and cost.shared["int8"] == 0.02
+    prices = np.geomspace(1.0, 1e6, 40)
+    plain, eight = ([chosen_patterns(each, price) for price in prices] for each in (network, fast))
+    alone = [at for at, (patterns, *_) in enumerate(eight) if patterns == {INT8_DENSE}]
+    assert alone and not any(plain[at][0] for at in alone), "no pattern is worth its error there"
+    for at in alone:
+        assert eight[at][1] == pytest.approx((2.0 - cost.seconds(cost.as_plain(1.0)) - 0.02) * STEPS)
+    assert any(INT8_SPATIAL in patterns for patterns, *_ in eight), "beside a pattern, too"
+    assert all(ours[2] >= theirs[2] - 1e-9 for ours, theirs in zip(eight, plain, strict=True)), "never the worse for it"
+    rules = sparse_rules([HeadPattern("attn", head, INT8_DENSE, tuple(range(STEPS))) for head in range(HEADS)])
+    plan = Plan.model_validate(made_plan({"net": network.timesteps})).model_copy(update={"rules": rules})
+    told = planned_saving(plan, "net", fast, {"attn": cost}, range(STEPS))
+    assert told == pytest.approx(eight[alone[0]][1]), "and a plan with them says the same"
+
+
+def test_int8_scores_are_left_where_they_save_none_or_err_too_much(network: NetworkProfile) -> None:
+    slow = with_int8(network, 2.7)
+    found, (why,) = site_costs(slow, "full")
+    assert found["attn"].int8 is None
+    assert why == "attn: int8 scores take no less time in full steps, so no head there has them"
+    prices = np.geomspace(1e-3, 1e6, 40)
+    for price in prices:
+        assert chosen_patterns(slow, price) == chosen_patterns(network, price)
+    rough = with_int8(network, 1.5, error=3.0)
+    assert site_costs(rough, "full").costs["attn"].int8 is not None
+    for price in prices:
+        assert chosen_patterns(rough, price) == chosen_patterns(network, price), "as little as skipping leaves"
+
+
+def test_where_a_head_needs_keys_for_int8_alone_the_site_says_so(network: NetworkProfile) -> None:
+    """What is done to all keys is for one head too much, for three not."""
+    fast = with_int8(network, 1.5)
+    costs = {"attn": replace(site_costs(fast, "full").costs["attn"], shared={"int8": 0.5})}
+    problem = SearchProblem.from_profile(fast)
+    (site,) = head_candidates(fast, problem, dense(problem), costs, [range(STEPS)])
+    eight = tuple(tuple(each for each in head if each.choice.candidate == INT8_DENSE) for head in site.heads)
+    assert len(replace(site, heads=eight, lost=0.0).chosen(0.0)) == HEADS
+    assert not replace(site, heads=eight[:1], lost=0.0).chosen(0.0)
+    skip = tuple(each for each in site.heads[1] if each.choice.candidate == SKIP)
+    both = replace(site, heads=(eight[0], skip), lost=0.0)
+    (told,) = [each for each in sparse_part([both], 0.0).explanations if each.chosen.startswith("head 0")]
+    (why,) = (rival.reason for rival in told.rivals if rival.name == INT8_DENSE)
+    assert why.endswith("but would cost the site 4e+03 ms more for int8")
 
 
 def test_a_higher_price_saves_less_with_a_smaller_error(network: NetworkProfile) -> None:
