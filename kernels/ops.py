@@ -25,6 +25,7 @@ from ditopt.kernels.block_sparse_attention.gpu import WIDEST, gpu_refusal
 from ditopt.kernels.block_sparse_attention.int8 import check_int8
 from ditopt.kernels.block_sparse_attention.lists import QUERY_TASK, check
 from ditopt.kernels.block_sparse_attention.lists import BlockLists as BlockLists
+from ditopt.kernels.block_sparse_attention.masks import log_dtype
 from ditopt.kernels.block_sparse_attention.pooled import PooledRest as PooledRest
 from ditopt.kernels.block_sparse_attention.pooled import check_pooled
 from ditopt.kernels.cpp import PAIRS, compiler_refusal
@@ -167,7 +168,7 @@ def _fake_block_sparse_attention(
     int8: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     out = _fake_flash_attention(query, key, value, scale)
-    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
+    return out, query.new_empty(query.shape[:3], dtype=log_dtype(mask))
 
 
 FIRST_ORDER_ON_GPU = "there is no kernel for GPUs that takes a rest to first order"

@@ -525,10 +525,23 @@ struct Mask {
     }
 };
 
+constexpr float ALIKE = -0x1p119f;
+constexpr double ALIKE_LEVEL = -0x1p33;
+
 // In units of a score that is not scaled yet. Below -2^30 float32 has no digits left for scores, so such keys are alike; what
 // they become is far from overflow, and times a factor is exact: a row of nothing else has equal shares, as in dense attention.
 inline float bias_of(float added, float scale) {
-    return std::isfinite(added) && added < -0x1p30f * scale ? -0x1p119f : added / scale;
+    return std::isfinite(added) && added < -0x1p30f * scale ? ALIKE : added / scale;
+}
+
+// The logarithm of a query's sum from its largest score and the sum over that, `shift` as `softmax` has it: what a product's
+// rounding adds to one it takes from the other. A row of nothing but keys that are alike is said to be at ALIKE_LEVEL, below all
+// others and where float64 has digits for their number (block_sparse_attention/masks.py).
+inline double log_of(float most, float sum, float factor, float scale) {
+    if (std::isinf(most)) return most;
+    if (most < ALIKE / 2) return ALIKE_LEVEL * std::max(1.0f, scale) + std::log(double(sum));
+    const float shift = most * factor;
+    return (double(shift) + std::log2(double(sum))) / 1.44269504088896340736;
 }
 
 // What a mask adds to the scores of a chunk: [key][query], or in the first row where it is the same for all queries.
@@ -589,7 +602,7 @@ void check(const Sizes& s, const int32_t* indices, const int32_t* counts, int64_
 
 template <class F>
 void attend(const typename F::Element* query, const Rows<F>& all_keys, const Rows<F>& pooled, const int32_t* rest,
-            const Mask& mask, typename F::Element* out, float* lse, float* kept, const int32_t* indices,
+            const Mask& mask, typename F::Element* out, void* lse, float* kept, const int32_t* indices,
             const int32_t* counts, const Int8& int8, const Sizes& s, const int64_t* of_query, const int64_t* of_out, float scale,
             int threads, char* memory) {
     typedef typename F::Element Element;
@@ -718,12 +731,9 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
                 at = next;
             }
             for (int q = 0; int8.of(head) && q < TASK; ++q) state->largest[q] += shift8[q];  // of keys as they are, again
-            const auto write_logs = [&](float* to, bool attended) {
+            const auto write_logs = [&](auto* to, bool attended) {
                 to += (b * s.heads + head) * s.queries + first_query;
-                for (int q = 0; q < here; ++q) {
-                    const float most = state->largest[q];
-                    to[q] = !attended ? lowest : most == -lowest ? most : most * scale + std::log(state->sum[q]);
-                }
+                for (int q = 0; q < here; ++q) to[q] = attended ? log_of(state->largest[q], state->sum[q], factor, scale) : lowest;
             };
             if (has_rest(head)) {
                 if (kept) write_logs(kept, counts[list] > 0);
@@ -735,7 +745,7 @@ void attend(const typename F::Element* query, const Rows<F>& all_keys, const Row
                 in_chunks(pooled, 0, s.groups, bias);
             }
             const bool attended = counts[list] > 0 || has_rest(head);
-            write_logs(lse, attended);
+            mask.data ? write_logs((double*)lse, attended) : write_logs((float*)lse, attended);
             Element* to = out + b * of_out[0] + head * of_out[1] + first_query * of_out[2];
             for (int strip = 0; strip * STRIP < here; ++strip) {
                 float* made = result + strip * int64_t(channels) * STRIP;
@@ -796,12 +806,12 @@ extern "C" int64_t ditopt_space(const int64_t* sizes, int element_bytes, int mas
 
 // Sizes as in `Sizes`. Strides, in elements: of query, key, value, result, pooled keys and pooled values each batch, head,
 // row; the last dimension is dense; then those of the mask, as in `Mask`, which may be null. `lse` is [batch, heads,
-// queries]; so is `kept`, of listed keys alone, written for heads with a rest, or null. `rest` [heads] says which heads
+// queries], of float64 under a mask, else of float32; so is `kept`, of float32, of listed keys alone, written for heads with a rest, or null. `rest` [heads] says which heads
 // have one, and is not read where there are no groups. `interleaved` and `pooled_interleaved` have room for the values in
 // bfloat16, and are not read otherwise; `memory` has `ditopt_space` bytes for each thread, and begins at a line of 64. What
 // begins with int8 is as in `Int8`. Returns 0; 1 if a list is wrong (`wrong` says which), 2 if no kernel for the element was
 // compiled, 3 if memory is short.
-extern "C" int ditopt_block_sparse_attention(const void* query, const void* key, const void* value, void* out, float* lse,
+extern "C" int ditopt_block_sparse_attention(const void* query, const void* key, const void* value, void* out, void* lse,
                                              float* kept, const int32_t* indices, const int32_t* counts, int32_t* interleaved,
                                              const void* pooled_key, const void* pooled_value, const int32_t* rest,
                                              int32_t* pooled_interleaved, const float* mask, char* memory,

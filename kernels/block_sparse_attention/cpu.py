@@ -15,6 +15,7 @@ from torch import Tensor
 from ditopt._torch import has_bfloat16_dot_products
 from ditopt.kernels.block_sparse_attention.int8 import mean_of
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, told
+from ditopt.kernels.block_sparse_attention.masks import log_dtype
 from ditopt.kernels.block_sparse_attention.pooled import FIRST_ORDER, PooledRest, moments
 from ditopt.kernels.cpp import built, called, dense_rows, numbers, strides_of
 from ditopt.kernels.ops import LIBRARY, NO_BYTES, block_sparse_refusal
@@ -45,7 +46,7 @@ def block_sparse_attention(
     """Attention to listed blocks: ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]``, lists -> result, log-sum.
 
     The result is ``[B, H, S, E]`` of the operands' dtype and lies as ``[B, S, H, E]``; the natural logarithm of the
-    softmax's sum is ``[B, H, S]`` float32. Any strides. Sums are float32. ``BlockLists`` tells of the lists; a query
+    softmax's sum is ``[B, H, S]`` float32, under a mask float64 (``masks.log_dtype``). Any strides. Sums are float32. ``BlockLists`` tells of the lists; a query
     without a listed key has a result of zero and a logarithm of -inf. NaN and infinity go where dense attention to the
     listed keys has them. ``PooledRest`` tells of the operands behind the scale: with them heads attend to what their
     lists do not name by its means, too. ``mask`` broadcasts to ``[B, H, S, L]``: true for keys that a query may attend
@@ -79,7 +80,7 @@ def block_sparse_attention(
     query, key, value, pooled_key, pooled_value = map(dense_rows, parts)
     (batch, heads, queries, depth), (_, key_heads, keys, channels) = query.shape, value.shape
     out = query.new_empty(batch, queries, heads, channels).transpose(1, 2)
-    logs = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    logs = query.new_empty(batch, heads, queries, dtype=log_dtype(mask))
     words = batch * key_heads * channels if pairs else 0
     interleaved, of_pooled = (
         torch.empty(words * blocks(part.shape[2], 2), dtype=torch.int32) for part in (value, pooled_value)

@@ -49,7 +49,7 @@ def keep_rest(
     kept: Tensor | None = None,
     stat: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The dense result, which lies as ``out``, and what is kept of it: ``[B, H, S, E]`` and ``[B, H, S]`` float32.
+    """The dense result, which lies as ``out``, and what is kept of it: ``[B, H, S, E]``, and ``[B, H, S]`` as ``lse``.
 
     ``out`` and ``lse`` are what a head's lists give, ``others`` and ``others_lse`` what all other blocks give; a head
     that keeps nothing (``forms`` ``[H]`` int32: 0) has nothing there, so that its result is ``out``. Heads of which

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ditopt.kernels.block_sparse_attention.int8 import check_int8, int8_scores
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks, check, check_entries
+from ditopt.kernels.block_sparse_attention.masks import biased
 from ditopt.kernels.block_sparse_attention.pooled import FIRST_ORDER, PooledRest, check_pooled, moments
 
 
@@ -23,11 +24,12 @@ def block_sparse_attention(
     """Softmax over the listed keys of ``scale * query key^T``, times ``value``; and the log of the softmax's sum.
 
     ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]`` -> ``[B, H, S, E]`` and ``[B, H, S]``, in the operands'
-    dtype (float64 for an oracle). A query without any listed key has a result of zero and a log of -inf. What is not
-    listed does not matter, NaN included, but by its means where ``rest`` gives them to the head: these are further keys
-    of the softmax, each as often as it has tokens, and to first order where it says so (``moments``). A ``mask`` that
-    broadcasts to ``[B, H, S, L]``, without a rest, is true for keys that a query may attend to, or is added to scores.
-    ``int8`` ``[H]`` is not 0 for heads whose scores of keys are ``int8_scores``.
+    dtype (float64 for an oracle, and of the log under a mask). A query without any listed key has a result of zero and
+    a log of -inf. What is not listed does not matter, NaN included, but by its means where ``rest`` gives them to the
+    head: these are further keys of the softmax, each as often as it has tokens, and to first order where it says so
+    (``moments``). A ``mask`` that broadcasts to ``[B, H, S, L]``, without a rest, is true for keys that a query may
+    attend to, or is added to scores (``masks.biased``). ``int8`` ``[H]`` is not 0 for heads whose scores of keys are
+    ``int8_scores``.
 
     Raises:
         ValueError: lists do not fit the operands, or an entry is wrong.
@@ -58,7 +60,7 @@ def block_sparse_attention(
         attended = attended & mask
     elif mask is not None:
         attended = attended & (mask != -torch.inf)
-        scores = scores + mask.to(scores)
+        scores = biased(scores, mask, scale)
     if rest is not None:
         means, values = (part.repeat_interleave(group, dim=1) for part in (rest.key, rest.value))
         counts = (keys - rest.pool * torch.arange(means.shape[2])).clamp(max=rest.pool).to(scores)
@@ -67,7 +69,7 @@ def block_sparse_attention(
         attended = torch.cat([attended, ~groups & (rest.heads != 0)[:, None, None]], -1)
         value = torch.cat([value, values], 2)
     scores = scores.masked_fill(~attended, -torch.inf)
-    logs = torch.logsumexp(scores, dim=-1)
+    logs = torch.logsumexp(scores if mask is None else scores.double(), dim=-1)
     shares = torch.softmax(scores, dim=-1).masked_fill(~attended, 0.0)  # a row of -inf alone gives NaN
     if value.isfinite().all():
         out = shares @ value

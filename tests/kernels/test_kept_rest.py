@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
-from ditopt.kernels.block_sparse_attention import cpu
+from ditopt.kernels.block_sparse_attention import cpu, reference
 from ditopt.kernels.block_sparse_attention.kept import MERGE, NO_REST, RATIO, RESIDUAL, other_lists, shares
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, blocks
 from ditopt.kernels.ops import ADD_REST, KEEP_REST
@@ -20,6 +22,7 @@ from tests.kernels.test_block_sparse_attention import poisoned
 from tests.literal_kept import LITERAL, Step, dense
 
 SCALE = 0.2
+LEAST = torch.finfo(torch.float32).min
 Part = tuple[Tensor, Tensor]
 
 
@@ -27,19 +30,26 @@ def codes(*forms: int) -> Tensor:
     return torch.tensor(forms, dtype=torch.int32)
 
 
-def attend(parts: Operands, lists: BlockLists) -> Part:
+def attend(parts: Operands, lists: BlockLists, mask: Tensor | None = None) -> Part:
     with poisoned():
         return cpu.block_sparse_attention(
-            *parts, lists.indices, lists.counts, lists.query_block, lists.key_block, SCALE
+            *parts, lists.indices, lists.counts, lists.query_block, lists.key_block, SCALE, mask=mask
         )
 
 
-def both(parts: Operands, attended: Tensor, forms: Tensor) -> tuple[Part, Part]:
+def both(parts: Operands, attended: Tensor, forms: Tensor, mask: Tensor | None = None) -> tuple[Part, Part]:
     """What lists of a map give, and what those of all other blocks."""
     return (
-        attend(parts, BlockLists.from_map(attended, 64, 64)),
-        attend(parts, other_lists(attended, forms != NO_REST, 64, 64)),
+        attend(parts, BlockLists.from_map(attended, 64, 64), mask),
+        attend(parts, other_lists(attended, forms != NO_REST, 64, 64), mask),
     )
+
+
+def by_reference(parts: Operands, attended: Tensor, forms: Tensor, mask: Tensor) -> tuple[Part, Part]:
+    """The same of the plain kernel."""
+    lists = BlockLists.from_map(attended, 64, 64), other_lists(attended, forms != NO_REST, 64, 64)
+    own, others = (reference.block_sparse_attention(*parts, each, SCALE, mask=mask) for each in lists)
+    return own, others
 
 
 def steps(parts: Operands, head: int) -> Step:
@@ -144,6 +154,28 @@ def test_a_query_without_any_key_stays_zero() -> None:
     assert not whole.any() and not kept.any() and not added.any() and not stat.isnan().any()
     later = torch.ones(1, 3, 4, 8), torch.zeros(1, 3, 4)
     assert torch.equal(ADD_REST(*later, forms, kept, stat)[0, :2], later[0][0, :2]), "nothing is added to what comes"
+
+
+@pytest.mark.parametrize("of_kernel", [both, by_reference])
+@pytest.mark.parametrize("lowest", [LEAST, -1e9, -1e6, -65504.0, -1e4, -math.inf])
+def test_beside_a_mask_parts_count_by_their_keys_in_rows_of_nothing_but_low_numbers(
+    lowest: float, of_kernel: Callable[..., tuple[Part, Part]]
+) -> None:
+    """A query of padding, whose shares are equal in dense attention, or as scores are where they have digits."""
+    parts, forms = operands((1, 3, 3, 250, 300, 16, 16)), codes(MERGE, RESIDUAL, RATIO)
+    attended = torch.eye(4, 5, dtype=torch.bool).expand(1, 3, 4, 5)
+    mask = torch.zeros(1, 1, 250, 300)
+    mask[..., 280:] = lowest
+    mask[..., 100:, :] = lowest  # in these rows there is nothing else
+    own, others = of_kernel(parts, attended, forms, mask)
+    whole, kept, stat = KEEP_REST(*own, *others, forms)
+    assert stat.dtype == own[1].dtype == torch.float64
+    found = ADD_REST(*own, forms, kept, stat)
+    dense = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=SCALE)
+    rounding = abs(lowest) * 2**-22 if -1e7 < lowest else 0.0  # of a score beside it, where it has digits
+    for each in (whole, found):
+        torch.testing.assert_close(each, dense.nan_to_num(), atol=budget(parts) + rounding, rtol=0)
+    assert (own[0] - whole)[..., 100:, :].abs().amax() > 0.1 or lowest == -math.inf, "what the lists leave out matters"
 
 
 def test_rows_of_any_log_sum_exp_are_merged_without_overflow() -> None:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from ditopt.kernels.block_sparse_attention import cpu
+from ditopt.kernels.block_sparse_attention import cpu, reference
 from ditopt.kernels.block_sparse_attention.lists import BlockLists
+from ditopt.kernels.block_sparse_attention.masks import ALIKE
 from ditopt.kernels.block_sparse_attention.pooled import PooledRest
 from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION
 from tests.kernels.block_sparse import ROUNDING, Operands, check_against, drawn, operands
@@ -99,6 +100,27 @@ def test_full_lists_give_dense_attention_however_keys_are_hidden(lowest: float, 
     torch.testing.assert_close(ours, dense, atol=2e-5 if lowest != -1e4 else 2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("lanes", [16, 8, 4])
+@pytest.mark.parametrize("lowest", [LEAST, -1e9, -65504.0])
+def test_the_logarithm_of_a_row_of_nothing_but_low_numbers_tells_how_many_they_are(lowest: float, lanes: int) -> None:
+    parts = operands((1, 2, 2, 150, 150, 16, 16))
+    mask = torch.zeros(1, 1, 150, 150)
+    mask[..., 70:, :] = lowest
+    attended = torch.tensor([[True, True, True], [True, False, True], [False, False, True]]).expand(1, 2, 3, 3)
+    lists = BlockLists.from_map(attended, 64, 64)
+    _, ours = attend(parts, lists, 0.2, mask, lanes)
+    _, logs = reference.block_sparse_attention(*parts, lists, 0.2, mask=mask)
+    wide = [part.double() for part in parts]
+    _, exact = reference.block_sparse_attention(wide[0], wide[1], wide[2], lists, 0.2, mask=mask)
+    assert ours.dtype == logs.dtype == exact.dtype == torch.float64
+    for found in (ours, logs):
+        torch.testing.assert_close(found, exact, atol=1e-5 if lowest != -65504.0 else 2e-2, rtol=0)
+    of_keys = torch.tensor([86.0] * 58 + [22.0] * 22, dtype=torch.float64).log()
+    if lowest != -65504.0:  # there scores have digits
+        torch.testing.assert_close((ours - ALIKE)[..., 70:], of_keys.expand(1, 2, 80), atol=1e-5, rtol=0)
+    assert ours[..., 70:].max() < ours[..., :70].min() - 6e4
+
+
 def test_a_query_from_which_all_is_hidden_is_one_without_keys() -> None:
     parts = operands((1, 2, 2, 150, 150, 16, 16))
     mask = torch.ones(150, 150, dtype=torch.bool)
@@ -138,7 +160,7 @@ def test_nan_in_a_mask_is_nan_in_the_result() -> None:
     assert out[0, 0, 4:].isfinite().all()
 
 
-def test_masks_that_are_none_are_refused_by_name() -> None:
+def test_masks_that_are_none_are_refused_by_name_and_others_described_as_they_are() -> None:
     parts = operands((2, 2, 2, 70, 130, 8, 8))
     lists = drawn(2, 70, 130, 1.0)
     given = (*parts, lists.indices, lists.counts, 64, 64, 0.3)
@@ -150,6 +172,9 @@ def test_masks_that_are_none_are_refused_by_name() -> None:
     for message, mask in wrong.items():
         with pytest.raises(ValueError, match=message):
             BLOCK_SPARSE_ATTENTION(*given, mask=mask)
+    torch.library.opcheck(
+        BLOCK_SPARSE_ATTENTION, given, {"mask": torch.zeros(70, 130)}, test_utils=("test_schema", "test_faketensor")
+    )
     rest = PooledRest.pooling(*parts[1:], torch.ones(2, dtype=torch.int32), 16)
     with pytest.raises(ValueError, match=r"there is a mask, under which what a pattern skips has no means \(a rest\)"):
         BLOCK_SPARSE_ATTENTION(*given, rest.key, rest.value, rest.heads, 16, mask=torch.zeros(70, 130))

@@ -307,6 +307,44 @@ def test_the_models_mask_holds_in_both_calls() -> None:
     assert apart[True][0] < 1e-5 < 1e-4 < apart[True][1] < 0.3 * apart[False][1]
 
 
+class Added:
+    """An attention processor under a mask that is added: some queries have the least number of every key."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Any = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        hidden = torch.arange(attention_mask.shape[-1])[:, None] % 3 == 0
+        added = torch.where(attention_mask & ~hidden, 0.0, torch.finfo(torch.float32).min)
+        return self.own(attn, hidden_states, encoder_hidden_states, added, image_rotary_emb)
+
+
+def test_queries_from_which_all_keys_are_hidden_alike_are_as_dense() -> None:
+    """Their shares are equal in dense attention, however many keys a list has."""
+    model, inputs = hunyuan(20)
+    attention: list[Any] = [each for each in model.modules() if hasattr(each, "set_processor")]
+    for each in attention:
+        each.set_processor(Added(each.processor))
+    structure, sites = structure_of(model, inputs), "*transformer_blocks.*.attn"
+    heads = [rule(sites, "0-5", kept("spatial", form, 2), head) for form, head in (("merge", "0"), ("ratio", "1"))]
+    plan = plan_of(structure, *heads, tokens=TOKENS)
+    with interpreted():
+        session = Session(plan=plan, check_passes=True)
+        forward = compiled(model, session=session)
+        apart = [distance(call(forward, inputs, TIMES[0]), call(model, inputs, TIMES[0])) for _ in range(2)]
+        found = call(forward, inputs, TIMES[1])
+    (program,) = session.programs
+    assert program.statistics.cold_calls == 0 and apart[1] < 1e-5
+    assert 1e-4 < distance(found, call(model, inputs, TIMES[1])) < 0.1
+
+
 def test_branches_and_interleaved_generations_have_slots_of_their_own(wan: nn.Module, structure: str) -> None:
     plan = plan_of(structure, rule("blocks.*.attn1", "1-5", kept("spatial", "ratio", 2)))
     with interpreted():
