@@ -46,14 +46,15 @@ def block_sparse_attention(
     """Attention to listed blocks: ``[B, H, S, D]``, ``[B, Hkv, L, D]``, ``[B, Hkv, L, E]``, lists -> result, log-sum.
 
     The result is ``[B, H, S, E]`` of the operands' dtype and lies as ``[B, S, H, E]``; the natural logarithm of the
-    softmax's sum is ``[B, H, S]`` float32, under a mask float64 (``masks.log_dtype``). Any strides. Sums are float32. ``BlockLists`` tells of the lists; a query
-    without a listed key has a result of zero and a logarithm of -inf. NaN and infinity go where dense attention to the
-    listed keys has them. ``PooledRest`` tells of the operands behind the scale: with them heads attend to what their
-    lists do not name by its means, too. ``mask`` broadcasts to ``[B, H, S, L]``: true for keys that a query may attend
-    to, or what is added to the scores; keys that it hides (by false or -inf) from 64 queries in a row are passed over,
-    and a query from which all is hidden is one without a listed key. ``int8`` ``[H]`` int32 is not 0 for heads whose
-    queries meet listed keys as int8 (``int8``); of these a block of keys, and a query, with a number that is not finite
-    has NaN for scores. ``lanes``: how many floats the kernel's vectors may have.
+    softmax's sum is ``[B, H, S]`` float32, under a mask float64 (``masks.log_dtype``). Any strides. Sums are
+    float32. ``BlockLists`` tells of the lists; a query without a listed key has a result of zero and a logarithm of
+    -inf. NaN and infinity go where dense attention to the listed keys has them. ``PooledRest`` tells of the operands
+    behind the scale: with them heads attend to what their lists do not name by its means, too. ``mask`` broadcasts to
+    ``[B, H, S, L]``: true for keys that a query may attend to, or what is added to the scores; keys that it hides (by
+    false or -inf) from 64 queries in a row are passed over, and a query from which all is hidden is one without a
+    listed key. ``int8`` ``[H]`` int32 is not 0 for heads whose queries meet listed keys as int8 (``int8``); of these a
+    block of keys, and a query, with a number that is not finite has NaN for scores. ``lanes``: how many floats the
+    kernel's vectors may have.
 
     Raises:
         ValueError: the kernel does not take these operands, or a list is wrong; it says which and why.

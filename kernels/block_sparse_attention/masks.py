@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 VANISHING = 2.0**30
-"""In units of a score that is not scaled yet: beside a bias of less than minus this, float32 has no digits for scores."""
+"""In units of a score that is not scaled yet: beside a bias below minus this float32 has no digits for scores."""
 ALIKE = -(2.0**33)
 """What scores under such a bias are taken to be (times the scale where that is above 1).
 
@@ -17,8 +17,8 @@ It is below all others, and float64 has digits beside it for the logarithm of ho
 def log_dtype(mask: Tensor | None) -> torch.dtype:
     """Of the log of the softmax's sum: float64 under a mask.
 
-    A bias makes scores so large that float32 has no digits for how many keys there are, which says what a row of nothing
-    but such keys has of each part of a softmax.
+    A bias makes scores so large that float32 has no digits for how many keys there are, which says what a row of
+    nothing but such keys has of each part of a softmax.
     """
     return torch.float32 if mask is None else torch.float64
 

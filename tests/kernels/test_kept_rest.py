@@ -172,7 +172,7 @@ def test_beside_a_mask_parts_count_by_their_keys_in_rows_of_nothing_but_low_numb
     assert stat.dtype == own[1].dtype == torch.float64
     found = ADD_REST(*own, forms, kept, stat)
     dense = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=SCALE)
-    rounding = abs(lowest) * 2**-22 if -1e7 < lowest else 0.0  # of a score beside it, where it has digits
+    rounding = abs(lowest) * 2**-22 if lowest > -1e7 else 0.0  # of a score beside it, where it has digits
     for each in (whole, found):
         torch.testing.assert_close(each, dense.nan_to_num(), atol=budget(parts) + rounding, rtol=0)
     assert (own[0] - whole)[..., 100:, :].abs().amax() > 0.1 or lowest == -math.inf, "what the lists leave out matters"
