@@ -180,7 +180,7 @@ def _check_rest(node: fx.Node, wanted: SparseAttention) -> None:
 
 
 def _check_linear(node: fx.Node, wanted: SparseAttention, results: list[fx.Node]) -> list[fx.Node]:
-    """Linear attention of the same operands to what the same lists leave out is added to ``results``, or none is.
+    """Linear attention of the same operands to what the same lists leave out is added to ``results`` once, or none is.
 
     Returns the nodes that hold the whole result of the site's attention.
     """
@@ -194,7 +194,11 @@ def _check_linear(node: fx.Node, wanted: SparseAttention, results: list[fx.Node]
     own = (*map(source, node.args[:5]), *node.args[5:7])
     if len(linear) != len(read_by) or len(read_by) != 1:
         raise AuditError(f"{wanted.site}: to be {wanted}, but no linear attention is added to its result")
-    (rest,) = linear
+    (rest,), (added,) = linear, read_by
+    once = len(added.args) == 2 and added.kwargs.get("alpha", 1) == 1 and readers([rest]) == [added]
+    if not once or source(added.args[0]) not in results:
+        told = "; ".join(str(each.format_node()) for each in readers([rest]))
+        raise AuditError(f"{wanted.site}: its linear attention is not added to its result once, but read by {told}")
     read = rest.args[5]
     if (*map(source, rest.args[:5]), *rest.args[6:8]) != own or not isinstance(read, fx.Node):
         raise AuditError(f"{wanted.site}: its linear attention has other operands or lists than its own")

@@ -124,10 +124,17 @@ def test_a_plan_file_is_the_model_with_linear_attention_to_what_is_skipped(
     assert not torch.equal(steps[1].lists[name], steps[4].lists[name]) and not steps[1].lists[name][0].any()
 
 
+ALPHAS = {"half": 0.5, "back": -1}
+"""What linear attention is multiplied by before it is added, where that is spoilt."""
+
+
 @pytest.mark.parametrize(
     ("what", "told"),
     [
         ("add", "but no linear attention is added to its result"),
+        ("half", r"is not added to its result once, but read by .*alpha: 0\.5"),
+        ("back", r"is not added to its result once, but read by .*alpha: -1"),
+        ("twice", "is not added to its result once, but read by .*add.*; .*add"),
         ("lists", "its linear attention has other operands or lists than its own"),
         ("projection", "but its linear attention reads projection_blocks_1_attn1"),
     ],
@@ -142,9 +149,13 @@ def test_the_audit_finds_another_linear_attention(
     def wrong(gm: Any, target: Any, *args: Any, **named: Any) -> Any:
         if target is LINEAR_REST and what == "lists":
             args = (args[0], args[0], *args[2:])
+        if target is torch.ops.aten.add.Tensor and what in ALPHAS:
+            named = {"alpha": ALPHAS[what]}
         node = made(gm, target, *args, **named)
         if target is torch.ops.aten.add.Tensor and what == "add":
             return args[0]
+        if target is torch.ops.aten.add.Tensor and what == "twice":
+            return made(gm, target, node, args[1])
         return node
 
     monkeypatch.setattr(sparse_pass, "call", wrong)
