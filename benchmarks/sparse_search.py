@@ -33,6 +33,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.flow import digest, source_digest, surroundings
+from benchmarks.partial import Partial, Rows
 from ditopt.adapters import adapt
 from ditopt.cli_inputs import pipe_settings
 from ditopt.console import Reporter
@@ -40,6 +42,7 @@ from ditopt.cost_models.measured import FULL
 from ditopt.cost_models.sparse import SparseCost
 from ditopt.decisions import Sparse
 from ditopt.device import describe_device
+from ditopt.errors import InputError
 from ditopt.kernels.block_sparse_attention.lists import blocks, kernel_blocks
 from ditopt.plan import Plan, Rule
 from ditopt.plan_text import write_text_atomically
@@ -50,7 +53,7 @@ from ditopt.profiler.interpret import Edit, Watched, moment_of
 from ditopt.profiler.observe import intercepted
 from ditopt.profiler.places import attentions
 from ditopt.profiler.run import whole_program
-from ditopt.profiler.take import TABLES, add_sparse_tables, take_profile
+from ditopt.profiler.take import TABLES, add_sparse_tables, take_profile, tell_plans
 from ditopt.quality import Quality, compare
 from ditopt.recipes import RECIPES, Recipe
 from ditopt.runtime.program import Compute
@@ -165,18 +168,23 @@ def oracle_quality(prepared: Prepared, name: str, network: NetworkProfile, plan:
 class Bench:
     """Plans of one prepared and profiled model, measured on ``pairs``; ``rows`` are what was found.
 
-    They are kept in the file ``partial`` as they come: what an interrupted run has measured is not measured again.
+    They are kept in ``partial`` as they come: ``rows`` that an interrupted run has measured are not measured again.
     """
 
     def __init__(
-        self, prepared: Prepared, profile: Profile, pairs: Sequence[Any], reporter: Reporter, partial: Path
+        self,
+        prepared: Prepared,
+        profile: Profile,
+        pairs: Sequence[Any],
+        reporter: Reporter,
+        partial: Partial,
+        rows: Rows,
     ) -> None:
         self.prepared, self.profile, self.pairs, self.reporter = prepared, profile, pairs, reporter
-        self.partial = partial
+        self.partial, self.rows = partial, rows
         ((self.name, self.network),) = profile.networks.items()
         self.costs, _ = site_costs(self.network, FULL)
         self.problem = SearchProblem.from_profile(self.network, ("reuse",), sample_norm=profile.sample_norm)
-        self.rows: list[dict[str, Any]] = json.loads(partial.read_text()) if partial.exists() else []
 
     def add(self, family: str, what: str, rules: Sequence[Rule], oracle: int = 0) -> None:
         """Measure one plan; ``oracle``: on so many prompts the oracle with as many blocks."""
@@ -212,7 +220,7 @@ class Bench:
                 }
             )
             self.reporter.say(f"  oracle {what}: {found.psnr:.2f} dB, the mix {own:.2f} on the same prompts")
-        write_text_atomically(self.partial, json.dumps(self.rows))
+        self.partial.save(self.rows)
 
     def mixes(self, oracles: Sequence[float], judged: int) -> None:
         """Mixes that take each of ``SHARES``."""
@@ -255,6 +263,13 @@ class Bench:
                 self.add("single", what, single_rules(self.network, self.costs, str(label), first))
 
 
+def facts_of(arguments: argparse.Namespace, loop: str) -> dict[str, Any]:
+    """What rows hold for: the code, the libraries and processor, the arguments, and the model and its ``loop``."""
+    asked = {name: str(value) for name, value in sorted(vars(arguments).items()) if name != "json"}
+    benchmark = digest([Path(__file__)])
+    return {"code": f"{source_digest()} {benchmark}", "arguments": asked, "model and loop": loop, **surroundings()}
+
+
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Profile, plan, measure."""
     from diffusers import DiffusionPipeline
@@ -270,10 +285,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with as_it_was(adapter, always=True):
         prepared = Preparation(adapter, reporter, reasons, lambda _: nullcontext(), settings, False)(profiled[0])
         checkpoints = prepared.checkpoints({"sparse_search": profiled, "tables": TABLES}, settings, True)
-        profile = take_profile(prepared, techniques, checkpoints, profiled, reporter, for_tuning=False)
-        profile = add_sparse_tables(prepared, profile, checkpoints, profiled, reporter, reasons)
+        partial = Partial(arguments.json.with_suffix(".partial"), facts_of(arguments, checkpoints.folder.name))
+        profile, rows = partial.resume() or (None, [])
+        if profile is None:
+            profile = take_profile(prepared, techniques, checkpoints, profiled, reporter, for_tuning=False)
+            profile = add_sparse_tables(prepared, profile, checkpoints, profiled, reporter, reasons)
+            partial.begin(profile)
+        else:
+            ((name, network),) = profile.networks.items()
+            tell_plans(prepared, name, network)
         prepared.evaluator.dense(judged)
-        bench = Bench(prepared, profile, judged, reporter, arguments.json.with_suffix(".partial"))
+        bench = Bench(prepared, profile, judged, reporter, partial, rows)
         bench.mixes(arguments.oracle, arguments.oracle_limit)
         if arguments.recipes:
             bench.recipes()
@@ -309,9 +331,12 @@ def main() -> None:
     parser.add_argument("--recipes", action="store_true", help="published systems beside the mix")
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
-    found = run(arguments)
+    try:
+        found = run(arguments)
+    except InputError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     write_text_atomically(arguments.json, json.dumps(found, indent=1) + "\n")
-    arguments.json.with_suffix(".partial").unlink()
+    Partial(arguments.json.with_suffix(".partial"), {}).remove()
 
 
 if __name__ == "__main__":

@@ -136,10 +136,17 @@ def add_sparse_tables(
     networks, left_out = run(profile, pairs[:SPARSE_PROMPTS])
     reasons += [f"sparse: {reason}" for reason in left_out]
     tables = {**networks[name].tables, LATENCY: timed}
+    network = replace(networks[name], tables=tables)
+    tell_plans(prepared, name, network)
+    return replace(profile, networks={name: network})
+
+
+def tell_plans(prepared: Prepared, name: str, network: NetworkProfile) -> None:
+    """Let the evaluator's plans say how the tokens of a profiled network lie, and which blocks listed heads have."""
     evaluator = prepared.evaluator
-    template = evaluator.template.model_copy(update={"tokens": {name: geometry}})
-    evaluator.template = template.with_beside(profiled_tensors(name, networks[name]))
-    return replace(profile, networks={name: replace(networks[name], tables=tables)})
+    tokens = {} if network.geometry is None else {name: network.geometry}
+    template = evaluator.template.model_copy(update={"tokens": tokens})
+    evaluator.template = template.with_beside(profiled_tensors(name, network))
 
 
 def attention_share(network: NetworkProfile) -> tuple[float, str]:
