@@ -72,17 +72,18 @@ def kept_steps(
 
 
 def kept_inputs(
-    reads: Sequence[KeptRead], state: StreamState, times: Sequence[float], *, any_time: bool
-) -> dict[str, Tensor] | None:
-    """The slots that a step reads; None if the stream has not one of the step that is planned, at its sigma.
+    step: int, reads: Sequence[KeptRead], state: StreamState, times: Sequence[float], *, any_time: bool
+) -> dict[str, Tensor] | KeptRead:
+    """The slots that a step reads; or the first that the stream has not of the step that is planned, at its sigma.
 
-    ``times`` are planned; at ``any_time``: what ran nearest to the planned step serves as well.
+    ``times`` are planned; at ``any_time``: what ran nearest to the planned step serves as well. Where a step runs more
+    than once, its own slot has what it read beside what it found.
     """
     found: dict[str, Tensor] = {}
     for read in reads:
         held = next(iter(state.history.get(read.slot, [])), None)
-        if held is None or held.step != read.source or not (any_time or held.time == times[read.source]):
-            return None
+        if held is None or held.step not in (read.source, step) or not (any_time or held.time == times[held.step]):
+            return read
         found |= zip(read.inputs, held.tensors, strict=True)
     return found
 

@@ -19,7 +19,7 @@ from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.second_order import SECOND_ORDER
 from ditopt.plan import Plan
 from ditopt.runtime.clock import ScheduleCache, StepClock, read_timestep
-from ditopt.runtime.kept import kept_inputs
+from ditopt.runtime.kept import KeptRead, kept_inputs
 from ditopt.runtime.moment import Moment, Place, announce, take
 from ditopt.runtime.prologue import Coming, Prologues
 from ditopt.runtime.schedule import BoundPlan, BoundPrediction, BoundSecondOrder, adapted_factors, bind
@@ -118,7 +118,7 @@ class Program:
         self._prologues = Prologues(Coming(()))
         self._clock: str | None = None
         self._leads = False
-        self._told = False
+        self._told = self._told_dense = False
 
     def bind(self, plan: Plan | None) -> None:
         """Run by ``plan`` from now on (None: dense); all state is dropped.
@@ -316,8 +316,10 @@ class Program:
         step = bound.steps[number]
         in_turn, state.last_step = state.last_step == number - 1, number
         added = self._added_inputs(step.predictions, state, bound, number, time)
-        kept = kept_inputs(step.reads, state, bound.times, any_time=self.on_mismatch == "retarget")
-        added = None if added is None or kept is None else {**added, **kept}
+        kept = kept_inputs(number, step.reads, state, bound.times, any_time=self.on_mismatch == "retarget")
+        if isinstance(kept, KeptRead):
+            self._tell_dense(number, kept)
+        added = None if added is None or isinstance(kept, KeptRead) else {**added, **kept}
         does = bound.full if added is None else step.variant
         if added is None:
             self.statistics.cold_calls += 1
@@ -338,6 +340,18 @@ class Program:
             own = {*bound.full.recorded, *bound.kept}
             state.retain(lambda site, source: site not in own or (site, source) in step.live)
         return outputs
+
+    def _tell_dense(self, number: int, missing: KeptRead) -> None:
+        """Say, once, that a step runs dense as what its heads read was not kept."""
+        if self._told_dense:
+            return
+        self._told_dense = True
+        log.warning(
+            "step %d of the plan runs dense, as do others like it: its heads read the %s of step %d, which was not the "
+            "last in this generation to keep any. Generations that begin at a later step, or pass steps over, are "
+            "right but slower so (Statistics.cold_calls counts such calls)",
+            *(number, missing.slot, missing.source),
+        )
 
     def _note_peak(self) -> None:
         with self._lock:

@@ -64,6 +64,10 @@ class Literal:
             found: Tensor = Watched(trace, edits=edits).run(*arguments)[0]
         return found
 
+    def again(self) -> None:
+        """The next call is of the same step once more: heads have what they found, or find it anew."""
+        self.runs = {head: (do, count - 1, kept) for head, (do, count, kept) in self.runs.items()}
+
     def _edit(self, site: str, decided: tuple[HeadDecision, ...]) -> Edit:
         def edit(given: tuple[Any, ...], value: Tensor) -> Tensor:
             query, key, values = given[:3]
@@ -313,6 +317,40 @@ def test_other_schedules_read_what_the_nearest_planned_step_found(wan: nn.Module
         run(inputs[0], TIMES[0])
         same(run(inputs[4], TIMES[4]), call(wan, inputs[4], TIMES[4]))
         assert run.program.statistics.cold_calls == 1, "what step 3 finds was not there"
+
+
+def test_a_step_that_runs_twice_reads_what_it_read_before(wan: nn.Module, structure: str) -> None:
+    """More calls than the plan has steps; of a site's heads one finds in every second, one in every third."""
+    heads = [sparse("draft", keep=keep, refresh=every) for keep, every in ((0.2, 2), (0.3, 3))]
+    plan = plan_of(structure, *(rule("blocks.*.attn1", "0-5", do, str(head)) for head, do in enumerate(heads)))
+    with interpreted():
+        run, expected = Run(wan, plan, on_mismatch="retarget"), Literal(plan)
+        run.begin()
+        for step, (one, other) in enumerate(zip(drifting(3), drifting(4), strict=True)):
+            same(run(one, TIMES[step] + 9), expected(run.program, step, run.taken))
+            expected.again()
+            again = {**other, "encoder_hidden_states": one["encoder_hidden_states"]}
+            same(run(again, TIMES[step] - 9), expected(run.program, step, run.taken))
+    bound = run.program.bound
+    assert bound is not None and run.program.statistics.cold_calls == 0 and expected.stale > 0
+    both = [next((each.keeps, each.reads) for each in step.variant.sparse) for step in bound.steps]
+    assert both.count(((LISTS,), (LISTS,))) == 3, "steps in which one head finds and one reads"
+
+
+def test_that_steps_run_dense_is_told_once(wan: nn.Module, structure: str, caplog: pytest.LogCaptureFixture) -> None:
+    plan = plan_of(structure, rule("blocks.*.attn1", "0-5", sparse("draft", keep=0.2, refresh=3)))
+    with interpreted():
+        run = Run(wan, plan)
+        run.begin()
+        for step, inputs in enumerate(drifting()):
+            run(inputs, TIMES[step])
+        assert run.program.statistics.cold_calls == 0
+        for seed in (2, 3):
+            for step, inputs in enumerate(drifting(seed)[1:3], 1):
+                same(run(inputs, TIMES[step]), call(wan, inputs, TIMES[step]))
+    told = "step 1 of the plan runs dense, as do others like it: its heads read the lists blocks.0.attn1 of step 0, "
+    messages = [each.getMessage() for each in caplog.records if each.name == "ditopt"]
+    assert [each.startswith(told) for each in messages] == [True] and run.program.statistics.cold_calls == 4
 
 
 @pytest.mark.parametrize(
