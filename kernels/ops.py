@@ -55,9 +55,9 @@ LIBRARY.define(
 
 LIBRARY.define(
     "keep_rest(Tensor out, Tensor lse, Tensor others, Tensor others_lse, Tensor forms, Tensor? reads=None, "
-    "Tensor? kept=None, Tensor? stat=None) -> (Tensor, Tensor, Tensor)"
+    "Tensor? kept=None, Tensor? stat=None, Tensor? heads=None) -> (Tensor, Tensor, Tensor)"
 )
-LIBRARY.define("add_rest(Tensor out, Tensor lse, Tensor forms, Tensor kept, Tensor stat) -> Tensor")
+LIBRARY.define("add_rest(Tensor out, Tensor lse, Tensor forms, Tensor kept, Tensor stat, Tensor? heads=None) -> Tensor")
 
 LIBRARY.define(
     "linear_rest(Tensor query, Tensor key, Tensor value, Tensor indices, Tensor counts, Tensor projection, "
@@ -292,11 +292,16 @@ def _fake_keep_rest(
     reads: Tensor | None = None,
     kept: Tensor | None = None,
     stat: Tensor | None = None,
+    heads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(out), out.new_empty(out.shape), lse.new_empty(lse.shape)
+    keeping = out.shape[1] if heads is None else heads.shape[0]
+    sizes = out.shape[0], keeping, *out.shape[2:]
+    return torch.empty_like(out), out.new_empty(sizes), lse.new_empty(sizes[:3])
 
 
-def _fake_add_rest(out: Tensor, lse: Tensor, forms: Tensor, kept: Tensor, stat: Tensor) -> Tensor:
+def _fake_add_rest(
+    out: Tensor, lse: Tensor, forms: Tensor, kept: Tensor, stat: Tensor, heads: Tensor | None = None
+) -> Tensor:
     return torch.empty_like(out)
 
 

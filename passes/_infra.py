@@ -71,7 +71,7 @@ class SparseAttention:
     the result, behind projections that are an input.
     ``keeps`` and ``reads`` are kinds of tensors (``passes.kept``): those that the graph hands on to later steps, and
     those that it has from an earlier one, for the heads that an input names. Where it keeps rests, lists of the blocks
-    that are left out have room for ``others``.
+    that are left out have room for ``others``; slots are of so many ``resting`` heads that an input names, 0: of all.
     """
 
     site: str
@@ -88,6 +88,7 @@ class SparseAttention:
     keeps: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     others: int = 0
+    resting: int = 0
 
 
 @dataclass(frozen=True)

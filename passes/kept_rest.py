@@ -31,6 +31,11 @@ def other_names(site: str) -> tuple[str, str]:
     return f"others_indices_{word(site)}", f"others_counts_{word(site)}"
 
 
+def resting_name(site: str) -> str:
+    """The input that says which heads of a site a slot is of, where it is not of all: ``[K]`` int64, ascending."""
+    return f"resting_{word(site)}"
+
+
 def keeps_rest(wanted: SparseAttention) -> bool:
     """Whether a site's graph calls the kernel for all other blocks, too."""
     return REST in wanted.keeps
@@ -58,11 +63,14 @@ def with_rest(
     forms = add_input(gm, forms_name(site), of_heads)
     like = [tensor_value(each) for each in (out, lse)]
     slot = [
-        add_input(gm, name, each.new_empty(each.shape))
+        add_input(gm, name, each.new_empty((each.shape[0], wanted.resting or each.shape[1], *each.shape[2:])))
         for name, each in zip(kept_names(REST, site) if REST in wanted.reads else (), like, strict=False)
     ]
+    named = {}
+    if wanted.resting:
+        named["heads"] = add_input(gm, resting_name(site), counts.new_empty(wanted.resting, dtype=torch.int64))
     if not keeps_rest(wanted):
-        return call(gm, ADD_REST, out, lse, forms, *slot), []
+        return call(gm, ADD_REST, out, lse, forms, *slot, **named), []
     rows = (1, of_heads.shape[0], -(-counts.shape[2] // wanted.query_block))
     sizes = ((*rows, wanted.others), rows)
     lists = [add_input(gm, name, of_heads.new_empty(size)) for name, size in zip(other_names(site), sizes, strict=True)]
@@ -70,7 +78,7 @@ def with_rest(
     parts = [call(gm, operator.getitem, others, place) for place in range(2)]
     if slot:
         slot.insert(0, add_input(gm, readers_name(REST, site), of_heads.new_empty(of_heads.shape, dtype=torch.bool)))
-    three = call(gm, KEEP_REST, out, lse, *parts, forms, *slot)
+    three = call(gm, KEEP_REST, out, lse, *parts, forms, *slot, **named)
     whole, *handed_on = (call(gm, operator.getitem, three, place) for place in range(3))
     return whole, handed_on
 
@@ -109,7 +117,10 @@ def check_with_rest(
     read = [str(each.target) for each in inputs if isinstance(each, fx.Node) and each.op == "placeholder"]
     if any(source(value) is not wanted_value for value, wanted_value in zip(values, given, strict=True)):
         raise complain("what its rest is put together with is not its own attention")
-    if read != names or len(inputs) != len(names):
+    heads = [*node.kwargs.items()]
+    read += [str(each.target) for _, each in heads if isinstance(each, fx.Node)]
+    names += [resting_name(site)] if wanted.resting else []
+    if read != names or len(inputs) + len(heads) != len(names):
         raise complain(f"its rest reads {', '.join(read) or 'nothing'}")
     if readers([parts[0]]) != [node]:
         raise complain("its attention is read without its rest")

@@ -13,7 +13,7 @@ from ditopt.kept import Use
 from ditopt.kernels.block_sparse_attention.kept import NO_REST, other_blocks
 from ditopt.kernels.block_sparse_attention.lists import BlockLists, longest_list
 from ditopt.passes.kept import REST, readers_name
-from ditopt.passes.kept_rest import forms_name, other_names
+from ditopt.passes.kept_rest import forms_name, other_names, resting_name
 from ditopt.runtime.choices import Heads, choice_of
 from ditopt.runtime.kept import KeptRead, KeptSteps, kept_steps
 
@@ -36,13 +36,15 @@ def form_of(decision: HeadDecision) -> int:
 class KeptRests:
     """Of one site: by step which heads keep and read, their forms, and lists of all other blocks where some keep.
 
-    ``room`` is how many of these a block of queries has at most, in all steps.
+    ``room`` is how many of these a block of queries has at most, in all steps; ``heads`` ``[K]`` are those that slots
+    are of, None: of all.
     """
 
     steps: KeptSteps
     forms: Mapping[int, Tensor]
     others: Lists
     room: int
+    heads: Tensor | None = None
 
     def keeps(self, step: int) -> tuple[str, ...]:
         """The kind, where some head is dense and hands its rest on."""
@@ -52,11 +54,17 @@ class KeptRests:
         """The slot, where some head reads it."""
         return self.steps.reads(step)
 
+    def resting(self, step: int) -> int:
+        """How many heads slots are of, where a step keeps or reads some and they are not of all; else 0."""
+        used = self.keeps(step) or self.reads(step)
+        return len(self.heads) if used and self.heads is not None else 0
+
     def inputs(self, site: str, step: int) -> dict[str, Tensor]:
         """What the graph of a step is given for it, by name."""
         if step not in self.forms:
             return {}
         found = {forms_name(site): self.forms[step]}
+        found |= {} if self.heads is None else {resting_name(site): self.heads}
         lists = self.others.get(step)
         if lists is not None:
             found |= zip(other_names(site), (lists.indices, lists.counts), strict=True)
@@ -102,4 +110,14 @@ def kept_rests(
                 made = BlockLists.from_map(maps[heads, uses], own.query_block, own.key_block, room)
                 known[key] = made.to(own.indices.device)
             others[step] = known[key]
-    return KeptRests(steps, {step: forms[heads] for step, heads in decided.items() if heads in forms}, others, room)
+    of_steps = {step: forms[heads] for step, heads in decided.items() if heads in forms}
+    return KeptRests(steps, of_steps, others, room, _resting(steps, lists))
+
+
+def _resting(steps: KeptSteps, lists: Lists) -> Tensor | None:
+    """Which heads keep a rest in some step, None where all do: the same in all steps, so that these share graphs."""
+    of_heads = [*zip(*steps.uses.values(), strict=True)]
+    found = [head for head, uses in enumerate(of_heads) if any(use is not Use.NONE for use in uses)]
+    if not found or len(found) == len(of_heads):
+        return None
+    return torch.tensor(found, device=next(iter(lists.values())).indices.device)

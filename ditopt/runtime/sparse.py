@@ -240,6 +240,7 @@ class AttentionSites:
                     keeps=(*kept.keeps(step), *kept_rest.keeps(step)),
                     reads=(*((LISTS,) if reads else ()), *((REST,) if rest_reads else ())),
                     others=kept_rest.room if kept_rest.keeps(step) else 0,
+                    resting=kept_rest.resting(step),
                 )
                 inputs |= kept_rest.inputs(name, step)
                 if reads:

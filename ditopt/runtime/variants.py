@@ -109,6 +109,11 @@ class VariantCache:
         audit(gm, plan, self.index, dead, manager.reasons)
         return gm
 
+    def recorded(self, plan: StepPlan) -> tuple[tuple[str, int], ...]:
+        """The features and slots that the graph of a step's plan hands on, in order, and how many tensors each has."""
+        found = tuple((site, len(feature(self.trace.gm, self.index, site).ends)) for site in plan.recorded)
+        return found + kept_slots(plan)
+
     def get(self, plan: StepPlan) -> Variant:
         """The compiled variant for ``plan``; compiled now if it has not been.
 
@@ -128,8 +133,7 @@ class VariantCache:
         gm = self.graph(plan)
         inputs = tuple(gm.meta["ditopt_inputs"])
         users = int(gm.meta["ditopt_user_outputs"])
-        recorded = tuple((site, len(feature(self.trace.gm, self.index, site).ends)) for site in plan.recorded)
-        recorded += kept_slots(plan)
+        recorded = self.recorded(plan)
         nodes = sum(node.op == "call_function" for node in gm.graph.nodes)
         prologues = tuple(self._prologue(each) for each in gm.meta[PROLOGUES])
         lowering = PassManager([lower_attention_with(self._trace_call)], verify if self.check_passes else None)

@@ -48,16 +48,25 @@ def keep_rest(
     reads: Tensor | None = None,
     kept: Tensor | None = None,
     stat: Tensor | None = None,
+    heads: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The dense result, which lies as ``out``, and what is kept of it: ``[B, H, S, E]``, and ``[B, H, S]`` as ``lse``.
 
     ``out`` and ``lse`` are what a head's lists give, ``others`` and ``others_lse`` what all other blocks give; a head
     that keeps nothing (``forms`` ``[H]`` int32: 0) has nothing there, so that its result is ``out``. Heads of which
-    ``reads`` ``[H]`` (boolean) is true go on with what they ``kept`` and its ``stat``, as in ``add_rest``.
+    ``reads`` ``[H]`` (boolean) is true go on with what they ``kept`` and its ``stat``, as in ``add_rest``. With
+    ``heads`` ``[K]`` (int64, none twice) what is kept is of these heads alone, ``[B, K, S, E]`` and ``[B, K, S]``; no
+    other may keep any.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes or dtypes do not fit; on processors also: a head keeps a rest and is none of ``heads``.
     """
+    if heads is not None:
+        _check_heads("keep_rest", heads, forms, out)
+        mine = [_of(heads, each, 1) for each in (out, lse, others, others_lse)]
+        of_forms, of_reads = _of(heads, forms), None if reads is None else _of(heads, reads)
+        part, fresh, told = keep_rest(mine[0], mine[1], mine[2], mine[3], of_forms, of_reads, kept, stat)
+        return torch.empty_like(out).copy_(out).index_copy_(1, heads, part), fresh, told
     _check("keep_rest", out, lse, forms, ("others", others, others_lse))
     given = [each is not None for each in (reads, kept, stat)]
     if any(given) and not all(given):
@@ -78,12 +87,20 @@ def keep_rest(
     return whole, fresh, torch.where(before, stat, told)
 
 
-def add_rest(out: Tensor, lse: Tensor, forms: Tensor, kept: Tensor, stat: Tensor) -> Tensor:
+def add_rest(
+    out: Tensor, lse: Tensor, forms: Tensor, kept: Tensor, stat: Tensor, heads: Tensor | None = None
+) -> Tensor:
     """``[B, H, S, E]``: what a head's lists give, and what it kept in an earlier step as its form has it.
 
+    ``heads`` are those that something is kept of, as in ``keep_rest``.
+
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes or dtypes do not fit; on processors also: a head keeps a rest and is none of ``heads``.
     """
+    if heads is not None:
+        _check_heads("add_rest", heads, forms, out)
+        part = add_rest(_of(heads, out, 1), _of(heads, lse, 1), _of(heads, forms), kept, stat)
+        return torch.empty_like(out).copy_(out).index_copy_(1, heads, part)
     _check("add_rest", out, lse, forms, ("kept", kept, stat))
     share, rest = shares(lse, stat)
     codes = forms[:, None]
@@ -120,6 +137,21 @@ def _check(operator: str, out: Tensor, lse: Tensor, forms: Tensor, other: tuple[
                 f"ditopt::{operator}: a log-sum-exp or what is kept beside {name} is {list(each.shape)}, not "
                 f"{list(out.shape[:3])} [B, H, S]"
             )
+
+
+def _of(heads: Tensor, each: Tensor, dim: int = 0) -> Tensor:
+    return each.index_select(dim, heads)
+
+
+def _check_heads(operator: str, heads: Tensor, forms: Tensor, out: Tensor) -> None:
+    """That what is kept has room for every head that keeps some; numbers are looked at on processors alone."""
+    _of_heads(operator, "forms", forms, out, torch.int32)
+    if heads.ndim != 1 or heads.dtype != torch.int64:
+        raise ValueError(f"ditopt::{operator}: heads is {list(heads.shape)} of {heads.dtype}, not [K] of torch.int64")
+    if heads.device.type == "cpu":
+        without = [head for head, form in enumerate(forms.tolist()) if form != NO_REST and head not in heads.tolist()]
+        if without:
+            raise ValueError(f"ditopt::{operator}: head {without[0]} keeps a rest and is none of {heads.tolist()}")
 
 
 def _of_heads(operator: str, name: str, given: Tensor, out: Tensor, dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -202,6 +202,33 @@ def test_heads_that_read_go_on_with_what_they_kept() -> None:
         assert all(torch.equal(one[0, head], other[0, head]) for one, other in zip(mixed, wanted, strict=True))
 
 
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_what_is_kept_of_some_heads_is_as_of_all(dtype: torch.dtype) -> None:
+    """The others, which keep none, have what their lists give."""
+    earlier, forms = operands((2, 5, 5, 100, 150, 16, 24), dtype), codes(NO_REST, MERGE, NO_REST, RATIO, RESIDUAL)
+    heads, reads = torch.tensor([1, 3, 4]), torch.tensor([False, True, False, False, True])
+    now, attended = moved(earlier, 0.3), drawn_map(5, 100, 150, 0.5)
+    own, others = both(earlier, attended, forms)
+    of_all, of_some = KEEP_REST(*own, *others, forms), KEEP_REST(*own, *others, forms, heads=heads)
+    assert of_some[0].stride() == own[0].stride() and of_some[1].is_contiguous()
+    check(of_some, of_all, heads)
+    alone = torch.tensor([0, 2])
+    assert torch.equal(of_some[0][:, alone], own[0][:, alone])
+    later, rest = both(now, attended, forms)
+    added = ADD_REST(*later, forms, *of_some[1:], heads=heads)
+    assert added.stride() == later[0].stride()
+    check((added,), (ADD_REST(*later, forms, *of_all[1:]),), heads)
+    mixed = KEEP_REST(*later, *rest, forms, reads, *of_some[1:], heads=heads)
+    check(mixed, KEEP_REST(*later, *rest, forms, reads, *of_all[1:]), heads)
+
+
+def check(found: Sequence[Tensor], expected: Sequence[Tensor], heads: Tensor) -> None:
+    """A whole result is that of all heads, what is kept that of some; but for rounding of products in other lanes."""
+    for place, (one, other) in enumerate(zip(found, expected, strict=True)):
+        rounding = 4 * ROUNDING[one.dtype]
+        torch.testing.assert_close(one, other[:, heads] if place else other, atol=8 * rounding, rtol=rounding)
+
+
 def test_what_is_not_finite_stays_seen() -> None:
     parts = operands((1, 3, 3, 128, 128, 16, 16))
     parts[1][0, :, 100, 3] = math.nan  # a key that no list of the first queries names
@@ -232,6 +259,10 @@ def test_operators_are_described_as_they_are() -> None:
     torch.library.opcheck(KEEP_REST, (*own, *others, forms), test_utils=checks)
     torch.library.opcheck(KEEP_REST, (*own, *others, forms, torch.tensor([False, True]), *kept), test_utils=checks)
     torch.library.opcheck(ADD_REST, (*own, forms, *kept), test_utils=checks)
+    alone, one = codes(0, RESIDUAL), {"heads": torch.tensor([1])}
+    slot = KEEP_REST(*own, *others, alone, **one)[1:]
+    torch.library.opcheck(KEEP_REST, (*own, *others, alone), one, test_utils=checks)
+    torch.library.opcheck(ADD_REST, (*own, alone, *slot), one, test_utils=checks)
 
 
 def test_what_does_not_fit_is_told() -> None:
@@ -250,6 +281,18 @@ def test_what_does_not_fit_is_told() -> None:
         KEEP_REST(out, lse, out, lse, forms, torch.tensor([True, False]))
     with pytest.raises(ValueError, match=r"keep_rest: reads is \[2\] of torch\.int32, not \[2\] of torch\.bool"):
         KEEP_REST(out, lse, out, lse, forms, codes(1, 0), out, lse)
+
+
+def test_heads_without_room_for_what_they_keep_are_told() -> None:
+    out, lse, forms = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4), codes(MERGE, RATIO)
+    with pytest.raises(ValueError, match=r"keep_rest: head 0 keeps a rest and is none of \[1\]"):
+        KEEP_REST(out, lse, out, lse, forms, heads=torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"add_rest: head 1 keeps a rest and is none of \[0\]"):
+        ADD_REST(out, lse, forms, out[:, :1], lse[:, :1], heads=torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"add_rest: heads is \[1\] of torch\.int32, not \[K\] of torch\.int64"):
+        ADD_REST(out, lse, forms, out, lse, heads=codes(0))
+    with pytest.raises(ValueError, match=r"add_rest: kept is \[1, 2, 4, 8\] .* the result is \[1, 1, 4, 8\]"):
+        ADD_REST(out, lse, codes(MERGE, 0), out, lse, heads=torch.tensor([0]))
 
 
 def test_codes_are_those_of_forms() -> None:

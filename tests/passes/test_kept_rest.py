@@ -15,7 +15,7 @@ from ditopt.kernels.ops import ADD_REST, BLOCK_SPARSE_ATTENTION, KEEP_REST
 from ditopt.passes._infra import SITE, StepPlan, outputs, set_outputs
 from ditopt.passes.audit import audit
 from ditopt.passes.kept import REST, kept_names, readers_name, slot_of, stand_ins
-from ditopt.passes.kept_rest import forms_name, other_names
+from ditopt.passes.kept_rest import forms_name, other_names, resting_name
 from ditopt.passes.sparse import list_names
 from ditopt.profiler.work import counted_work
 from ditopt.runtime.variants import VariantCache
@@ -70,6 +70,19 @@ def test_heads_without_a_rest_have_their_lists_alone(wan: Captured) -> None:
     torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)
     (second,), _ = wan.run(READS, {**lists, **of_heads, **slots(kept)})
     torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_slots_are_of_the_heads_that_keep_a_rest(wan: Captured) -> None:
+    keeps, reads = (StepPlan(sparse=tuple(replace(each, resting=1) for each in plan.sparse)) for plan in (KEEPS, READS))
+    lists, of_heads = given(maps()), {**forms(0, MERGE), **{resting_name(site): torch.tensor([1]) for site in SITES}}
+    (first,), kept = wan.run(keeps, {**lists, **of_heads, **others(False, True)})
+    (second,), _ = wan.run(reads, {**lists, **of_heads, **slots(kept)})
+    (_,), of_all = wan.run(KEEPS, {**lists, **forms(0, MERGE), **others(False, True)})
+    for one, every in zip(kept.values(), of_all.values(), strict=True):
+        assert torch.equal(one, every[:, 1:]) and one.numel() == every.numel() / 2
+    attended = {site: torch.cat([each[:, :1], torch.ones_like(each[:, 1:])], 1) for site, each in maps().items()}
+    for found in (first, second):
+        torch.testing.assert_close(found, emulated(wan, attended), rtol=1e-4, atol=1e-5)
 
 
 def test_some_keep_and_some_read_in_one_graph(wan: Captured) -> None:
@@ -188,6 +201,28 @@ def test_an_audit_refuses_another_slot(
     cache: VariantCache, spoil: Callable[[fx.GraphModule], None], message: str
 ) -> None:
     check_refused(cache, READS, spoil, message)
+
+
+def other_heads(gm: fx.GraphModule) -> None:
+    keep = of(gm, KEEP_REST)
+    keep.kwargs = {"heads": of(gm, KEEP_REST, 1).kwargs["heads"]}
+
+
+def all_heads(gm: fx.GraphModule) -> None:
+    of(gm, KEEP_REST).kwargs = {}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (other_heads, r"blocks\.1\.attn1: to be .* its rest reads forms_blocks_1_attn1, resting_blocks_2_attn1"),
+        (all_heads, r"blocks\.1\.attn1: to be .* its rest reads forms_blocks_1_attn1$"),
+    ],
+)
+def test_an_audit_refuses_slots_of_other_heads(
+    cache: VariantCache, spoil: Callable[[fx.GraphModule], None], message: str
+) -> None:
+    check_refused(cache, StepPlan(sparse=tuple(replace(each, resting=1) for each in KEEPS.sparse)), spoil, message)
 
 
 def test_an_audit_refuses_rests_that_no_plan_asked_for(cache: VariantCache) -> None:

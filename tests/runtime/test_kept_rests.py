@@ -27,6 +27,7 @@ from ditopt.plan_tensors import PlanTensors
 from ditopt.profiler.interpret import Edit, Watched
 from ditopt.runtime.linear import is_linear
 from ditopt.runtime.program import Compute, Program
+from ditopt.runtime.state_bytes import planned_bytes, slot_bytes
 from ditopt.sites import STEP, AttentionSite
 from tests.literal_kept import LITERAL, attention, dense
 from tests.runtime.test_kept_lists import FIRST, SECOND, Run, drifting, same
@@ -172,6 +173,52 @@ def test_a_plan_file_compiles_once(wan: nn.Module, structure: str, tmp_path: Pat
     own = 2 * 2 * FRAMES.tokens * (12 + 1) * 4  # of two sites with two heads of twelve channels, and a number each
     assert held == [0, own, own, 0, own, 0], "step 3 is the last that reads what step 1 kept"
     assert run.program.statistics.peak_slot_bytes == own and expected.moved > 0
+
+
+def test_slots_are_of_the_heads_that_keep_a_rest(wan: nn.Module, structure: str) -> None:
+    """In some step of the plan: so that all steps share graphs."""
+    rules = (
+        rule("blocks.*.attn1", "1-5", sparse("spatial"), "0"),
+        rule(FIRST, "1-5", kept("temporal", "merge", 2, rows=1, columns=2), "1"),
+        rule(SECOND, "1-3", kept("spatial", "residual", 2), "0"),
+        rule(SECOND, "4-5", kept("spatial", "ratio", 2), "1"),
+    )
+    plan = plan_of(structure, *rules)
+    with interpreted():
+        run, expected = Run(wan, plan), Literal(plan)
+        run.begin()
+        held = []
+        for step, inputs in enumerate(drifting()):
+            same(run(inputs, TIMES[step]), expected(run.program, step, run.taken))
+            held.append(run.held())
+    one = FRAMES.tokens * (12 + 1) * 4  # of a head of twelve channels, and a number each
+    assert held == [heads * one for heads in (0, 3, 0, 1, 2, 0)], "one of the first site, both of the second"
+    bound = run.program.bound
+    assert bound is not None and run.program.statistics.cold_calls == 0
+    assert [[each.resting for each in step.variant.sparse] for step in bound.steps[1:3]] == [[1, 0]] * 2
+    sizes = slot_bytes(run.program.variants, bound)
+    assert sizes == {slot_of(REST, FIRST): one, slot_of(REST, SECOND): 2 * one}
+    assert planned_bytes(run.program.variants, bound) == run.program.statistics.peak_slot_bytes == 3 * one
+
+
+def test_bytes_of_state_are_known_before_it_runs(wan: nn.Module, structure: str) -> None:
+    """Of features, lists and rests together, at the step that holds most of them."""
+    rules = (
+        rule(STEP, "2", Reuse()),
+        rule("blocks.1", "4", Reuse()),
+        rule(FIRST, "0-5", sparse("draft", keep=0.2, refresh=3), "0"),
+        rule(FIRST, "0-5", kept("spatial", "merge", 2), "1"),
+    )
+    with interpreted():
+        run = Run(wan, plan_of(structure, *rules))
+        run.begin()
+        variants, bound = run.program.variants, run.program.bound
+        assert bound is not None
+        planned = planned_bytes(variants, bound)
+        for step, inputs in enumerate(drifting()):
+            run(inputs, TIMES[step])
+    assert slot_bytes(variants, bound).keys() == {STEP, "blocks.1", slot_of(LISTS, FIRST), slot_of(REST, FIRST)}
+    assert run.program.statistics.peak_slot_bytes == planned > 0 and run.held() == 0
 
 
 def test_other_steps_are_as_dense_and_a_step_that_keeps_is(wan: nn.Module, structure: str) -> None:
