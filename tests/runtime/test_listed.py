@@ -18,17 +18,20 @@ from ditopt.geometry import Geometry
 from ditopt.head_tensors import BlockMaps
 from ditopt.kernels.block_sparse_attention.lists import BlockLists
 from ditopt.kernels.patterns.choice import SparseChoice
-from ditopt.kernels.patterns.listed import own_blocks, rescaled
-from ditopt.passes.sparse import list_names
+from ditopt.kernels.patterns.listed import own_blocks
+from ditopt.passes.sparse import list_names, rest_name
 from ditopt.plan import Plan, Rule
 from ditopt.plan_tensors import PlanTensors
+from ditopt.profiler.head_edits import BlockMask
 from ditopt.profiler.interpret import Edit, Watched
 from ditopt.runtime.program import Program
+from tests.literal_rest import under_blocks_and_means
 from tests.runtime.test_sparse import (
     FRAMES,
     TIMES,
     call,
     check_plan_file,
+    distance,
     plan_of,
     rule,
     sparse,
@@ -86,8 +89,6 @@ def kept_tokens(plan: Plan, site: str, head: int, step: int, geometry: Geometry)
         of_site = plan.beside.maps_for("transformer", site, do.pattern)
         assert of_site is not None
         kept, order = of_site.kept(head, step), choice.order
-        if geometry != FRAMES:
-            kept = rescaled(kept, FRAMES, 64, geometry, 64, order)
     block_of = np.arange(geometry.tokens) // 64
     if order is not None:
         block_of[order.of_sequence(geometry, 64)] = np.arange(geometry.tokens) // 64
@@ -132,21 +133,46 @@ def test_a_plan_file_and_the_file_beside_it_are_the_model_with_heads_under_these
     assert len(list(tmp_path.glob("tensors-*.safetensors"))) == 1
 
 
+def with_means(pools: dict[int, int]) -> Any:
+    """The captured graph, node by node, under the maps of the file and the means of groups of other tokens."""
+
+    def emulated(program: Program, plan: Plan, step: int, arguments: list[Any]) -> Tensor:
+        trace, edits = program.variants.trace, {}
+        for block in range(2):
+            each = {head: BlockMask(EVERY.maps[block].kept(head, step), 64, 64) for head in range(2)}
+            masks = {head: (mask, pools[head]) for head, mask in each.items()}
+            edits[trace.site_nodes[f"blocks.{block}.attn1"]] = under_blocks_and_means(masks)
+        with torch.no_grad():
+            found: Tensor = Watched(trace, edits=edits).run(*arguments)[0]
+        return found
+
+    return emulated
+
+
 def test_a_rest_goes_with_the_same_maps(wan: nn.Module, structure: str) -> None:
+    """Of one head and not of the other, by the formula; the lists are the same with it and without."""
     plain, pooled = (sparse("listed", keep=0.25, **more) for more in ({}, {"rest": {"pooled": 16}}))
-    found = []
-    for do in (plain, pooled):
-        session = Session(plan=listed_plan(structure, rule("blocks.*.attn1", "1-4", do)))
-        with interpreted():
-            found.append(call(compiled(wan, session=session), wan_inputs(), TIMES[2]))
-        torch._dynamo.reset()
-        bound = session.programs[0].bound
-        assert bound is not None
-        indices, counts = (bound.steps[2].lists[name] for name in list_names("blocks.1.attn1"))
-        lists = BlockLists(indices, counts, 64, 64).to_map(16)[0]
-        assert (lists.numpy() == np.stack([EVERY.maps[1].kept(head, 2) for head in range(2)])).all()
-        assert [each.pool for each in bound.steps[2].variant.sparse] == [16 if do is pooled else 0] * 2
-    assert not torch.allclose(found[0], found[1])
+    rules = rule("blocks.*.attn1", "1-4", plain), rule("blocks.*.attn1", "1-4", pooled, "1")
+    plan = listed_plan(structure, *rules)
+    session, expected, without = (
+        Session(plan=plan, check_passes=True),
+        with_means({0: 0, 1: 16}),
+        with_means({0: 0, 1: 0}),
+    )
+    with interpreted():
+        for step, found, arguments in steps_of(session, compiled(wan, session=session), wan_inputs()):
+            (program,) = session.programs
+            if step not in (2, 4):  # of other periods
+                continue
+            torch.testing.assert_close(found, expected(program, plan, step, arguments), rtol=1e-4, atol=1e-5)
+            assert distance(found, without(program, plan, step, arguments)) > 1e-4
+            assert program.bound is not None
+            lists = program.bound.steps[step].lists
+            for block in range(2):
+                indices, counts = (lists[name] for name in list_names(f"blocks.{block}.attn1"))
+                of_heads = BlockLists(indices, counts, 64, 64).to_map(16)[0].numpy()
+                assert (of_heads == np.stack([EVERY.maps[block].kept(head, step) for head in range(2)])).all()
+                assert lists[rest_name(f"blocks.{block}.attn1")].tolist() == [0, 1]
 
 
 def test_the_audit_proves_that_lists_are_the_files(
@@ -164,17 +190,54 @@ def test_the_audit_proves_that_lists_are_the_files(
         call(compiled(wan, plan=listed_plan(structure)), wan_inputs(), TIMES[2])
 
 
+SEEN = np.array(
+    [
+        [[1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 1, 0], [0, 0, 0, 1]],
+        [[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1], [0, 1, 0, 1]],
+        [[1, 0, 1, 1], [0, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1]],
+    ],
+    dtype=bool,
+)
+"""Which of four frames a frame attends to; one for each period and head in turn."""
+IN_FRAMES = sparse("listed", keep=0.5), sparse("listed", mass=0.5, order={"tiles": [1, 8, 8]})
+"""Blocks lie within frames in either order, at 16 rows and at 24: four of them, and six."""
+
+
+def of_frames(site: str, do: Sparse) -> BlockMaps:
+    drawn = np.stack([[SEEN[(period + head) % 3] for head in range(2)] for period in range(3)])
+    text = BlockMaps.text_of(do.pattern)
+    assert text is not None
+    return BlockMaps.of(drawn.repeat(4, 2).repeat(4, 3), "transformer", site, text, (0, 1), STARTS, FRAMES, 64)
+
+
+def by_frame(program: Program, step: int, arguments: list[Any], tokens: int) -> Tensor:
+    """The captured graph, node by node, whose heads attend to whole frames of so many ``tokens``."""
+    trace, edits = program.variants.trace, {}
+    for block in range(2):
+        seen = {head: torch.from_numpy(SEEN[(step // 2 + head) % 3]) for head in range(2)}
+        masks = {head: each.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1) for head, each in seen.items()}
+        edits[trace.site_nodes[f"blocks.{block}.attn1"]] = under_masks(masks)
+    with torch.no_grad():
+        found: Tensor = Watched(trace, edits=edits).run(*arguments)[0]
+    return found
+
+
 def test_at_another_size_lists_are_laid_over_it_or_refused(wan: nn.Module, structure: str) -> None:
-    larger, geometry = wan_inputs(48), Geometry(4, 24, 16)
-    plan = listed_plan(structure, geometry={"transformer": (1, 4, 4, 32, 32)})
+    """What attends to whole frames does so at half as many rows again, in either order of tokens."""
+    larger = wan_inputs(48)
+    rules = [rule(f"blocks.{block}.attn1", "1-4", do) for block, do in enumerate(IN_FRAMES)]
+    beside = PlanTensors(tuple(of_frames(f"blocks.{block}.attn1", do) for block, do in enumerate(IN_FRAMES)))
+    plan = plan_of(structure, *rules, geometry={"transformer": (1, 4, 4, 32, 32)}).with_beside(beside)
     with interpreted():
         with pytest.raises(PlanMismatchError, match="the plan was made for"):
             call(compiled(wan, plan=plan), larger, TIMES[2])
         torch._dynamo.reset()
         session = Session(plan=plan, on_mismatch="retarget", check_passes=True)
         for step, found, arguments in steps_of(session, compiled(wan, session=session), larger):
-            expected = emulated(session.programs[0], plan, step, arguments, geometry)
+            dense = call(wan, larger, TIMES[step])
+            expected = by_frame(session.programs[0], step, arguments, 24 * 16) if 1 <= step <= 4 else dense
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            assert (distance(found, dense) > 1e-4) == (1 <= step <= 4)
     reasons = session.programs[0].variants.reasons
     told = "blocks.1.attn1: its lists were chosen for the geometry of 4 x 16 x 16 tokens in blocks of 64, and are laid "
     assert any(reason.startswith(f"{told}over the geometry of 4 x 24 x 16 tokens") for reason in reasons)
