@@ -309,7 +309,8 @@ def _lists(
         heads: torch.stack([_map(do, geometry, site, query_block, key_block) for do in heads])[None]
         for heads in dict.fromkeys(decided.values())
     }
-    whole = [heads for heads, attended in maps.items() if attended.all() and not any(map(is_int8, heads))]
+    none = not key_blocks  # of a prompt of no length
+    whole = [heads for heads, each in maps.items() if each.all() and (none or not any(map(is_int8, heads)))]
     if whole:
         size = f"{query_block} queries and {key_block} keys"
         notes[f"{site.name}: patterns that keep every block of {size} run dense"] = None

@@ -40,6 +40,8 @@ def block_sparse_attention(
         wrong = check_pooled(rest, key, value, lists, heads)
     if wrong is None and int8 is not None:
         wrong = check_int8(int8, heads)
+    if wrong is None and (key.shape[1] == 0 or heads % key.shape[1]):
+        wrong = f"heads do not match: {heads} of queries, {key.shape[1]} of keys"
     if wrong is not None:
         raise ValueError(wrong)
     group = query.shape[1] // key.shape[1]

@@ -207,6 +207,19 @@ def test_a_wrong_entry_is_found_far_behind_in_a_list() -> None:
     assert all(result.isnan().all() for result in attend(parts, lists))
 
 
+def test_operands_that_do_not_fit_are_refused() -> None:
+    lists = but_the_last(2, 130, 130)
+    nothing = BlockLists(lists.indices, torch.zeros_like(lists.counts), 64, 64)
+    for shape, listed, told in (
+        ((1, 3, 2, 130, 130, 16, 16), but_the_last(3, 130, 130), "heads, tokens or channels do not match"),
+        ((1, 2, 2, 130, 130, 16, 16), but_the_last(3, 130, 130), "lists are for"),
+        ((1, 2, 2, 130, 0, 16, 16), nothing, "a size is 0, so there is no token"),
+        ((1, 2, 2, 0, 130, 16, 16), lists, "a size is 0, so there is no token"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            attend(operands(shape), listed)
+
+
 def test_lists_of_all_blocks_have_no_entries() -> None:
     check_lists_of_all_blocks(attend)
 
