@@ -6,10 +6,18 @@ true for the keys of the sparse part. A row without any such key has a sparse pa
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ditopt.decisions import HeadDecision
+from ditopt.plan import Plan
+from ditopt.profiler.interpret import Edit, Watched
+from ditopt.runtime.program import Program
+from ditopt.sites import AttentionSite
 
 Step = tuple[Tensor, Tensor, Tensor]
 
@@ -61,3 +69,26 @@ LITERAL: dict[str, Callable[[Step, Step, Tensor, float], Tensor]] = {
     "ratio": rettention,
 }
 """By the form that a plan writes."""
+
+
+class LiteralPlan(ABC):
+    """One generation under a plan, whose heads have something of earlier steps: ``edit`` writes out what they do."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __call__(self, program: Program, step: int, arguments: list[Any], skipped: tuple[str, ...] = ()) -> Tensor:
+        """What the model gives in the next of its computed steps, of which the sites ``skipped`` have no part."""
+        trace = program.variants.trace
+        edits = {
+            trace.site_nodes[site.name]: self.edit(site.name, self.plan.head_decisions(site.name)[step].of(site.heads))
+            for site in trace.sites
+            if isinstance(site, AttentionSite) and site.queries == site.keys and site.name not in skipped
+        }
+        with torch.no_grad():
+            found: Tensor = Watched(trace, edits=edits).run(*arguments)[0]
+        return found
+
+    @abstractmethod
+    def edit(self, site: str, decided: tuple[HeadDecision, ...]) -> Edit:
+        """The attention of a site, whose heads do what is ``decided``, in the step that is next."""

@@ -19,10 +19,11 @@ from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.kernels.patterns.registry import pattern_from_data
 from ditopt.passes.kept import LISTS, slot_of
 from ditopt.plan import Plan
-from ditopt.profiler.interpret import Edit, Watched
+from ditopt.profiler.interpret import Edit
 from ditopt.runtime.program import Program
-from ditopt.sites import STEP, AttentionSite
+from ditopt.sites import STEP
 from tests.kernels.test_draft_lists import literal
+from tests.literal_kept import LiteralPlan
 from tests.runtime.test_draft import always
 from tests.runtime.test_sparse import (
     FRAMES,
@@ -44,31 +45,19 @@ BLOCK = 64
 FIRST, SECOND = "blocks.0.attn1", "blocks.1.attn1"
 
 
-class Literal:
+class Literal(LiteralPlan):
     """One generation under a plan: of every head the blocks that it found last, and how many steps it has had them."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+        super().__init__(plan)
         self.runs: dict[tuple[str, int], tuple[HeadDecision, int, Tensor]] = {}
         self.stale = 0
-
-    def __call__(self, program: Program, step: int, arguments: list[Any], skipped: tuple[str, ...] = ()) -> Tensor:
-        """What the model gives in the next of its computed steps, of which the sites ``skipped`` have no part."""
-        trace = program.variants.trace
-        edits = {
-            trace.site_nodes[site.name]: self._edit(site.name, self.plan.head_decisions(site.name)[step].of(site.heads))
-            for site in trace.sites
-            if isinstance(site, AttentionSite) and site.queries == site.keys and site.name not in skipped
-        }
-        with torch.no_grad():
-            found: Tensor = Watched(trace, edits=edits).run(*arguments)[0]
-        return found
 
     def again(self) -> None:
         """The next call is of the same step once more: heads have what they found, or find it anew."""
         self.runs = {head: (do, count - 1, kept) for head, (do, count, kept) in self.runs.items()}
 
-    def _edit(self, site: str, decided: tuple[HeadDecision, ...]) -> Edit:
+    def edit(self, site: str, decided: tuple[HeadDecision, ...]) -> Edit:
         def edit(given: tuple[Any, ...], value: Tensor) -> Tensor:
             query, key, values = given[:3]
             out = value.clone()

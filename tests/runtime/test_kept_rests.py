@@ -24,12 +24,12 @@ from ditopt.passes.kept import LISTS, REST, slot_of
 from ditopt.passes.kept_rest import forms_name, other_names
 from ditopt.plan import Plan, Rule
 from ditopt.plan_tensors import PlanTensors
-from ditopt.profiler.interpret import Edit, Watched
+from ditopt.profiler.interpret import Edit
 from ditopt.runtime.linear import is_linear
-from ditopt.runtime.program import Compute, Program
+from ditopt.runtime.program import Compute
 from ditopt.runtime.state_bytes import planned_bytes, slot_bytes
-from ditopt.sites import STEP, AttentionSite
-from tests.literal_kept import LITERAL, attention, dense
+from ditopt.sites import STEP
+from tests.literal_kept import LITERAL, LiteralPlan, attention, dense
 from tests.runtime.test_kept_lists import FIRST, SECOND, Run, drifting, same
 from tests.runtime.test_linear import heads_anew, projections
 from tests.runtime.test_masked import TOKENS, hunyuan, structure_of
@@ -59,27 +59,16 @@ def kept(pattern: str, form: str, every: int, **settings: Any) -> Any:
     return sparse(pattern, **settings, rest={"kept": form, "refresh": every})
 
 
-class Literal:
+class Literal(LiteralPlan):
     """One generation under a plan: of every head its operands when it was last dense, and how many steps ago."""
 
     def __init__(self, plan: Plan, geometry: Geometry = FRAMES) -> None:
-        self.plan, self.geometry = plan, geometry
+        super().__init__(plan)
+        self.geometry = geometry
         self.runs: dict[tuple[str, int], tuple[HeadDecision, int, Operands | None]] = {}
         self.moved = 0.0
 
-    def __call__(self, program: Program, step: int, arguments: list[Any], skipped: tuple[str, ...] = ()) -> Tensor:
-        """What the model gives in the next of its computed steps, of which the sites ``skipped`` have no part."""
-        trace = program.variants.trace
-        edits = {
-            trace.site_nodes[site.name]: self._edit(site.name, self.plan.head_decisions(site.name)[step].of(site.heads))
-            for site in trace.sites
-            if isinstance(site, AttentionSite) and site.queries == site.keys and site.name not in skipped
-        }
-        with torch.no_grad():
-            found: Tensor = Watched(trace, edits=edits).run(*arguments)[0]
-        return found
-
-    def _edit(self, site: str, decided: tuple[HeadDecision, ...]) -> Edit:
+    def edit(self, site: str, decided: tuple[HeadDecision, ...]) -> Edit:
         def edit(given: tuple[Any, ...], value: Tensor) -> Tensor:
             out, scale = value.clone(), given[0].shape[-1] ** -0.5
             for head, do in enumerate(decided):
@@ -296,9 +285,9 @@ def test_beside_a_draft_with_means_in_another_order_whose_lists_are_kept(wan: nn
 class BesideLinear(Literal):
     """The same with linear rests, by the formula, in heads that have one."""
 
-    def _edit(self, site: str, decided: tuple[HeadDecision, ...]) -> Edit:
+    def edit(self, site: str, decided: tuple[HeadDecision, ...]) -> Edit:
         linear = [do if is_linear(do) else Dense() for do in decided]
-        keeping = super()._edit(site, tuple(Dense() if is_linear(do) else do for do in decided))
+        keeping = super().edit(site, tuple(Dense() if is_linear(do) else do for do in decided))
         beside = {each.heads[0]: torch.from_numpy(each.packed[0, 0]).float() for each in self.plan.beside.projections}
         behind = heads_anew(linear, self.geometry, beside)
         return lambda given, value: behind(given, keeping(given, value))
