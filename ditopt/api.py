@@ -54,8 +54,9 @@ def optimize(
         techniques: kinds of decision to consider; default all (``reuse``, ``forecast``, ``fit``, ``ranges``,
             ``simplify``, ``precision``, ``second_order``, ``hoist`` (see ``exact``), and ``sparse``, which alone
             computes every step).
-        recipe: the name of a published system (``ditopt recipes`` lists them) to which sparse heads are restricted; its
-            own techniques are all that is considered unless ``techniques`` name more.
+        recipe: the name of a published system (``ditopt recipes`` lists them) to which sparse heads, or predictors and
+            schedules of the loop are restricted; its own techniques are all that is considered unless ``techniques``
+            name more.
         max_variants: the most distinct graphs to compile.
         budget: how many plans to try by real rollouts in the first search, a quarter more in each after it; plans that
             compute less than half of the steps count less, down to a third. Default: some minutes' worth, 4 to 16.

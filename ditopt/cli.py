@@ -140,7 +140,7 @@ def optimize(
 
 @command
 def recipes() -> None:
-    """List the published systems of sparse attention that `--recipe` restricts a search to."""
+    """List the published systems that `--recipe` restricts a search to."""
     from ditopt.recipes import RECIPES
 
     for recipe in RECIPES.values():

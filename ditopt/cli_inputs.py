@@ -53,7 +53,7 @@ Precision = Annotated[Dtype, typer.Option(help="of the weights")]
 Recipe = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="restrict sparse heads to those of a published system; `ditopt recipes` lists them"
+        metavar="NAME", help="restrict the search to what a published system does; `ditopt recipes` lists them"
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="where to run; default: cuda if there is one, else cpu")]

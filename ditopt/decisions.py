@@ -16,6 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 Dtype = Literal["bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 """What the products of a float32 network may be computed in."""
+Distances = Literal["sigma", "steps"]
+Formula = Literal["polynomial", "taylor"]
 MAX_PATTERN = 4000
 """Characters of a sparse decision's pattern."""
 
@@ -62,10 +64,17 @@ class Reuse(_Decision):
 
 
 class Forecast(_Decision):
-    """Extrapolate with the polynomial through the last ``order + 1`` computed features at true distances."""
+    """Extrapolate from the last ``order + 1`` computed features at true distances, in sigma or in steps.
+
+    By the polynomial through them; or (``formula: taylor``) by Taylor's series from the newest, whose derivatives are
+    differences of computed steps, each divided by the distance of the newest two when it was taken (TaylorSeer). The
+    two are the same for order 1.
+    """
 
     kind: Literal["forecast"] = "forecast"
     order: Annotated[int, Field(ge=1, le=2)] = 1
+    distances: Distances = "sigma"
+    formula: Formula = "polynomial"
 
     @property
     def history(self) -> int:
@@ -208,10 +217,12 @@ def decision_to_data(decision: Decision) -> str | dict[str, Any]:
     if isinstance(decision, Sparse):
         return {decision.kind: decision.settings}
     settings = decision.model_dump(
-        mode="json", exclude={"kind"}, exclude_none=True, exclude_defaults=isinstance(decision, Dense | Fit)
+        mode="json", exclude={"kind"}, exclude_none=True, exclude_defaults=isinstance(decision, Dense | Fit | Forecast)
     )
     if isinstance(decision, Fit):
         settings = {"history": decision.history, **settings}
+    if isinstance(decision, Forecast):
+        settings = {"order": decision.order, **settings}
     return {decision.kind: settings} if settings else decision.kind
 
 

@@ -13,6 +13,7 @@ from ditopt.plan import Rule
 from ditopt.quality import LEVELS, Quality
 from ditopt.search import SearchProblem
 from ditopt.search.solution import form_rules
+from ditopt.sites import STEP
 from ditopt.target import Target
 
 SIMPLIFIED_SPEED = 0.98
@@ -78,4 +79,7 @@ def _in_form(problem: SearchProblem, seconds: Mapping[str, float]) -> SearchProb
     """The problem with the times of its form."""
     times = MeasuredCost(seconds).in_form(problem.dtype, problem.simplify)
     ranges = {name: replace(site, seconds_saved=times[name]) for name, site in problem.ranges.items()}
-    return replace(problem, seconds_full=times[FULL], ranges=ranges)
+    made = replace(problem, seconds_full=times[FULL], ranges=ranges)
+    if problem.site != STEP:
+        made = replace(made, seconds_predicted=times[FULL] - times[problem.site])
+    return made

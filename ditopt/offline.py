@@ -20,9 +20,10 @@ from ditopt.plan import Rule
 from ditopt.predicted import Predicted, can_tell_psnr, psnr_of, psnr_to_relative_error
 from ditopt.profile import NetworkProfile, Profile
 from ditopt.profiled_tensors import profiled_tensors
-from ditopt.recipes import find_recipe
+from ditopt.recipes import Recipe, find_recipe
 from ditopt.search import Measurement, SearchProblem, Solution, bisect_kept, lambda_range, least_kept, solve, solve_kept
 from ditopt.search.joint import from_kept
+from ditopt.search.restrict import restricted, told
 from ditopt.search.rollouts import rules_key
 from ditopt.search.sparse import profiled_candidates, site_costs
 from ditopt.search.with_heads import MORE_STEPS, NEEDED_TABLES, HeadsBeside, count_graphs, further_schedules
@@ -115,9 +116,13 @@ class OfflineSearch:
             raise ProfileError(f"network {name}: {error}") from None
         if not self.chosen.ranges:
             problem = replace(problem, ranges={})
-        if not self.chosen.simplify:
-            return problem
-        return simplified(problem, part.seconds)
+        if self.chosen.simplify:
+            problem = simplified(problem, part.seconds)
+        recipe = find_recipe(self.recipe)
+        if recipe is not None and recipe.loop is not None:
+            problem = restricted(problem, recipe.loop, recipe.name)
+            self.reasons.append(told(problem, recipe.loop, recipe.name))
+        return problem
 
     def _left_out(self) -> list[str]:
         found = [UNVERIFIED]
@@ -199,7 +204,7 @@ class OfflineSearch:
 
         try:
             for base in further_schedules(solution, problem.steps, MORE_STEPS, start):
-                heads = HeadsBeside(network, problem, base, self._attention_costs, allowed, find_recipe(self.recipe))
+                heads = HeadsBeside(network, problem, base, self._attention_costs, allowed, self._recipe_of_heads)
                 if seconds is None:
                     part = heads.within_error(self._allowed**2 - base.predicted_error**2)
                 else:
@@ -232,12 +237,18 @@ class OfflineSearch:
             return {}
         found, told = site_costs(network, form_name(problem.dtype, problem.simplify))
         self.reasons += [f"sparse: {reason}" for reason in told]
-        recipe = find_recipe(self.recipe)
+        recipe = self._recipe_of_heads
         if recipe is not None:
             within, *lacking = recipe.told(profiled_candidates(network))
             self.reasons.append(within)
             self.missed += lacking
         return found
+
+    @property
+    def _recipe_of_heads(self) -> Recipe | None:
+        """The recipe, if it speaks of heads."""
+        recipe = find_recipe(self.recipe)
+        return None if recipe is None else recipe.of_heads
 
     @property
     def _tokens(self) -> dict[str, Geometry]:

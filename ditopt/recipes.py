@@ -1,7 +1,8 @@
-"""Recipes: published systems of sparse attention as named restrictions of the search. Data; a paper is no code path.
+"""Recipes: published systems as named restrictions of the search. Data; a paper is no code path.
 
-A recipe says which of the profiled candidates the search may choose, whether the heads of a site have to do alike, and
-how much of the schedule stays dense. What is chosen within that is told by the common price of error, as ever.
+One of sparse attention says which of the profiled candidates the search may choose, whether the heads of a site have to
+do alike, and how much of the schedule stays dense; one of the loop by which predictors steps may be predicted, and
+which steps may be computed. What is chosen within that is told by the common price of error, as ever.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ditopt.errors import InputError
+from ditopt.step_rules import Every, Magnitude, Segments, StepRule
 
 ANY = "any"
 """In a form: a setting that has to be there, whatever its value."""
@@ -46,27 +48,48 @@ def _alike(wanted: Any, found: Any) -> bool:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """What may be done in the loop: all blocks are computed or predicted together, all predicted steps alike.
+
+    Attributes:
+        predictors: by their names in the search (``search.space``), one of which a plan uses.
+        steps: the rule that gives the schedules.
+    """
+
+    predictors: tuple[str, ...]
+    steps: StepRule
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One published system.
 
     Attributes:
         name: what users call it.
         system: the name that its authors gave it, ``arxiv`` their paper.
-        forms: of the candidates that the search may choose; dense is always among the choices.
+        forms: of the candidates that the search may choose for heads; dense is always among the choices. None: of heads
+            it says nothing.
         alike: whether all heads of a site do the same in a step; else each has its own.
         dense_first: the share of the schedule that stays dense, from its start.
         techniques: all that the system consists of; where ``optimize`` is given others, they have to name these.
         departs: how what runs here differs from what was published.
+        loop: what it says of the loop; None: nothing.
     """
 
     name: str
     system: str
     arxiv: str
-    forms: tuple[Form, ...]
+    forms: tuple[Form, ...] = ()
     alike: bool = False
     dense_first: float = 0.0
     techniques: tuple[str, ...] = ("sparse",)
     departs: str = ""
+    loop: Loop | None = None
+
+    @property
+    def of_heads(self) -> Recipe | None:
+        """The recipe, if it speaks of heads."""
+        return self if self.forms else None
 
     @property
     def source(self) -> str:
@@ -76,6 +99,8 @@ class Recipe:
     @property
     def restriction(self) -> str:
         """What the search may choose, in words."""
+        if self.loop is not None:
+            return f"all blocks by {' or '.join(self.loop.predictors)}; computed are {self.loop.steps.text}"
         heads = "the heads of a site alike" if self.alike else "each head its own"
         first = f", the first {self.dense_first:.0%} of steps dense" if self.dense_first else ""
         return f"{heads}{first}: dense, {', '.join(map(form_text, self.forms))}"
@@ -118,6 +143,11 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_text, value)) + "]"
     return form_text(value) if isinstance(value, Mapping) else str(value)
+
+
+def _of_loop(name: str, system: str, arxiv: str, loop: Loop, departs: str) -> Recipe:
+    techniques = (*loop.predictors, "ranges")
+    return Recipe(name, system, arxiv, techniques=techniques, departs=departs, loop=loop)
 
 
 SINK: Form = {"pattern": "sink"}
@@ -203,6 +233,30 @@ RECIPES: dict[str, Recipe] = {
             alike=True,
             departs="made for diffusion block by block, where the rest is of tokens that stay: here the block is the "
             "query's own frame, and the rest is of frames that move, too",
+        ),
+        _of_loop(
+            "taylorseer",
+            "TaylorSeer",
+            "2503.06923",
+            Loop(("forecast1-steps", "taylor2"), Every(first=3)),
+            "what all blocks add to the stream is forecast as one, where the paper forecasts the output of every "
+            "attention and feed-forward layer; the interval N and the order, 1 or 2, are the search's",
+        ),
+        _of_loop(
+            "magcache",
+            "MagCache",
+            "2506.09045",
+            Loop(("reuse",), Magnitude(retained=0.2, most=(2, 3, 4, 5, 6))),
+            "magnitudes are of the guided combination of branches, whole tensors and the mean over prompts, where the "
+            "paper has those of every token and branch of one prompt; threshold and K are the search's",
+        ),
+        _of_loop(
+            "cachequant-schedule",
+            "CacheQuant",
+            "2503.01323",
+            Loop(("fit1",), Segments()),
+            "distances are L2, not L1; the correction is one factor for all channels, without an offset; nothing is "
+            "quantised",
         ),
     )
 }

@@ -50,13 +50,13 @@ class Techniques:
         chosen = ALL_TECHNIQUES if names is None else tuple(names)
         wanted = find_recipe(recipe)
         if wanted is not None:
+            chosen = wanted.techniques if names is None else chosen
             lacking = [each for each in wanted.techniques if each not in chosen]
             if lacking:
                 raise InputError(
                     f"recipe {recipe} uses {', '.join(lacking)}, which techniques {', '.join(chosen)} leave out; name "
                     "it, or give no techniques"
                 )
-            chosen = wanted.techniques if names is None else chosen
         predictors = tuple(name for name in chosen if name not in OTHERS)
         all_computed = not predictors and SPARSE in chosen
         if all_computed:

@@ -21,6 +21,7 @@ from ditopt.profile import NetworkProfile, Profile, branch_shares
 from ditopt.profiler.moves import pulled
 from ditopt.profiler.run import whole_program
 from ditopt.quality import Quality, compare
+from ditopt.recipes import Recipe
 from ditopt.search import (
     Measurement,
     SearchProblem,
@@ -37,6 +38,7 @@ from ditopt.search import (
 from ditopt.search.bisect import Meets
 from ditopt.search.joint import from_kept
 from ditopt.search.refine import with_further_step
+from ditopt.search.restrict import restricted
 from ditopt.search.rollouts import rules_key
 from ditopt.search.solution import SparsePart, form_rules
 from ditopt.search.sparse import AttentionCosts, site_costs
@@ -90,6 +92,7 @@ class Tuner:
     max_variants: int = 8
     techniques: tuple[str, ...] = ("reuse", "forecast", "fit")
     dtypes: tuple[str, ...] = ()
+    recipe: Recipe | None = None
     fixed: tuple[Rule, ...] = ()
     refused: float = math.inf
     tried: dict[tuple[str, ...], Tried] = field(default_factory=dict)
@@ -105,6 +108,8 @@ class Tuner:
             network=self.network if len(self.profile.networks) > 1 else "*",
         )
         self.problem = simplified(plain, part.seconds)
+        if self.recipe is not None and self.recipe.loop is not None:
+            self.problem = restricted(self.problem, self.recipe.loop, self.recipe.name)
         self._bar: Stage | None = None
         self._refits: dict[tuple[str, ...], Solution] = {}
         self._steering = self._make_steering(part)
@@ -133,7 +138,7 @@ class Tuner:
         """What refits plans in closed loop, where fits are allowed and there are dense paths to stay on."""
         paths = self.evaluator.paths.get(self.network, {})
         fits = [candidate for candidate in self.problem.candidates if candidate.order is None]
-        if not fits or not all(pair in paths for pair in self.pairs):
+        if self.problem.site != STEP or not fits or not all(pair in paths for pair in self.pairs):
             return None
         shares = branch_shares(part.grams[STEP].present, part.branch_weights)
         return Steering(
@@ -154,7 +159,7 @@ class Tuner:
     def obstacle(self, solution: Solution) -> str | None:
         """Why the plan cannot be aimed; None if it can."""
         if self._steering is None:
-            return "fits are left out of the techniques, or there are no dense paths"
+            return "fits are left out of the techniques, a recipe has its own, or there are no dense paths"
         if solution.draft.ranges:
             return "it predicts ranges of blocks, by the profile's own factors"
         return "the tuning prompts' samples under it are not known" if self.finer_of(solution) is None else None

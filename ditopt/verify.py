@@ -24,6 +24,7 @@ from ditopt.profiler.run import TUNING_PROMPTS
 from ditopt.quality import LEVELS, compare
 from ditopt.recipes import Recipe
 from ditopt.search import Solution
+from ditopt.search.restrict import told
 from ditopt.search.with_heads import NEEDED_TABLES
 from ditopt.sparsify import Sparsify
 from ditopt.target import Target
@@ -105,9 +106,13 @@ class VerifiedSearch:
                 self.max_variants,
                 self.techniques,
                 self.dtypes,
+                self.recipe,
             )
             for name in self.evaluator.sessions
         }
+        if self.recipe is not None and self.recipe.loop is not None:
+            problems = [tuner.problem for tuner in self._tuners.values()]
+            self.reasons += [told(each, self.recipe.loop, self.recipe.name) for each in problems]
 
     def __call__(self) -> Found | None:
         """The plan that met the target on the held-out prompts (for speed: the one that came nearest), or None."""
@@ -171,7 +176,7 @@ class VerifiedSearch:
             self.reporter,
             self.max_variants,
             self.reasons,
-            self.recipe,
+            None if self.recipe is None else self.recipe.of_heads,
             self.all_computed,
         )
         self.without_heads, self.with_heads = found, sparsify(found, tuner)
@@ -317,8 +322,9 @@ class VerifiedSearch:
         speeds = []
         for name, solution in found.solutions.items():
             part = self.profile.networks[name]
-            if "predicted" in part.seconds and len(solution.kept) > 1:
-                total, full, predicted = len(part.timesteps), part.seconds[FULL], part.seconds["predicted"]
+            predicted = self._tuners[name].problem.seconds_predicted
+            if predicted is not None and len(solution.kept) > 1:
+                total, full = len(part.timesteps), part.seconds[FULL]
                 computed = self._tuners[name].problem.seconds_full  # in the form of the plan
                 kept = len(solution.kept) - 1 + 1e-6  # so that rounding does not cost another step
                 speeds.append(total * full / (total * predicted + kept * (computed - predicted)))

@@ -1,7 +1,7 @@
 """Who may import whom, as the design page draws the house; read off the syntax trees, nothing is imported.
 
     L0  errors, sites, decisions, plan(_text, _diff, _tensors), head_tensors, profile, measures, device, geometry,
-        (block_)roles, findings, observations, recipes, kept  data
+        (block_)roles, findings, observations, recipes, step_rules, kept  data
     L1  kernels      cost_models                              never each other
     L2  passes -> kernels.ops      search -> cost_models      never each other
     L3  everything else: profiler, runtime, backend, adapters, api, report, cli, trace, ...
@@ -39,7 +39,7 @@ DATA = (
         "device",
         "geometry",
     ),
-    *("roles", "block_roles", "findings", "observations", "recipes", "kept"),
+    *("roles", "block_roles", "findings", "observations", "recipes", "step_rules", "kept"),
 )
 TOP = ("passes", "kernels", "cost_models")
 

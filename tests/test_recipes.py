@@ -24,7 +24,7 @@ from ditopt.plan_diff import diff_plans
 from ditopt.profile import NetworkProfile
 from ditopt.recipes import ANY, RECIPES, Recipe, find_recipe, fits, form_text
 from ditopt.report.explained import Explained, side_path
-from ditopt.search import SearchProblem
+from ditopt.search import CANDIDATES, SearchProblem
 from ditopt.search.joint import dense
 from ditopt.search.site_choice import SiteCandidates
 from ditopt.search.sparse import choose, head_candidates, sparse_part
@@ -97,8 +97,13 @@ def test_every_recipe_says_where_it_is_from_and_names_patterns_that_there_are(re
     assert RECIPES[recipe.name] is recipe
     assert len(recipe.arxiv) == 10 and recipe.arxiv in recipe.source and recipe.departs
     assert {form["pattern"] for form in recipe.forms} <= {*PATTERNS, *DYNAMIC}
-    assert 0 <= recipe.dense_first < 1 and Techniques.choose(None, recipe.name).sparse
+    chosen = Techniques.choose(None, recipe.name)
+    assert 0 <= recipe.dense_first < 1 and chosen.sparse is (recipe.of_heads is not None) is (recipe.loop is None)
     assert all(form_text(form) in recipe.restriction for form in recipe.forms)
+    if recipe.loop is not None:
+        assert chosen.ranges and chosen.predictors == recipe.loop.predictors and not chosen.all_computed
+        assert set(recipe.loop.predictors) <= {each.name for each in CANDIDATES}
+        assert recipe.loop.steps.text in recipe.restriction
 
 
 @pytest.mark.parametrize("name", ["sparse-vdit", "radial"])

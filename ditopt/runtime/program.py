@@ -390,7 +390,7 @@ class Program:
             planned = [(source, bound.times[source]) for source in found.sources]
             if time != bound.times[step] or planned != [(each.step, each.time) for each in held]:
                 refit = self.on_mismatch == "retarget"
-                factors = adapted_factors(found.decision, time, [each.time for each in held], refit=refit)
+                factors = adapted_factors(found.decision, time, [h.time for h in held], bound.times, refit=refit)
             if factors is None:
                 return None
             for age in range(found.decision.history):

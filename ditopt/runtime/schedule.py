@@ -18,7 +18,7 @@ from ditopt.passes.kept import kept_slots
 from ditopt.plan import Plan, Rule, format_steps
 from ditopt.runtime.kept import KeptRead
 from ditopt.runtime.sparse import AttentionSites, SparseStep
-from ditopt.search.predictors import predictor_coefficients, second_order_factors
+from ditopt.search.predictors import predictor_coefficients, second_order_factors, step_positions
 from ditopt.sites import STEP, range_name
 
 
@@ -258,12 +258,13 @@ def _with_lists(steps: Sequence[BoundStep], lists: Sequence[SparseStep]) -> tupl
 
 
 def adapted_factors(
-    decision: Predictor, time: float, held: Sequence[float], *, refit: bool
+    decision: Predictor, time: float, held: Sequence[float], planned: Sequence[float], *, refit: bool
 ) -> tuple[float, ...] | None:
     """The coefficients of a prediction at sigma ``time`` from features at the sigmas ``held``: not the planned ones.
 
-    Reuse and forecasts go by the true distances. A fit holds for its own steps only: where ``refit`` is true, order 1
-    takes its place in the same graph (further terms weigh nothing). None: the site has to be computed.
+    Reuse and forecasts go by the true distances, in steps by those among the ``planned`` sigmas. A fit holds for its
+    own steps only: where ``refit`` is true, order 1 takes its place in the same graph (further terms weigh nothing).
+    None: the site has to be computed.
     """
     history = decision.history
     if isinstance(decision, Fit):
@@ -273,7 +274,11 @@ def adapted_factors(
         return (*order_1, *(0.0,) * (history - 2 + decision.latents))
     if len(held) < history:
         return None
-    return predictor_coefficients(decision, (time, *held), 0, range(1, history + 1))
+    places: tuple[float, ...] = (time, *held)
+    if isinstance(decision, Forecast) and decision.distances == "steps":
+        places = step_positions(planned, places)
+        decision = decision.model_copy(update={"distances": "sigma"})  # these positions are what it goes by
+    return predictor_coefficients(decision, places, 0, range(1, history + 1))
 
 
 def _form(decision: FeatureDecision) -> StepPlan:

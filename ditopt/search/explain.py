@@ -20,7 +20,10 @@ AS_TRACED = "as the model has it"
 OWN_ORDER = "outputs as computed"
 NOT_AIMED = "before fits and computed steps were aimed so, samples were farther from those of a second-order solver"
 
-_OTHERWISE = "the whole schedule's error, the limit of {} variants, a block range, or what was measured decided"
+_OTHERWISE = (
+    "the whole schedule's error, the limit of {} variants, a block range, a recipe's schedules, or what was measured "
+    "decided"
+)
 
 
 def explain(
@@ -45,7 +48,8 @@ def explain(
         for choice in made:
             chosen = choice.candidate.name if choice.candidate else COMPUTE
             rivals = tuple(_rivals(ledger, choice, computed, objective, max_variants))
-            found.append(Explanation(choice.step, site, chosen, objective, rivals))
+            named = problem.site if site == STEP else site
+            found.append(Explanation(choice.step, named, chosen, objective, rivals))
     if problem.simplify_reason:
         chosen, other = (SIMPLIFIED, AS_TRACED) if problem.simplify else (AS_TRACED, SIMPLIFIED)
         rival = Rival(other, np.nan, np.nan, problem.simplify_reason)

@@ -52,6 +52,9 @@ def solve(problem: SearchProblem, lam: float, max_variants: int = 8) -> Solution
 
 def _with_steps(problem: SearchProblem, best: Draft, lam: float, seconds_predicted: float) -> Draft:
     """The best draft with predicted steps, or ``best`` (without any) where none is better."""
+    if problem.schedules is not None:
+        drafts = [best, *(Draft(kept, families) for kept, families, _ in problem.allowed)]
+        return min(drafts, key=lambda draft: _objective(problem, draft, lam))
     costs = prediction_costs(
         problem.table.least, np.full(problem.steps, seconds_predicted), lam * problem.price(problem.weights)
     )
@@ -73,12 +76,16 @@ def _with_steps(problem: SearchProblem, best: Draft, lam: float, seconds_predict
 
 def least_kept(problem: SearchProblem) -> int:
     """The fewest steps that a plan of whole steps can compute, as its predictors read computed ones."""
+    if problem.schedules is not None:
+        return min((len(kept) for kept, _, _ in problem.allowed), default=problem.steps)
     schedules = _cheapest_up_to(problem, problem.steps)
     return next((count for count, found in enumerate(schedules, 1) if np.isfinite(found.objective)), problem.steps)
 
 
 def solve_kept(problem: SearchProblem, count: int, max_variants: int = 8) -> Solution:
     """The plan with exactly ``count`` network evaluations: dynamic programme, then search on the quadratic error.
+
+    Under a recipe's schedules the one of least error that computes at most so many.
 
     Raises:
         InputError: ``count`` is not in 1 .. T, or too small for steps that ran different branches, or whole steps
@@ -88,11 +95,23 @@ def solve_kept(problem: SearchProblem, count: int, max_variants: int = 8) -> Sol
         raise InputError(f"{count} kept steps are asked for, but graph breaks forbid predicting whole steps")
     if not 1 <= count <= problem.steps:
         raise InputError(f"{count} kept steps are asked for; choose 1 to {problem.steps}")
+    if problem.schedules is not None:
+        return _allowed_kept(problem, count, max_variants)
     schedule = _cheapest_up_to(problem, count)[count - 1]
     if not np.isfinite(schedule.objective):
         raise InputError(f"no schedule computes only {count} of {problem.steps} steps; keep more or allow 'reuse'")
     kept, families, _ = descend(Quadratic(problem, problem.table), schedule.kept)
     return from_kept(problem, kept, name_families(problem, families), None, max_variants)
+
+
+def _allowed_kept(problem: SearchProblem, count: int, max_variants: int) -> Solution:
+    few = [each for each in problem.allowed if len(each[0]) <= count]
+    if count == problem.steps:
+        few.append((tuple(range(count)), {}, 0.0))
+    if not few:
+        raise InputError(f"no schedule of the recipe computes only {count} of {problem.steps} steps; keep more")
+    kept, families, _ = min(few, key=lambda each: (each[2], len(each[0])))
+    return from_kept(problem, kept, families, None, max_variants)
 
 
 def _cheapest_up_to(problem: SearchProblem, count: int) -> list[Schedule]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ditopt.decisions import Fit, Predictor
+from ditopt.decisions import Fit, Forecast, Predictor
 from ditopt.profile import Array
 
 Index = npt.NDArray[np.intp]
@@ -36,6 +36,42 @@ def lagrange(nodes: Array, at: Array) -> Array:
     factors = (at[:, None, None] - nodes[:, None, :]) / np.where(same, 1.0, gaps)
     neutral = ~distinct[:, None, :] | np.eye(nodes.shape[1], dtype=bool)
     return np.asarray(np.where(distinct, np.where(neutral, 1.0, factors).prod(axis=2), 0.0))
+
+
+def taylor(nodes: Array, at: Array) -> Array:
+    """Weights ``[M, h]`` of Taylor's series about the newest of ``nodes`` ``[M, h]``, evaluated at ``at`` ``[M]``.
+
+    TaylorSeer's (arXiv 2503.06923): the derivative ``D[0] = F``, ``D[j + 1] = (D[j] - D[j] before) / d``, with d the
+    distance of the two newest computed steps at that time, and ``F(t + k) = sum_j D[j] k^j / j!``. A derivative over
+    no distance is taken to be zero.
+    """
+    count, depth = nodes.shape
+    gaps = nodes[:, :-1] - nodes[:, 1:]
+    same = np.abs(gaps) <= SAME_TIME * max(float(np.abs(nodes).max(initial=0.0)), np.finfo(float).tiny)
+    rates = np.where(same, 0.0, 1.0 / np.where(same, 1.0, gaps))
+    derivatives = np.broadcast_to(np.eye(depth), (count, depth, depth))  # of each node when it was the newest: weights
+    total, power = derivatives[:, 0].copy(), np.ones(count)
+    for order in range(1, depth):
+        derivatives = (derivatives[:, :-1] - derivatives[:, 1:]) * rates[:, : depth - order, None]
+        power = power * (at - nodes[:, 0]) / order
+        total += power[:, None] * derivatives[:, 0]
+    return np.asarray(total)
+
+
+def step_positions(planned: Sequence[float], at: Sequence[float]) -> tuple[float, ...]:
+    """Where the times ``at`` lie among the steps of a schedule, whose times are ``planned``, as numbers of steps.
+
+    On straight lines between planned steps, and beyond the first and the last; of equal times the first counts.
+    """
+    known: dict[float, int] = {}
+    for step, time in enumerate(planned):
+        known.setdefault(time, step)
+    times, steps = map(np.array, zip(*sorted(known.items()), strict=True))
+    if len(times) == 1:
+        return tuple(float(steps[0]) for _ in at)
+    left = np.clip(np.searchsorted(times, at) - 1, 0, len(times) - 2)
+    rates = (steps[left + 1] - steps[left]) / (times[left + 1] - times[left])
+    return tuple(float(found) for found in steps[left] + (np.asarray(at) - times[left]) * rates)
 
 
 def predictor_coefficients(
@@ -63,8 +99,12 @@ def predictor_coefficients(
         if decision.sources.get(step) != read:
             raise ValueError(f"step {step}: the fit was made for sources {decision.sources.get(step)}, found {read}")
         return decision.coefficients[step]
-    nodes = np.array([[times[source] for source in read]], dtype=float)
-    return tuple(float(weight) for weight in lagrange(nodes, np.array([times[step]], dtype=float))[0])
+    in_steps = isinstance(decision, Forecast) and decision.distances == "steps"
+    series = isinstance(decision, Forecast) and decision.formula == "taylor"
+    places = range(len(times)) if in_steps else times
+    nodes = np.array([[places[source] for source in read]], dtype=float)
+    weights = (taylor if series else lagrange)(nodes, np.array([places[step]], dtype=float))[0]
+    return tuple(float(weight) for weight in weights)
 
 
 def second_order_factors(share: float, times: Sequence[float], step: int, source: int) -> tuple[float, float] | None:

@@ -13,7 +13,7 @@ import numpy as np
 from ditopt.errors import InputError
 from ditopt.profile import Array, NetworkProfile
 from ditopt.search.space import TECHNIQUES, Candidate, candidates
-from ditopt.search.table import ErrorTable
+from ditopt.search.table import ErrorTable, with_histories
 from ditopt.sites import STEP
 
 Additive = Literal["squares", "norms"]
@@ -63,6 +63,8 @@ class SearchProblem:
         dtype_tried: the dtype that was considered; None where there was no choice.
         dtype_reason: what speaks against the one not taken.
         second_order: share of the second-order formula in computed steps, as ``Dense.second_order``.
+        schedules: the sets of computed steps that a recipe allows, whose predicted steps all do alike; None: all sets.
+        site: of what "whole steps" are predicted: a recipe may predict a range of blocks in their place.
     """
 
     times: tuple[float, ...]
@@ -84,6 +86,8 @@ class SearchProblem:
     dtype_tried: str | None = None
     dtype_reason: str = ""
     second_order: float | None = None
+    schedules: tuple[tuple[int, ...], ...] | None = None
+    site: str = STEP
 
     def __post_init__(self) -> None:
         """Check the shapes. Raises InputError naming what disagrees."""
@@ -185,6 +189,28 @@ class SearchProblem:
     def table(self) -> ErrorTable:
         """The errors of whole-step predictions."""
         return ErrorTable.build(self.times, self.gram, self.candidates, self.additive, self.ridge, self.groups)
+
+    @cached_property
+    def allowed(self) -> tuple[tuple[tuple[int, ...], dict[int, Candidate], float], ...]:
+        """Of ``schedules`` those that one predictor can carry out: computed steps, predictors, the additive error.
+
+        Every step has the same predictor, or where its history is too short the deepest simpler one.
+        """
+        found, price = [], self.price(self.weights)
+        for kept in self.schedules or ():
+            histories = with_histories(kept, self.steps)
+            for candidate in self.candidates:
+                simpler = [other for other in self.candidates if other.history < candidate.history]
+                options = [candidate, *sorted(simpler, key=lambda other: -other.history)]
+                families, error = {}, 0.0
+                for step, past in histories.items():
+                    told = [(each, self.table.error(self.candidates.index(each), step, past)) for each in options]
+                    family, own = next((pair for pair in told if np.isfinite(pair[1])), (candidate, np.inf))
+                    families[step] = family
+                    error += float(price[step]) * own
+                if np.isfinite(error):
+                    found.append((kept, families, error))
+        return tuple(found)
 
     @cached_property
     def range_tables(self) -> dict[str, ErrorTable]:

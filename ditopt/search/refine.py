@@ -56,7 +56,12 @@ def refine(
 
 
 def proposals(problem: SearchProblem, solution: Solution, families: bool = True) -> Iterator[Solution]:
-    """Neighbours of a plan, most promising first: moved steps, and with ``families`` other families of predictors."""
+    """Neighbours of a plan, most promising first: moved steps, and with ``families`` other families of predictors.
+
+    There are none where a recipe says what schedules there are.
+    """
+    if problem.schedules is not None:
+        return
     quadratic = Quadratic(problem, problem.table)
     lam, limit, kept = solution.lam, solution.max_variants, solution.kept
     ranked = quadratic.moves(kept)

@@ -201,7 +201,8 @@ def to_rules(problem: SearchProblem, choices: Mapping[str, Sequence[StepChoice]]
                 by_candidate.setdefault(choice.candidate, []).append(choice)
         for candidate, same in by_candidate.items():
             steps = tuple(choice.step for choice in same)
-            rules.append(Rule(sites=site, steps=steps, do=candidate.decide(same), network=problem.network))
+            named = problem.site if site == STEP else site
+            rules.append(Rule(sites=named, steps=steps, do=candidate.decide(same), network=problem.network))
     return tuple(rules)
 
 

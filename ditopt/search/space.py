@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ditopt.decisions import Fit, Forecast, Predictor, Reuse
+from ditopt.decisions import Distances, Fit, Forecast, Formula, Predictor, Reuse
 from ditopt.errors import InputError
 from ditopt.profile import Array
-from ditopt.search.predictors import Index, fit_coefficients, lagrange, regressors
+from ditopt.search.predictors import Index, fit_coefficients, lagrange, regressors, taylor
 
 Shape = tuple[int, bool]
 """What of a predictor is in the compiled graph: (features read, latents read). Its factors are inputs."""
@@ -18,12 +18,17 @@ Shape = tuple[int, bool]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A predictor family: the polynomial of ``order``, or, where that is None, a least-squares fit."""
+    """A predictor family: the ``formula`` of ``order``, or, where that is None, a least-squares fit.
+
+    ``distances`` and ``formula`` are those of ``Forecast``; Taylor's are tried only where they are asked for by name.
+    """
 
     name: str
     history: int
     order: int | None = None
     latents: bool = False
+    distances: Distances = "sigma"
+    formula: Formula = "polynomial"
 
     @property
     def shape(self) -> Shape:
@@ -32,7 +37,9 @@ class Candidate:
 
     @property
     def technique(self) -> str:
-        """The kind of the decision: ``reuse``, ``forecast`` or ``fit``."""
+        """The kind of the decision: ``reuse``, ``forecast`` or ``fit``; or the formula that is asked for by name."""
+        if self.formula != "polynomial":
+            return self.formula
         return "fit" if self.order is None else "forecast" if self.order else "reuse"
 
     def coefficients(self, times: Array, gram: Array, steps: Index, sources: Index, ridge: float) -> Array:
@@ -41,7 +48,10 @@ class Candidate:
         ``gram`` is ``[N, N]`` summed over prompts; only a fit looks at it.
         """
         if self.order is not None:
-            return lagrange(times[sources], times[steps])
+            extrapolate = taylor if self.formula == "taylor" else lagrange
+            if self.distances == "steps":
+                return extrapolate(sources.astype(float), steps.astype(float))
+            return extrapolate(times[sources], times[steps])
         prior = np.zeros((len(steps), self.history + self.latents))
         straight = sources[:, :2]
         prior[:, : straight.shape[1]] = lagrange(times[straight], times[steps])
@@ -51,7 +61,9 @@ class Candidate:
     def decide(self, choices: Sequence[StepChoice]) -> Predictor:
         """The decision that carries out these choices, all of this candidate."""
         if self.order is not None:
-            return Forecast(order=self.order) if self.order else Reuse()
+            if not self.order:
+                return Reuse()
+            return Forecast(order=self.order, distances=self.distances, formula=self.formula)
         return Fit(
             history=self.history,
             latents=self.latents,
@@ -64,6 +76,10 @@ CANDIDATES = (
     Candidate("reuse", 1, order=0),
     Candidate("forecast1", 2, order=1),
     Candidate("forecast2", 3, order=2),
+    Candidate("forecast1-steps", 2, order=1, distances="steps"),
+    Candidate("forecast2-steps", 3, order=2, distances="steps"),
+    Candidate("taylor2", 3, order=2, distances="steps", formula="taylor"),
+    Candidate("fit1", 1),
     Candidate("fit1+latents", 1, latents=True),
     Candidate("fit2", 2),
     Candidate("fit2+latents", 2, latents=True),
