@@ -11,10 +11,7 @@ folder for all local pipelines: files of one name have to be the same file in al
 
 from __future__ import annotations
 
-import inspect
-import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,6 +29,7 @@ from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from .drawing import Array
 from .image_detector import attribute_score
+from .pipeline_call import check_loop, check_noise, check_outputs, check_prompts, check_sizes, save_sources, texts_of
 from .scenes import SIZE
 from .seeing import colour_masks  # noqa: F401 -- the detector needs this file, see above
 from .space_to_depth import FACTOR, from_latents
@@ -41,9 +39,8 @@ logger = logging.get_logger(__name__)
 
 SOURCES = (
     *("image_pipeline.py", "image_detector.py", "scenes.py"),
-    *("drawing.py", "seeing.py", "space_to_depth.py", "words.py"),  # shared with the other shipped models
+    *("drawing.py", "pipeline_call.py", "seeing.py", "space_to_depth.py", "words.py"),  # shared with the other models
 )
-OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 
 Images = Array | Tensor | list[PIL.Image.Image]
 Generators = torch.Generator | list[torch.Generator]
@@ -120,44 +117,14 @@ class TinyImagePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers s
         Raises:
             ValueError: for any argument that is out of range or does not fit the others.
         """
-        prompts, negatives = _texts(prompt), _texts(negative_prompt)
-        if not prompts:
-            raise ValueError(f"prompt is {prompt!r}; it must be a string or a list of at least one string")
-        if not isinstance(negative_prompt, str) and len(negatives) != len(prompts):
-            raise ValueError(
-                f"negative_prompt is {negative_prompt!r}; it must be a string"
-                f" or a list of as many strings as there are prompts ({len(prompts)})"
-            )
+        prompts = check_prompts(prompt, negative_prompt)
         step = FACTOR * self.transformer.config.patch_size
         limit = step * self.transformer.config.pos_embed_max_size
-        for name, value in (("height", height), ("width", width)):
-            if value <= 0 or value % step or value > limit:
-                near = min(max(step, round(value / step) * step), limit)
-                raise ValueError(
-                    f"{name} is {value}; it must be a multiple of {step} from {step} to {limit}, such as {near}"
-                )
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {num_inference_steps}; it must be at least 1")
-        if guidance_scale < 1:
-            raise ValueError(f"guidance_scale is {guidance_scale}; it must be at least 1, and 1 means no guidance")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1")
-        batch = len(prompts) * num_images_per_prompt
-        if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(
-                f"generator is a list of {len(generator)}; it must be one generator or a list of {batch}, one per image"
-            )
-        shape = self._latent_shape(batch, height, width)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"latents has the shape {tuple(latents.shape)}; for these arguments it must be {shape}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs names {', '.join(unknown)};"
-                f" a callback can have {', '.join(self._callback_tensor_inputs)}"
-            )
+        check_sizes({"height": (height, step, limit), "width": (width, step, limit)})
+        check_loop(num_inference_steps, guidance_scale, {"num_images_per_prompt": num_images_per_prompt})
+        shape = self._latent_shape(prompts * num_images_per_prompt, height, width)
+        check_noise(generator, latents, shape, "image")
+        check_outputs(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     def encode_prompt(
         self, texts: list[str], num_images_per_prompt: int, device: torch.device
@@ -232,7 +199,7 @@ class TinyImagePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers s
         self._interrupt = False
         device = self._execution_device
 
-        prompts, negatives = _texts(prompt), _texts(negative_prompt)
+        prompts, negatives = texts_of(prompt), texts_of(negative_prompt)
         if isinstance(negative_prompt, str):
             negatives = negatives * len(prompts)
         prompt_embeds, pooled_prompt_embeds = self.encode_prompt(prompts, num_images_per_prompt, device)
@@ -299,21 +266,7 @@ class TinyImagePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers s
         Keyword arguments are those of `DiffusionPipeline.save_pretrained`.
         """
         super().save_pretrained(save_directory, **kwargs)
-        target, here = Path(save_directory), Path(inspect.getfile(type(self))).parent
-        index = target / self.config_name
-        entries = {k: v for k, v in json.loads(index.read_text()).items() if k != "_name_or_path"}
-        entries["_class_name"] = [Path(SOURCES[0]).stem, type(self).__name__]
-        index.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
-        if target.resolve() != here.resolve():
-            for name in SOURCES:
-                shutil.copyfile(here / name, target / name)
-
-
-def _texts(value: object) -> list[str]:
-    """The strings of a prompt argument; none if it is not a string or a list of strings."""
-    if isinstance(value, str):
-        return [value]
-    return value if isinstance(value, list) and all(isinstance(text, str) for text in value) else []
+        save_sources(self, Path(save_directory), SOURCES)
 
 
 def _images(latents: Tensor, output_type: str) -> Images:
