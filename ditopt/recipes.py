@@ -223,7 +223,8 @@ RECIPES: dict[str, Recipe] = {
             alike=True,
             dense_first=0.3,
             departs="windows are of whole blocks; full attention comes back every 2 or 4 steps, not every 5; the ratio "
-            "stays between them (a ramp-up lambda of 0, in the paper's ablation)",
+            "stays between them: the paper adds lambda to it after each of these steps (0.04 in its code for PixArt), "
+            "which is not built; a lambda of 0 is a row of its ablation",
         ),
         Recipe(
             "flashblock",
