@@ -17,22 +17,26 @@ if TYPE_CHECKING:
         PlanError,
         PlanMismatchError,
         RolloutError,
+        StateError,
         TraceError,
     )
     from ditopt.plan import Plan
     from ditopt.profile import Profile
+    from ditopt.runtime.streams import Generation
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AuditError",
     "DitoptError",
+    "Generation",
     "InputError",
     "Plan",
     "PlanError",
     "PlanMismatchError",
     "Profile",
     "RolloutError",
+    "StateError",
     "TraceError",
     "__version__",
     "apply",
@@ -42,6 +46,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("apply", "optimize", "profile_model"), "ditopt.api"),
+    "Generation": "ditopt.runtime.streams",
     "Plan": "ditopt.plan",
     "Profile": "ditopt.profile",
 }

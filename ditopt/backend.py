@@ -10,7 +10,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ditopt.plan import LATENT_NAMES, TIMESTEP_NAMES, Inputs, Plan
 from ditopt.runtime.graphs import Graphs
 from ditopt.runtime.program import MISMATCH, InputPositions, Program
 from ditopt.runtime.variants import VariantCache
-from ditopt.trace import Trace, analyse, mark_attention, name_inputs
+from ditopt.trace import Trace, analyse, mark_attention, name_inputs, own_inputs
 
 log = logging.getLogger("ditopt")
 
@@ -102,6 +102,7 @@ class Session:
         if found is not None:
             self.breaks.append(found)
         arguments, state = name_inputs(gm)
+        own = own_inputs(gm)
         index = len(self.programs)
 
         def on_graph(graph: fx.GraphModule, inputs: Sequence[Any], context: CompileContext) -> BoxedCallable:
@@ -111,7 +112,7 @@ class Session:
             positions = InputPositions(None, None, None) if follows else self._positions(graph, arguments, plan)
             trace = analyse(graph, context, index, arguments, state, positions.latents, follows=follows)
             variants = VariantCache(trace, positions.latents, self.check_passes, timestep=positions.timestep)
-            program = Program(variants, positions, self.network, self.on_mismatch)
+            program = Program(variants, replace(positions, own=own), self.network, self.on_mismatch)
             program.on_generation = self.on_generation
             program.find_geometry = functools.cache(functools.partial(_geometry_of, trace, positions.latents))
             self.programs.append(program)

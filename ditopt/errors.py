@@ -31,6 +31,10 @@ class AuditError(DitoptError):
     """A compiled graph does not contain what its plan decided."""
 
 
+class StateError(DitoptError):
+    """A state slot was read that is not there: not stored yet, or dropped. It is never read as zeros."""
+
+
 class RolloutError(DitoptError):
     """A sampling loop did not behave: never called the model, is not deterministic, or gave NaN."""
 

@@ -115,6 +115,19 @@ def name_inputs(gm: fx.GraphModule) -> tuple[dict[str, int], dict[str, int]]:
     return arguments, state
 
 
+def own_inputs(gm: fx.GraphModule) -> tuple[int, ...]:
+    """Positions of a Dynamo graph's inputs that the module itself has and that are no parameters or buffers.
+
+    Such are numbers and tensors among its attributes, as the scale of an adapter.
+    """
+    sources = map(source_name, gm.graph.find_nodes(op="placeholder"))
+    return tuple(
+        position
+        for position, source in enumerate(sources)
+        if source is not None and source.startswith("L['self']") and not is_model_state(source)
+    )
+
+
 def analyse(
     gm: fx.GraphModule,
     context: CompileContext,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -81,13 +82,21 @@ class StepClock:
         """The step that should come next; None before a generation's first and after the schedule's last step."""
         return self._expected
 
+    def expects(self, value: float) -> bool:
+        """Whether ``value`` is that of the step that should come next."""
+        return self._expected is not None and self._same(value, self.timesteps[self._expected], _rounding(value))
+
+    def knows(self, value: float) -> bool:
+        """Whether some step has ``value``."""
+        return self._find(value, range(len(self.timesteps)), _rounding(value)) is not None
+
     def tick(self, value: float) -> Tick:
         """Say which step a call with timestep ``value`` is, and move on."""
         last, self._last = self._last, value
         expected, known = self._expected, self.timesteps
         rounding = _rounding(value)
         if expected is not None:
-            if self._same(value, known[expected], rounding):
+            if self.expects(value):
                 self._expect_after(expected)
                 return Tick(expected, False, NEXT)
             later = self._find(value, range(expected + 1, len(known)), rounding)
@@ -148,17 +157,28 @@ def _rounding(value: float) -> float:
     return 0.0
 
 
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The tensor that a loop takes its timesteps from: its storage, which tells it from any other, and its values."""
+
+    storage: torch.UntypedStorage
+    values: tuple[float, ...]
+
+    def follows(self, last: float, value: float) -> bool:
+        """Whether ``value`` stands right behind ``last`` somewhere."""
+        return (last, value) in zip(self.values, self.values[1:], strict=False)
+
+
 class ScheduleCache:
-    """Host copies of timestep schedules on an accelerator, so that a step's value is read without waiting for it.
+    """The schedules that loops take timesteps from, with copies on the host, so that no step waits to be read.
 
     Pipelines iterate over ``scheduler.timesteps`` and pass views of it (``t``, ``t.expand(B)``). All those views share
     one storage, and ``storage_offset`` says which element they are. The storage is copied to the host at its first
-    view: one wait per generation. A copy holds its storage, so that its address cannot be given to another tensor, and
-    is made anew when the tensor was written to (``Tensor._version``; writes through ``.data`` are not seen).
-    Thread-safe.
+    view: one wait per generation. A copy refers to its storage weakly, and is made anew when the tensor was written to
+    (``Tensor._version``; writes through ``.data`` are not seen). Thread-safe.
 
     Args:
-        limit: how many schedules are held; the least recently used goes first.
+        limit: how many schedules are known; the least recently used goes first.
         max_bytes: larger storages are not schedules.
     """
 
@@ -166,35 +186,47 @@ class ScheduleCache:
         self._limit = limit
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._copies: OrderedDict[tuple[str, int, torch.dtype], tuple[torch.UntypedStorage, int, list[float]]] = (
-            OrderedDict()
-        )
+        self._copies: OrderedDict[
+            tuple[str, int, torch.dtype], tuple[weakref.ref[torch.UntypedStorage], int, tuple[float, ...]]
+        ] = OrderedDict()
         self.reads = 0
 
-    def value(self, timestep: torch.Tensor) -> float | None:
-        """The value of ``timestep`` (one element, possibly expanded), or None if it is no view into a small schedule.
+    def of(self, timestep: torch.Tensor) -> Schedule | None:
+        """The schedule that ``timestep`` (one element, possibly expanded) is of; None if it is no view of a small one.
 
-        Tensors made in inference mode have no version and give None.
+        Tensors made in inference mode have no version and give None on an accelerator, and so does what holds one value
+        only, once or many times.
         """
-        if timestep.is_inference() or _distinct(timestep).numel() != 1:
+        if _distinct(timestep).numel() != 1:
             return None
         storage = timestep.untyped_storage()
         size = storage.nbytes()
         if not timestep.element_size() < size <= self._max_bytes:
             return None
-        key = (str(timestep.device), storage.data_ptr(), timestep.dtype)
-        version = timestep._version
+        whole = timestep.detach().as_strided((size // timestep.element_size(),), (1,), 0)
+        if timestep.is_inference():
+            values = None if timestep.device.type != "cpu" else tuple(float(value) for value in whole.tolist())
+        else:
+            values = self._copied(storage, timestep._version, whole)
+        return None if values is None or len(set(values)) == 1 else Schedule(storage, values)
+
+    def _copied(self, storage: torch.UntypedStorage, version: int, whole: torch.Tensor) -> tuple[float, ...]:
+        key = (str(whole.device), storage.data_ptr(), whole.dtype)
         with self._lock:
             copy = self._copies.get(key)
-            if copy is None or copy[1] != version:
-                whole = timestep.detach().as_strided((size // timestep.element_size(),), (1,), 0)
-                copy = (storage, version, [float(value) for value in whole.tolist()])
+            if copy is None or copy[0]() is not storage or copy[1] != version:
+                copy = (weakref.ref(storage), version, tuple(float(value) for value in whole.tolist()))
                 self._copies[key] = copy
                 self.reads += 1
                 if len(self._copies) > self._limit:
                     self._copies.popitem(last=False)
             self._copies.move_to_end(key)
-            return copy[2][timestep.storage_offset()]
+            return copy[2]
+
+    def value(self, timestep: torch.Tensor) -> float | None:
+        """The value of ``timestep``, by the schedule that it is of; None if it is of none with a version."""
+        schedule = None if timestep.is_inference() else self.of(timestep)
+        return None if schedule is None else schedule.values[timestep.storage_offset()]
 
 
 def read_timestep(timestep: torch.Tensor | float, schedules: ScheduleCache | None = None) -> float:

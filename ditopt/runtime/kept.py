@@ -81,10 +81,10 @@ def kept_inputs(
     """
     found: dict[str, Tensor] = {}
     for read in reads:
-        held = next(iter(state.history.get(read.slot, [])), None)
+        held = next(iter(state.newest(read.slot)), None)
         if held is None or held.step not in (read.source, step) or not (any_time or held.time == times[held.step]):
             return read
-        found |= zip(read.inputs, held.tensors, strict=True)
+        found |= zip(read.inputs, state.read(read.slot, held.step).tensors, strict=True)
     return found
 
 

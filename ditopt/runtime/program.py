@@ -13,19 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditopt.errors import DitoptError, PlanMismatchError
+from ditopt.errors import DitoptError, PlanMismatchError, StateError
 from ditopt.passes._infra import StepPlan
 from ditopt.passes.combine import factors_name, slot_name
 from ditopt.passes.second_order import SECOND_ORDER
 from ditopt.plan import Plan
-from ditopt.runtime.clock import ScheduleCache, StepClock, read_timestep
+from ditopt.runtime.clock import Schedule, ScheduleCache, StepClock, read_timestep
+from ditopt.runtime.generations import Generations
 from ditopt.runtime.kept import KeptRead, kept_inputs
 from ditopt.runtime.moment import Moment, Place, announce, take
 from ditopt.runtime.prologue import Coming, Prologues
 from ditopt.runtime.schedule import BoundPlan, BoundPrediction, BoundSecondOrder, adapted_factors, bind
 from ditopt.runtime.slots import StreamState
 from ditopt.runtime.sparse import AttentionSites, FindGeometry, not_looked_for, places_of
-from ditopt.runtime.streams import StreamTable, current_context_name, watch_contexts
+from ditopt.runtime.stamps import Ingredients
+from ditopt.runtime.streams import (
+    StreamTable,
+    current_context_name,
+    current_generation,
+    this_thread,
+    watch_contexts,
+)
 from ditopt.runtime.variants import Variant, VariantCache
 from ditopt.sites import STEP
 
@@ -58,11 +66,15 @@ def copied(outputs: Sequence[Any]) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class InputPositions:
-    """Where the arguments that matter stand among a graph's inputs (None: not there)."""
+    """Where the arguments that matter stand among a graph's inputs (None: not there).
+
+    ``own`` are what the module itself has beside parameters and buffers.
+    """
 
     timestep: int | None
     latents: int | None
     identity: int | None
+    own: tuple[int, ...] = ()
 
 
 @dataclass
@@ -81,11 +93,11 @@ class Statistics:
 class Program:
     """What Dynamo calls for one captured graph: boxed inputs in, outputs out.
 
-    Without a plan it runs the dense graph. State belongs to a stream (one guidance branch of one
-    generation in one thread), so that concurrent, interleaved and aborted generations never meet.
-    A stream is told by the conditioning object and by the name of diffusers' ``cache_context`` that the
-    calling thread is in; calls in none are told by the object alone (``watch_contexts`` says when
-    names are seen). A plan whose branches only names tell apart (``Inputs.contexts``) refuses these.
+    Without a plan it runs the dense graph. State belongs to one guidance branch of one generation, so that concurrent,
+    interleaved and aborted generations never meet. A stream is told by the conditioning object, the tensor that
+    timesteps are views of, a weight, the thread, and the name of diffusers' ``cache_context`` that this is in
+    (``watch_contexts`` says when names are seen); generations that share all of that are told by their latents
+    (``Generations``). A plan whose branches only names tell apart (``Inputs.contexts``) refuses calls in none.
 
     Where graph breaks cut the network, the program that the plan names as the clock finds stream and step;
     those of the other graphs follow it, and keep their features in its streams.
@@ -110,10 +122,12 @@ class Program:
 
     def __post_init__(self) -> None:
         watch_contexts()
-        self._streams: StreamTable[StreamState] = StreamTable(self._new_stream)
+        self._streams: StreamTable[Generations] = StreamTable(self._new_stream)
         self._states: weakref.WeakSet[StreamState] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._schedules = ScheduleCache()
+        self._weights = sorted(self.variants.trace.state_names.values())
+        self._made_of = Ingredients(self.variants.trace.placeholders, (*self._weights, *self.positions.own))
         self._factors: dict[tuple[float, ...], Tensor] = {}
         self._prologues = Prologues(Coming(()))
         self._clock: str | None = None
@@ -206,7 +220,10 @@ class Program:
             return self._exact(arguments, self.bound)
         return self._step(arguments, self.bound)
 
-    def _new_stream(self) -> StreamState:
+    def _new_stream(self) -> Generations:
+        return Generations(self._new_generation)
+
+    def _new_generation(self) -> StreamState:
         assert self.plan is not None
         state = StreamState(StepClock(self.plan.sampler.timesteps[self.network]))
         with self._lock:
@@ -214,15 +231,23 @@ class Program:
             self._states.add(state)
         return state
 
+    def _stream(self, arguments: Sequence[Any], name: str | None, schedule: Schedule | None) -> Generations:
+        """The stream that a call in the context ``name`` belongs to, by all that tells it."""
+        identity = arguments[self.positions.identity] if self.positions.identity is not None else None
+        weight = arguments[self._weights[0]] if self._weights else None  # models of one class may share this program
+        told = current_generation(), this_thread(), weight, None if schedule is None else schedule.storage
+        return self._streams.get(threading.get_ident(), self.network, identity, name, *told)
+
     def _exact(self, arguments: list[Any], bound: BoundPlan) -> Sequence[Any]:
         """Run any call, of whatever schedule and geometry, with what can be computed ahead of it."""
         assert self.positions.timestep is not None
-        identity = arguments[self.positions.identity] if self.positions.identity is not None else None
-        state = self._streams.get(threading.get_ident(), self.network, identity, current_context_name())
+        timestep = arguments[self.positions.timestep]
         try:
-            value = read_timestep(arguments[self.positions.timestep], self._schedules)
+            value = read_timestep(timestep, self._schedules)
         except PlanMismatchError as error:
             return self._unplanned(arguments, str(error))
+        stream = self._stream(arguments, current_context_name(), self._schedules.of(timestep))
+        state = stream.newest or stream.of(None, lambda _: False)
         if bound.begins_again(state.first_value, state.last_value, value):
             state.reset()
             state.first_value = value
@@ -272,10 +297,11 @@ class Program:
     def _place(self, arguments: list[Any], bound: BoundPlan) -> tuple[StreamState, Place]:
         """The stream of a call with its planned step and sigma, or why it has none."""
         assert self.positions.timestep is not None and self.plan is not None
-        identity = arguments[self.positions.identity] if self.positions.identity is not None else None
-        name = current_context_name()
-        state = self._streams.get(threading.get_ident(), self.network, identity, name)
-        value = read_timestep(arguments[self.positions.timestep], self._schedules)
+        timestep, name = arguments[self.positions.timestep], current_context_name()
+        value, schedule = read_timestep(timestep, self._schedules), self._schedules.of(timestep)
+        stream = self._stream(arguments, name, schedule)
+        latents = None if self.positions.latents is None else arguments[self.positions.latents]
+        state = self._of_stream(stream, bound, latents, value, schedule)
         if name is None and self.plan.inputs.contexts and state.last_value is not None:  # a lone call shares nothing
             return state, (
                 f"plan tells guidance branches apart by the contexts {', '.join(self.plan.inputs.contexts)}, and this "
@@ -285,6 +311,8 @@ class Program:
         if other is not None:
             return state, f"{other}. Generate at this size, {WAYS_OUT}"
         place = self._locate(state, bound, value)
+        if state.clock.expected is None:
+            stream.end(state)
         self._share(state, arguments)
         if isinstance(place, str):
             sampler = self.plan.sampler
@@ -293,6 +321,28 @@ class Program:
                 f"Generate with these, {WAYS_OUT}"
             )
         return state, place
+
+    def _of_stream(
+        self, stream: Generations, bound: BoundPlan, latents: Tensor | None, value: float, schedule: Schedule | None
+    ) -> StreamState:
+        """The generation that a call belongs to; a new one where none waits for it."""
+        newest = stream.newest
+        if newest is not None and self.on_mismatch != "retarget" and not newest.clock.knows(value):
+            return newest
+        return stream.of(latents, lambda state: self._waits(state, bound, value, schedule))
+
+    def _waits(self, state: StreamState, bound: BoundPlan, value: float, schedule: Schedule | None) -> bool:
+        """Whether a generation may go on with a call at timestep ``value``: a hole in its history is as good as none.
+
+        Re-targeted, what comes next is told by the loop's own ``schedule``. Where that is not seen, values that are
+        not planned follow each other, and planned ones, as long as time goes on.
+        """
+        last, clock = state.last_value, state.clock
+        if last is None or clock.expects(value) or self.on_mismatch != "retarget":
+            return last is not None and clock.expects(value)
+        if schedule is not None:
+            return schedule.follows(last, value)
+        return value != last and not bound.begins_anew(last, value) and not (clock.knows(last) and clock.knows(value))
 
     def _other_geometry(self, arguments: Sequence[Any], plan: Plan) -> str | None:
         """How the call's latents differ in shape from the plan's, if they do; the batch (dimension 0) may."""
@@ -310,17 +360,36 @@ class Program:
     def _run_step(
         self, arguments: list[Any], bound: BoundPlan, state: StreamState, number: int, time: float, owner: Program
     ) -> Sequence[Any]:
-        """Run step ``number`` of the plan at sigma ``time``; ``state``, which keeps its features, is ``owner``'s."""
+        """Run step ``number`` of the plan at sigma ``time``; ``state``, which keeps its features, is ``owner``'s.
+
+        With a call that fails its generation ends: whoever catches that may begin another anywhere.
+        """
         if bound.refused is not None:
             raise PlanMismatchError(bound.refused)
+        try:
+            return self._planned(arguments, bound, state, number, time, owner)
+        except BaseException:
+            state.end()
+            raise
+
+    def _planned(
+        self, arguments: list[Any], bound: BoundPlan, state: StreamState, number: int, time: float, owner: Program
+    ) -> Sequence[Any]:
         step = bound.steps[number]
-        in_turn, state.last_step = state.last_step == number - 1, number
+        if state.held_bytes and not state.made_of(id(self), self._made_of, arguments):
+            state.forget()
+        in_turn = state.enter(number)
         added = self._added_inputs(step.predictions, state, bound, number, time)
         kept = kept_inputs(number, step.reads, state, bound.times, any_time=self.on_mismatch == "retarget")
         if isinstance(kept, KeptRead):
             self._tell_dense(number, kept)
         added = None if added is None or isinstance(kept, KeptRead) else {**added, **kept}
         does = bound.full if added is None else step.variant
+        if added is None and state.whole and self._clock is None and self.on_mismatch != "retarget":
+            raise StateError(
+                f"step {number} of the plan reads a slot that is not held, though all steps before it ran: a defect "
+                "of ditopt"
+            )
         if added is None:
             self.statistics.cold_calls += 1
         elif step.predictions:
@@ -339,6 +408,7 @@ class Program:
         else:
             own = {*bound.full.recorded, *bound.kept}
             state.retain(lambda site, source: site not in own or (site, source) in step.live)
+        state.note(id(self), self._made_of, arguments)
         return outputs
 
     def _tell_dense(self, number: int, missing: KeptRead) -> None:
@@ -359,25 +429,20 @@ class Program:
             self.statistics.peak_slot_bytes = max(self.statistics.peak_slot_bytes, held)
 
     def _locate(self, state: StreamState, bound: BoundPlan, value: float) -> Place:
-        """The planned step of a call and its sigma, or why it is none; at a new generation the state is dropped.
+        """The planned step of a call and its sigma, or why it is none.
 
         Re-targeted, a value that is not planned is the nearest planned step, at its own sigma.
         """
         tick = state.clock.tick(value)
-        last, state.last_value = state.last_value, value
+        state.last_value = value
         if tick.fresh and self.on_generation is not None:
             self.on_generation()
-        if self.on_mismatch == "retarget":
-            if bound.begins_anew(last, value):
-                state.reset()
-            if tick.step is None:
-                self.statistics.unplanned_calls += 1
-                return bound.position(value)
-        elif tick.step is None:
+        if tick.step is not None:
+            return tick.step, bound.times[tick.step]
+        if self.on_mismatch != "retarget":
             return tick.reason
-        elif tick.fresh or tick.skipped:  # a hole in the history is as good as none
-            state.reset()
-        return tick.step, bound.times[tick.step]
+        self.statistics.unplanned_calls += 1
+        return bound.position(value)
 
     def _added_inputs(
         self, predictions: tuple[BoundPrediction, ...], state: StreamState, bound: BoundPlan, step: int, time: float
@@ -385,7 +450,7 @@ class Program:
         """Slots and coefficients for a step's predictions; None if this stream lacks the history for one."""
         added: dict[str, Tensor] = {}
         for found in predictions:
-            held = state.history.get(found.site, [])[: found.decision.history]
+            held = state.newest(found.site, found.decision.history)
             factors: tuple[float, ...] | None = found.factors
             planned = [(source, bound.times[source]) for source in found.sources]
             if time != bound.times[step] or planned != [(each.step, each.time) for each in held]:
@@ -406,10 +471,10 @@ class Program:
 
         How far the sampler goes on a step at another sigma is not known, nor where it passes planned steps over.
         """
-        held = next(iter(state.history.get(STEP, [])), None)
         planned = (combined.source, bound.times[combined.source])
-        if time != bound.times[step] or held is None or (held.step, held.time) != planned:
+        if time != bound.times[step] or planned not in [(each.step, each.time) for each in state.newest(STEP)]:
             return None
+        held = state.read(STEP, combined.source)
         slots = {slot_name(STEP, 0, stream): tensor for stream, tensor in enumerate(held.tensors)}
         return {**slots, factors_name(SECOND_ORDER): self._factors_tensor(combined.factors, held.tensors[0])}
 

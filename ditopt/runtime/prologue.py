@@ -1,10 +1,9 @@
 """What is computed ahead of the steps, for whom, and until when it is good.
 
 A prologue's results are kept by the stream that they were computed for, and read while every input of the prologue is
-the *same object* as then, at the same version (which torch counts up with every write), at the same address. Anything
-else, and every new generation, computes them anew; so nothing is read that another prompt, schedule or weight made.
-Inputs are referred to weakly: a tensor that is gone is no input of any later call. A write through ``.data`` changes
-no version, and is noticed at the next generation.
+the *same object* as then, unchanged (``runtime.stamps``). Anything else, and every new generation, computes them anew;
+so nothing is read that another prompt, schedule or weight made. A write through ``.data`` is noticed at the next
+generation.
 """
 
 from __future__ import annotations
@@ -20,38 +19,25 @@ import torch
 from torch import Tensor
 
 from ditopt.passes._infra import StepPlan
+from ditopt.runtime.stamps import Stamped
 from ditopt.runtime.variants import Prologue, Variant, VariantCache
 
 log = logging.getLogger("ditopt")
-
-Stamp = tuple[int, int]
-"""A tensor's version and address."""
-
-
-def stamp(tensor: Tensor) -> Stamp:
-    """What changes when a tensor is written to or given other memory."""
-    return tensor._version, tensor.data_ptr()
-
-
-def _unchanged(ref: weakref.ref[Tensor], made: Stamp, tensor: Tensor | None) -> bool:
-    """Whether a tensor is the very one that ``ref`` is of, as it was then."""
-    return tensor is not None and ref() is tensor and made == stamp(tensor)
 
 
 class Kept:
     """The results of a prologue, and what they were computed from; ``rows`` says which timestep has which row."""
 
-    __slots__ = ("__weakref__", "_inputs", "_stamps", "rows", "values")
+    __slots__ = ("__weakref__", "_inputs", "rows", "values")
 
     def __init__(self, inputs: Sequence[Tensor], values: Sequence[Tensor], rows: dict[float, int]) -> None:
-        self._inputs = [weakref.ref(each) for each in inputs]
-        self._stamps = [stamp(each) for each in inputs]
+        self._inputs = Stamped(inputs)
         self.values = tuple(values)
         self.rows = rows
 
     def is_of(self, inputs: Sequence[Tensor]) -> bool:
         """Whether ``inputs`` are what it was computed from, unchanged."""
-        return all(map(_unchanged, self._inputs, self._stamps, inputs))
+        return self._inputs.is_of(inputs)
 
     @property
     def bytes(self) -> int:
@@ -105,7 +91,7 @@ class Prologues:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._begun: tuple[weakref.ref[Tensor], Stamp] | None = None
+        self._begun: Stamped | None = None
         self._shared: dict[tuple[str, ...], Kept] = {}
         self._living: weakref.WeakSet[Kept] = weakref.WeakSet()
 
@@ -113,10 +99,10 @@ class Prologues:
         """A generation begins in some stream, with these latents."""
         with self._lock:
             told = latents is not None and not latents.is_inference()
-            if not told or self._begun is None or not _unchanged(*self._begun, latents):
+            if latents is None or not told or self._begun is None or not self._begun.is_of([latents]):
                 self._shared.clear()
                 self.coming.begin()
-                self._begun = (weakref.ref(latents), stamp(latents)) if latents is not None and told else None
+                self._begun = Stamped([latents]) if latents is not None and told else None
 
     def goes_on(self) -> None:
         """A stream is behind its first step: what was computed for the first one is shared no more."""

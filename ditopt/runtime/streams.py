@@ -1,4 +1,8 @@
-"""Which stream a call belongs to: one guidance branch of one generation in one network in one thread."""
+"""Which stream a call belongs to: one guidance branch of one prompt, schedule and network in one thread.
+
+A stream is told by objects, and lives no longer than any of them: the conditioning tensor, the tensor that timesteps
+are views of, a weight of the network, the thread, and what a caller says with ``Generation``.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,15 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from ditopt.errors import InputError
 
 S = TypeVar("S")
-_Key = tuple[int, str, int, str | None]
+_Key = tuple[int, str, str | None, tuple[int, ...]]
+_Refs = tuple[weakref.ref[object], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +52,16 @@ class StreamCounts:
 
 
 class _Entry(Generic[S]):
-    __slots__ = ("number", "ref", "state", "stream")
+    __slots__ = ("number", "refs", "state", "stream")
 
-    def __init__(self, stream: Stream, number: int | None, ref: weakref.ref[object] | None, state: S) -> None:
+    def __init__(self, stream: Stream, number: int | None, refs: _Refs, state: S) -> None:
         self.stream = stream
         self.number = number
-        self.ref = ref
+        self.refs = refs
         self.state = state
+
+    def is_of(self, owners: tuple[object, ...]) -> bool:
+        return all(ref() is owner for ref, owner in zip(self.refs, owners, strict=True))
 
 
 class StreamTable(Generic[S]):
@@ -84,7 +93,7 @@ class StreamTable(Generic[S]):
         self._evicted = 0
         self._cleared = 0
 
-    def get(self, thread: int, network: str, identity: object | None, name: str | None) -> S:
+    def get(self, thread: int, network: str, identity: object | None, name: str | None, *owners: object | None) -> S:
         """The state of the stream, made if it is new.
 
         Args:
@@ -92,54 +101,47 @@ class StreamTable(Generic[S]):
             network: which network is called.
             identity: the conditioning object that all calls of the stream share; None if there is none.
             name: the context name, if one is set.
+            owners: further objects that all calls of the stream share, always as many; None where there is none.
 
         Raises:
             InputError: ``identity`` is of a type that cannot be referenced weakly (a number, a list).
         """
+        told = (identity, *owners)
+        key = (thread, network, name, tuple(0 if each is None else id(each) for each in told))
+        alive = tuple(each for each in told if each is not None)
         with self._lock:
-            state = self._find(thread, network, identity, name)
+            state = self._find(key, alive, identity is None)
         if self._dead:
             self._bury()
         return state
 
-    def _find(self, thread: int, network: str, identity: object | None, name: str | None) -> S:
-        if identity is None:
-            key = (thread, network, 0, name)
-            entry = self._loose.get(key)
-            if entry is not None:
-                self._loose.move_to_end(key)
-                return entry.state
-        else:
-            key = (thread, network, id(identity), name)
-            entry = self._owned.get(key)
-            if entry is not None and entry.ref is not None and entry.ref() is identity:
-                return entry.state
-        return self._create(key, identity)
-
-    def _create(self, key: _Key, identity: object | None) -> S:
-        ref = self._watch(key, identity)
-        thread, network, _, name = key
-        number = None if name is not None else self._free_number(thread, network)
-        stream = Stream(thread, network, name if name is not None else f"branch{number}")
-        entry = _Entry(stream, number, ref, self._factory())
-        self._created += 1
-        if ref is not None:
-            self._owned[key] = entry
-        else:
-            self._loose[key] = entry
-            if len(self._loose) > self._limit:
-                self._loose.popitem(last=False)
-                self._evicted += 1
+    def _find(self, key: _Key, alive: tuple[object, ...], loose: bool) -> S:
+        entry = (self._loose if loose else self._owned).get(key)
+        if entry is None or not entry.is_of(alive):
+            return self._create(key, alive, loose)
+        if loose:
+            self._loose.move_to_end(key)
         return entry.state
 
-    def _watch(self, key: _Key, identity: object | None) -> weakref.ref[object] | None:
-        if identity is None:
-            return None
+    def _create(self, key: _Key, alive: tuple[object, ...], loose: bool) -> S:
+        refs = self._watch(key, alive)
+        thread, network, name, _ = key
+        number = None if name is not None else self._free_number(thread, network)
+        stream = Stream(thread, network, name if name is not None else f"branch{number}")
+        (self._loose if loose else self._owned)[key] = entry = _Entry(stream, number, refs, self._factory())
+        self._created += 1
+        if loose and len(self._loose) > self._limit:
+            self._loose.popitem(last=False)
+            self._evicted += 1
+        return entry.state
+
+    def _watch(self, key: _Key, alive: tuple[object, ...]) -> _Refs:
+        gone = functools.partial(_forget, weakref.ref(self), key)
         try:
-            return weakref.ref(identity, functools.partial(_forget, weakref.ref(self), key))
+            return tuple(weakref.ref(each, gone) for each in alive)
         except TypeError:
             raise InputError(
-                f"conditioning of type {type(identity).__name__} cannot tell generations apart; name an argument of "
+                f"conditioning of type {type(alive[0]).__name__} cannot tell generations apart; name an argument of "
                 "the forward that is a tensor in the plan's inputs.identity, or none"
             ) from None
 
@@ -189,9 +191,10 @@ class StreamTable(Generic[S]):
             entry = None
             try:
                 key, ref = self._dead.popleft()
-                entry = self._owned.get(key)
-                if entry is not None and entry.ref is ref:
-                    del self._owned[key]
+                for table in (self._owned, self._loose):
+                    entry = table.get(key)
+                    if entry is not None and any(each is ref for each in entry.refs):
+                        del table[key]
             except IndexError:
                 pass  # another thread was faster
             finally:
@@ -202,6 +205,55 @@ def _forget(table_ref: weakref.ref[StreamTable[Any]], key: _Key, ref: weakref.re
     table = table_ref()
     if table is not None:
         table._died(key, ref)
+
+
+class _Thread(threading.local):
+    """An object of each thread's own, which goes with it; another thread may be given the number of one that ended."""
+
+    def __init__(self) -> None:
+        self.token = _Token()
+
+
+class _Token:
+    __slots__ = ("__weakref__",)
+
+
+_thread = _Thread()
+
+
+def this_thread() -> object:
+    """An object that stands for the calling thread, and ends with it."""
+    return _thread.token
+
+
+_generation: ContextVar[Generation | None] = ContextVar("ditopt_generation", default=None)
+
+
+class Generation:
+    """Says that calls of networks belong to one generation, where nothing else does; what it kept goes with it.
+
+    A loop that makes its timesteps anew for each call, with one conditioning tensor for several generations in one
+    thread, may give a generation up and begin the next exactly where that one would have gone on: no call tells then.
+
+    >>> one, other = Generation(), Generation()
+    >>> with one:  # calls of the one; with other: calls of the other, in any order
+    ...     pass
+    """
+
+    def __init__(self) -> None:
+        self._outer: list[Token[Generation | None]] = []
+
+    def __enter__(self) -> Generation:
+        self._outer.append(_generation.set(self))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _generation.reset(self._outer.pop())
+
+
+def current_generation() -> Generation | None:
+    """The innermost ``Generation`` that is entered; None outside of any."""
+    return _generation.get()
 
 
 class _OpenContext(threading.local):

@@ -457,12 +457,21 @@ def test_what_the_caller_writes_into_an_output_is_not_remembered(
     assert torch.equal(generate(bench.forward, prompt, noise(), spoil=True), generate(bench.forward, prompt, noise()))
 
 
-def test_slots_die_with_the_conditioning(bench: SimpleNamespace, bound: Callable[..., Program]) -> None:
+@pytest.mark.parametrize("dies", ["conditioning", "schedule"])
+@torch.no_grad()
+def test_slots_die_with_what_they_belong_to(dies: str, bench: SimpleNamespace, bound: Callable[..., Program]) -> None:
     program = bound(PLANS["order 1"][0])
-    prompt = embeds(1)
-    generate(bench.forward, prompt, noise(), stop=3)
+    belongs: dict[str, Any] = {"conditioning": embeds(1), "schedule": schedule()[0]}
+    for t in belongs["schedule"][:3]:
+        bench.forward(
+            hidden_states=noise(),
+            timestep=t.expand(1),
+            encoder_hidden_states=belongs["conditioning"],
+            return_dict=False,
+        )
+    del t
     assert [state.held_bytes > 0 for state in program._states] == [True]
-    del prompt
+    del belongs[dies]
     gc.collect()
     assert not program._streams.live() and not list(program._states)
 
