@@ -57,20 +57,11 @@ from ditopt.profiler.take import TABLES, add_sparse_tables, take_profile, tell_p
 from ditopt.quality import Quality, compare
 from ditopt.recipes import RECIPES, Recipe
 from ditopt.runtime.program import Compute
-from ditopt.search.joint import dense
+from ditopt.search.joint import from_kept
 from ditopt.search.problem import SearchProblem
 from ditopt.search.solution import SparsePart
-from ditopt.search.sparse import (
-    LOWEST_PRICE,
-    head_candidates,
-    planned_saving,
-    price_that_saves,
-    profiled_candidates,
-    site_costs,
-    sparse_part,
-    totals,
-)
-from ditopt.search.with_heads import PHASES
+from ditopt.search.sparse import planned_saving, profiled_candidates, site_costs
+from ditopt.search.with_heads import HeadsBeside
 from ditopt.techniques import Techniques
 
 MODEL = Path("examples/tiny_video")
@@ -237,19 +228,19 @@ class Bench:
 
     def parts(self, recipe: Recipe | None) -> Iterator[tuple[str, SparsePart]]:
         """The choices of least error that take no longer than each of ``SHARES``; ``fastest`` where none is so fast."""
-        ranges = [tuple(map(int, part)) for part in np.array_split(np.arange(self.problem.steps), PHASES)]
-        candidates = head_candidates(self.network, self.problem, dense(self.problem), self.costs, ranges, recipe)
+        base = from_kept(self.problem, range(self.problem.steps))
+        heads = HeadsBeside(self.network, self.problem, base, self.costs, lambda _: True, recipe)
         whole = sum(cost.dense for cost in self.costs.values()) * self.problem.steps
         in_kernel = sum(cost.seconds(1.0) for cost in self.costs.values()) * self.problem.steps
-        most = totals(candidates, LOWEST_PRICE)[0]
         for share in SHARES:
             needed = whole - share * in_kernel
-            if needed > most:
-                if most > 0:
-                    yield "fastest", sparse_part(candidates, LOWEST_PRICE)
+            if needed > heads.most_saved:
+                part = heads.saving(heads.most_saved)
+                if part is not None:
+                    yield "fastest", part
                 return
-            part = sparse_part(candidates, price_that_saves(candidates, needed))
-            if part.rules:  # else torch's dense attention is as fast as that
+            part = heads.saving(needed)
+            if part is not None:  # else torch's dense attention is as fast as that
                 yield f"{share:g}", part
 
     def singles(self, dense_first: Sequence[float]) -> None:

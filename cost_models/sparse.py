@@ -23,7 +23,7 @@ Need = tuple[str, int]
 
 
 def shared_seconds(prices: Mapping[str, float], needs: Iterable[Need], steps: int | None = None) -> float:
-    """What a site's needs take together: each as often as the head that needs it most often; unknown ones nothing.
+    """What a site's needs take together: each in the steps in which some head needs it; unknown ones nothing.
 
     ``prices`` are of so many ``steps`` in a row, in the first of which all is found; None: of any number of them.
 
@@ -32,11 +32,15 @@ def shared_seconds(prices: Mapping[str, float], needs: Iterable[Need], steps: in
     >>> shared_seconds({"mass": 4.0}, [("mass", 3)], steps=4)
     2.0
     """
-    often: dict[str, int] = {}
+    often: dict[str, set[int]] = {}
     for name, every in needs:
-        often[name] = min(every, often.get(name, every))
-    shares = {name: 1 / every if steps is None else math.ceil(steps / every) / steps for name, every in often.items()}
-    return sum(prices.get(name, 0.0) * share for name, share in shares.items())
+        often.setdefault(name, set()).add(every)
+    taken = 0.0
+    for name, periods in often.items():
+        count = math.lcm(*periods) if steps is None else steps
+        found = sum(any(step % every == 0 for every in periods) for step in range(count))
+        taken += prices.get(name, 0.0) * found / count
+    return taken
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,10 @@ class Recipe:
         first = f", the first {self.dense_first:.0%} of steps dense" if self.dense_first else ""
         return f"{heads}{first}: dense, {', '.join(map(form_text, self.forms))}"
 
+    def first_step(self, steps: int) -> int:
+        """Of so many steps the first that may be sparse."""
+        return round(self.dense_first * steps)
+
     def allows(self, candidate: str) -> bool:
         """Whether the search may choose a candidate, by its name in profiles (``pattern_text``)."""
         settings = json.loads(candidate)

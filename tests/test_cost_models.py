@@ -79,7 +79,8 @@ def test_what_heads_share_is_paid_as_often_as_the_head_that_needs_it_most() -> N
     prices = {"mass": 6.0, "means": 0.5}
     assert shared_seconds(prices, ()) == 0.0
     assert shared_seconds(prices, {("mass", 3), ("means", 1)}) == pytest.approx(2.5)
-    assert shared_seconds(prices, {("mass", 3), ("mass", 2)}) == pytest.approx(3.0)
+    assert shared_seconds(prices, {("mass", 3), ("mass", 2)}) == pytest.approx(4.0), "in 4 of 6 steps"
+    assert shared_seconds(prices, {("mass", 3), ("mass", 2)}, 5) == pytest.approx(6.0 * 4 / 5), "0, 2, 3 and 4"
     assert shared_seconds(prices, {("unknown", 1)}) == 0.0, "what was not timed"
     with pytest.raises(InputError, match="what else takes time not below"):
         SparseCost(1.0, 0.0, 1.0, {"means": -0.1})

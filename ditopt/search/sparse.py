@@ -120,40 +120,45 @@ def head_candidates(
 ) -> tuple[SiteCandidates, ...]:
     """The candidates of all heads of the sites that have ``costs``, in every range of steps, worse ones left out.
 
-    Of a range the steps count that ``draft`` computes. A candidate is worse than another that saves as much with as
-    small an error, and than dense if it saves nothing; what was not measured in one of the steps is none. Densities are
-    those of the profile's blocks; of a rest that is kept it counts how many of the steps are dense. What a ``recipe``
-    does not allow, and steps that it keeps dense, are left out, and all such rests where ``kept`` is false; so are int8
-    scores where a site's costs have none.
+    Of a range the steps count that ``draft`` computes, which are in a row. Where ranges follow each other, heads find
+    or keep something every so many steps only if they may begin it there: in a multiple of these behind the first step.
+    So whichever ranges a head does that in, its site does it in the same steps, as prices have it. A candidate is worse
+    than another that saves as much with as small an error, and than dense if it saves nothing; what was not measured in
+    one of the steps is none. Densities are those of the profile's blocks; of a rest that is kept it counts how many of
+    the steps are dense. What a ``recipe`` does not allow, and steps that it keeps dense, are left out, and where
+    ``kept`` is false all that is kept; so are int8 scores where a site's costs have none.
 
     Raises:
         KeyError: the profile has no tables of a site (``patterns``, ``sensitivity``).
         InputError: no error that was planted at any attention site moved anything.
     """
-    first = round(recipe.dense_first * problem.steps) if recipe is not None else 0
+    first = recipe.first_step(problem.steps) if recipe is not None else 0
     alike = recipe is not None and recipe.alike
     computed = [tuple(step for step in steps if step in draft.kept and step >= first) for steps in ranges]
+    begun = _begun([*filter(None, computed)], draft.kept)
     found = []
     for site, cost in costs.items():
         table = network.tables["patterns"][site]
         labels = table.labels["candidate"]
         decisions = [Sparse(pattern=str(label)) for label in labels]
+        periods = [found_every(do) for do in decisions]
         allowed = [
             (recipe is None or recipe.allows(do.pattern))
-            and (kept or kept_every(do) is None)
+            and (kept or every is None)
             and not (cost.int8 is None and is_int8(do))
-            for do in decisions
+            for do, every in zip(decisions, periods, strict=True)
         ]
         needs = list(map(needs_of, decisions))
         density = _densities(table, cost)
         heads = range(table["error"].size("head"))
-        for steps in filter(None, computed):
+        for steps, before in begun.items():
             errors = squared_errors(network, problem, draft, site, steps, heads, range(len(labels)))
             of_head = cost.dense / cost.efficiency / len(heads) * len(steps)
             saved = [of_head * (1 - mean_density(each, share, len(steps))) for each, share in density.items()]
             of_heads = []
             for head, row in zip(heads, errors.tolist(), strict=True):
-                known = [at for at, error in enumerate(row) if allowed[at] and not math.isnan(error)]
+                may = (allowed[at] and before % (every or 1) == 0 for at, every in enumerate(periods))
+                known = [at for at, ok in enumerate(may) if ok and not math.isnan(row[at])]
                 each = (
                     HeadCandidate(HeadPattern(site, head, labels[at], steps), saved[at], row[at], needs[at])
                     for at in known
@@ -163,6 +168,22 @@ def head_candidates(
             prices = {name: seconds * len(steps) for name, seconds in cost.prices.items()}
             found.append(SiteCandidates(tuple(of_heads), lost, alike, prices, len(steps)))
     return tuple(found)
+
+
+def _begun(ranges: Sequence[tuple[int, ...]], computed: Sequence[int]) -> dict[tuple[int, ...], int]:
+    """Of every range how many ``computed`` steps of those before it are in a row with it.
+
+    >>> _begun([(1, 2), (4, 5), (8,)], [0, 1, 2, 4, 5, 6, 8])
+    {(1, 2): 0, (4, 5): 2, (8,): 0}
+    """
+    place = {step: at for at, step in enumerate(computed)}
+    found: dict[tuple[int, ...], int] = {}
+    before: tuple[int, ...] = ()
+    for steps in ranges:
+        follows = bool(before) and place[steps[0]] == place[before[-1]] + 1
+        found[steps] = found[before] + len(before) if follows else 0
+        before = steps
+    return found
 
 
 def profiled_candidates(network: NetworkProfile) -> tuple[str, ...]:
