@@ -12,10 +12,15 @@ from ditopt.errors import InputError
 
 FINDING = ("means", "mass", "error")
 INT8 = "int8"
-SHARED = (*FINDING, "pooled", "taylor", "kept", INT8)
+ORDERED = "ordered"
+SHARED = (*FINDING, "pooled", "taylor", "kept", INT8, ORDERED)
 """What heads may need that a site computes once a step: blocks found by each of three selectors, means of what is
-skipped, the first-order term beside them, results put together with rests that are kept from an earlier step, and for
-int8 scores what is done to keys of all heads."""
+skipped, the first-order term beside them, results put together with rests that are kept from an earlier step, for int8
+scores what is done to keys of all heads, and tokens put into another order and results out of it."""
+CLUSTERS = "clusters"
+"""What every head whose tokens are in an order of clusters takes by itself: finding them."""
+TIMED = (*SHARED, CLUSTERS)
+"""What is timed by itself, each for all heads of a site."""
 OTHERS = "others"
 """What a site needs once in so many steps whose heads keep rests: a second call of the kernel, for other blocks."""
 Need = tuple[str, int]
@@ -64,7 +69,7 @@ class SparseCost:
         dense: what dense attention takes.
         overhead: what block-sparse attention takes whatever its lists are: packing queries, writing results.
         efficiency: pairs of queries and keys a second beyond that, of those of dense attention.
-        shared: what each of ``SHARED`` takes by itself for all heads; what was not timed is left out.
+        shared: what each of ``TIMED`` takes by itself for all heads; what was not timed is left out.
         int8: of heads with int8 scores; None: there are none, or they take as long.
 
     Raises:
@@ -124,6 +129,14 @@ class SparseCost:
     def seconds(self, density: float) -> float:
         """What it takes block-sparse; ``density`` is the mean share of blocks that heads attend to, 0 to 1."""
         return self.overhead + self.dense * density / self.efficiency
+
+    def with_clusters(self, density: float) -> float:
+        """The density at which a head takes as long as one with clusters does at this one.
+
+        >>> SparseCost(1.0, 0.1, 0.5, {CLUSTERS: 0.2}).with_clusters(0.5)
+        0.6
+        """
+        return density + self.efficiency * self.shared.get(CLUSTERS, 0.0) / self.dense
 
     def as_plain(self, density: float) -> float:
         """The density at which a head without int8 scores takes as long as one with them does at this one.

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 import ditopt.kernels.block_sparse_attention.draft
 import ditopt.kernels.flash_attention.cpu  # noqa: F401  # both register what is timed
 from ditopt.cost_models.measured import FORMS
-from ditopt.cost_models.sparse import INT8, SHARED
+from ditopt.cost_models.sparse import CLUSTERS, INT8, ORDERED, TIMED
+from ditopt.kernels.block_sparse_attention.clusters import cluster_order
 from ditopt.kernels.block_sparse_attention.cpu import add_first_order
 from ditopt.kernels.block_sparse_attention.int8 import mean_of
 from ditopt.kernels.block_sparse_attention.kept import MERGE
@@ -33,6 +34,7 @@ from ditopt.measures import Measure, Table
 from ditopt.passes._infra import tensor_value
 from ditopt.passes.attention import mask_of, scale_of, special_but_mask
 from ditopt.passes.flash import flash_refusal
+from ditopt.passes.sparse import ROUNDS
 from ditopt.profiler.rows import pool_size
 from ditopt.profiler.timing import time_in_turn, timed, warmed
 from ditopt.runtime.sparse import attention_nodes, places_of
@@ -47,8 +49,9 @@ def attention_latency(trace: Trace, forms: Sequence[str], per_step: float) -> tu
     ``dense`` ``[form]`` is what attention takes in a step of each of ``forms`` (``form_name``; those that are none are
     passed over); ``sparse`` ``[form, density]`` what block-sparse attention takes whose heads attend to the same share
     of blocks, ``int8`` the same with int8 scores (NaN: no kernel has them); ``shared`` ``[form, need]`` what finding
-    blocks by each selector, means of what is skipped, their first-order term, merging with a rest that was kept, and
-    readying keys for int8 scores take by themselves, for all heads (NaN: not there). Operands are drawn: what attention
+    blocks by each selector, means of what is skipped, their first-order term, merging with a rest that was kept,
+    readying keys for int8 scores, an order of tokens for each head, and finding clusters take by themselves, for all
+    heads (NaN: not there). Operands are drawn: what attention
     takes does not depend on their values. ``per_step``: calls of the network in a step. Sites of equal shapes are timed
     once.
     """
@@ -114,7 +117,7 @@ def _seconds(node: fx.Node, dtype: str | None, simplify: bool) -> dict[str, floa
 
 
 def _shared(query: Tensor, key: Tensor, value: Tensor, scale: float) -> dict[str, Callable[[], Tensor]]:
-    """What heads share, by name: of ``SHARED`` all that there is for these operands."""
+    """What heads share, by name: of ``TIMED`` all that there is for these operands."""
     heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
     width = blocks(keys, kernel_blocks(queries, keys)[1])
     own = even_lists(heads, queries, keys, 1 / width)
@@ -145,9 +148,28 @@ def _shared(query: Tensor, key: Tensor, value: Tensor, scale: float) -> dict[str
         out, shares = torch.zeros_like(result), torch.zeros_like(lse)
         found["taylor"] = first_order
     found["kept"] = partial(ADD_REST, result, lse, merging, torch.zeros_like(result), lse)
+    if queries == keys:
+        order = torch.arange(queries, device=query.device).flip(0).expand(heads, -1).contiguous()
+        every = torch.ones(heads, dtype=torch.int32, device=query.device)
+        clusters = blocks(queries, lists.key_block)
+        found[ORDERED] = partial(_reordered, (query, key, value, result), order)
+        found[CLUSTERS] = partial(_clusters, query, key, order, every, clusters)
     if int8_refusal(query.device) is None:
         found[INT8] = partial(_keys_for_int8, key, lists.key_block)
     return found
+
+
+def _reordered(operands: Sequence[Tensor], order: Tensor) -> Tensor:
+    """Queries, keys, values and results, each head's tokens in an order of its own ``[H, S]``; the last of them."""
+    for tokens in operands:
+        every = tokens.repeat_interleave(len(order) // tokens.shape[1], 1)
+        found = every.gather(2, order[None, :, :, None].expand(every.shape))
+    return found
+
+
+def _clusters(query: Tensor, key: Tensor, order: Tensor, clustered: Tensor, clusters: int) -> Tensor:
+    """The tokens of all heads by cluster, the whole sequence through."""
+    return cluster_order(query, key, order, clustered, 0, query.shape[2], clusters, ROUNDS)[0]
 
 
 def _keys_for_int8(key: Tensor, key_block: int) -> Tensor:
@@ -208,7 +230,7 @@ def _table(seconds: dict[str, dict[str, float]], per_step: float, queries: int) 
     dense = np.array([of_form["dense"] for of_form in seconds.values()]) * per_step
     sparse = np.array([[of_form[f"{share:g}"] for share in DENSITIES] for of_form in seconds.values()]) * per_step
     int8 = [[of_form.get(f"{INT8} {share:g}", np.nan) for share in DENSITIES] for of_form in seconds.values()]
-    shared = np.array([[of_form.get(need, np.nan) for need in SHARED] for of_form in seconds.values()]) * per_step
+    shared = np.array([[of_form.get(need, np.nan) for need in TIMED] for of_form in seconds.values()]) * per_step
     measures = {
         "dense": Measure(("form",), dense),
         "sparse": Measure(("form", "density"), sparse),
@@ -216,4 +238,4 @@ def _table(seconds: dict[str, dict[str, float]], per_step: float, queries: int) 
         "shared": Measure(("form", "need"), shared, True),
     }
     facts = {"queries": queries, "block_queries": kernel_blocks(queries, queries)[0], "profiled": block_for(queries)}
-    return Table(measures, {"form": tuple(seconds), "density": DENSITIES, "need": SHARED}, facts)
+    return Table(measures, {"form": tuple(seconds), "density": DENSITIES, "need": TIMED}, facts)

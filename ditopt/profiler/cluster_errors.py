@@ -111,11 +111,7 @@ class ClusterReader:
 
     @property
     def density(self) -> Numbers:
-        """``[C]``: shares of blocks that each keeps, mean over what was seen, and of pairs that finding clusters takes.
-
-        A token is compared with every cluster in each round and once more, as a query and as a key.
-        """
+        """``[C]``: shares of blocks that each keeps, mean over what was seen; what finding clusters takes is timed."""
         if not self._shares:
             return np.ones(len(self.tried), dtype=np.float32)
-        pairs = 2 * (ROUNDS + 1) * blocks(self.geometry.video, self.block) / self.geometry.tokens
-        return np.minimum(np.asarray(torch.stack(self._shares).mean(0).numpy()) + np.float32(pairs), 1)
+        return np.asarray(torch.stack(self._shares).mean(0).numpy())

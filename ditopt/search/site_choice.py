@@ -13,7 +13,7 @@ from functools import cached_property, reduce
 
 import numpy as np
 
-from ditopt.cost_models.sparse import INT8, OTHERS, Need, shared_seconds
+from ditopt.cost_models.sparse import CLUSTERS, INT8, ORDERED, OTHERS, Need, shared_seconds
 from ditopt.decisions import Decision, Sparse
 from ditopt.kept import Use
 from ditopt.measures import Label, Numbers
@@ -26,7 +26,7 @@ Needs = frozenset[Need]
 
 
 def needs_of(decision: Decision) -> Needs:
-    """What a head needs that its site computes once a step, or once in so many: for blocks, a rest, int8 scores."""
+    """What a head needs that its site computes once a step, or once in so many."""
     settings = decision.settings if isinstance(decision, Sparse) else {}
     found = set()
     if settings.get("pattern") == "draft":
@@ -39,12 +39,19 @@ def needs_of(decision: Decision) -> Needs:
         found |= {(name, 1), *([("pooled", 1)] if name == "taylor" else [])}
     if is_int8(decision):
         found.add((INT8, 1))
+    if "order" in settings:
+        found.add((ORDERED, 1))
     return frozenset(found)
 
 
 def is_int8(decision: Decision) -> bool:
     """Whether a head has int8 scores."""
     return isinstance(decision, Sparse) and decision.settings.get("qk") == INT8
+
+
+def is_clustered(decision: Decision) -> bool:
+    """Whether a head's tokens are in an order that every call finds."""
+    return isinstance(decision, Sparse) and decision.settings.get("order") == CLUSTERS
 
 
 def found_every(decision: Decision) -> int | None:

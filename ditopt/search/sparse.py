@@ -26,6 +26,7 @@ from ditopt.search.site_choice import (
     SiteCandidates,
     between,
     found_every,
+    is_clustered,
     is_int8,
     kept_every,
     mean_density,
@@ -100,11 +101,12 @@ def _int8(table: Table, at: int) -> dict[float, float]:
 
 
 def _densities(table: Table, cost: SparseCost) -> dict[Sparse, float]:
-    """Of a site's candidates: with int8 scores the density at which a head without them takes as long."""
+    """Of a site's candidates: with int8 scores or clusters the density at which a head without takes as long."""
     found = {}
     for label, density in zip(table.labels["candidate"], table["density"].values.tolist(), strict=True):
         decision = Sparse(pattern=str(label))
-        found[decision] = cost.as_plain(density) if is_int8(decision) else density
+        taken = cost.as_plain(density) if is_int8(decision) else density
+        found[decision] = cost.with_clusters(taken) if is_clustered(decision) else taken
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ditopt._torch import has_byte_dot_products
-from ditopt.cost_models.sparse import INT8, SHARED
+from ditopt.cost_models.sparse import INT8, TIMED
 from ditopt.kernels.block_sparse_attention.lists import check, check_entries
 from ditopt.measures import Table
 from ditopt.profile import NetworkProfile
@@ -49,11 +49,11 @@ def test_sites_of_equal_shapes_are_timed_once_in_every_form(trace: Trace, monkey
     assert not reasons
     assert len(tables) == 2 and len(rounds) == 2, "two blocks, two forms"
     for table in tables.values():
-        assert table.labels == {"form": ("full", "bfloat16"), "density": DENSITIES, "need": SHARED}
+        assert table.labels == {"form": ("full", "bfloat16"), "density": DENSITIES, "need": TIMED}
         assert table["dense"].values.tolist() == [2.0, 2.0], "two calls a step"
         assert table["sparse"].values.tolist() == [[4.0, 6.0, 8.0, 10.0]] * 2
-        assert table["shared"].values.tolist() == [[12.0, 14.0, 16.0, 18.0, 20.0, 22.0, 24.0]] * 2
-        assert table["int8"].values.tolist() == [[26.0, 28.0, 30.0, 32.0]] * 2
+        assert table["shared"].values.tolist() == [[12.0, 14.0, 16.0, 18.0, 20.0, 22.0, 28.0, 24.0, 26.0]] * 2
+        assert table["int8"].values.tolist() == [[30.0, 32.0, 34.0, 36.0]] * 2
         assert table.facts == {"queries": 64, "block_queries": 64, "profiled": 4}
 
 
@@ -63,8 +63,8 @@ def test_without_a_kernel_int8_scores_are_not_timed(trace: Trace, monkeypatch: p
     tables, reasons = attention_latency(trace, ("full",), 1.0)
     assert reasons == []
     for table in tables.values():
-        assert np.isnan(table["int8"].values).all() and np.isnan(table["shared"].values[0, SHARED.index(INT8)])
-        assert table["shared"].values[0, :-1].tolist() == [6.0, 7.0, 8.0, 9.0, 10.0, 11.0]
+        assert np.isnan(table["int8"].values).all() and np.isnan(table["shared"].values[0, TIMED.index(INT8)])
+        assert table["shared"].values[0, :6].tolist() == [6.0, 7.0, 8.0, 9.0, 10.0, 11.0]
 
 
 def test_a_form_without_a_kernel_is_told(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,8 +82,7 @@ def test_errors_are_those_of_attention_under_the_tokens_masks(
         at = table.position("candidate", name)
         expected = norm(error, weight) / total(dense, weight)
         np.testing.assert_allclose(table["error"].values[0, 0, 0, :, at], expected, rtol=1e-3, atol=1e-4, err_msg=name)
-        pairs = 2 * (ROUNDS + 1) * clusters / geometry.tokens
-        assert table["density"].values[at] == pytest.approx(min(np.mean(shares) + pairs, 1), abs=1e-5)
+        assert table["density"].values[at] == pytest.approx(np.mean(shares), abs=1e-5)
 
 
 def test_short_sequences_and_those_of_text_alone_have_none() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditopt.cost_models.sparse import SHARED, SparseCost
+from ditopt.cost_models.sparse import TIMED, SparseCost
 from ditopt.decisions import Dense, Sparse, pattern_text
 from ditopt.measures import Measure, Table
 from ditopt.plan import Plan
@@ -72,10 +72,12 @@ def with_attention(found: NetworkProfile, dense: float = 2.0, scale: float = 1.0
     latency = {
         "dense": Measure(("form",), np.array([dense])),
         "sparse": Measure(("form", "density"), seconds),
-        "shared": Measure(("form", "need"), np.array([[0.01, 1.0, 0.03, 0.02, np.nan, 0.005, np.nan]]), True),
+        "shared": Measure(
+            ("form", "need"), np.array([[0.01, 1.0, 0.03, 0.02, np.nan, 0.005, np.nan, 0.01, 0.1]]), True
+        ),
     }
     facts = {"queries": 1024, "block_queries": 64, "profiled": 64}
-    found.tables["latency"] = {"attn": Table(latency, {"form": ("full",), "density": densities, "need": SHARED}, facts)}
+    found.tables["latency"] = {"attn": Table(latency, {"form": ("full",), "density": densities, "need": TIMED}, facts)}
     return found
 
 
@@ -202,9 +204,38 @@ def test_what_heads_need_is_told_by_their_settings() -> None:
     assert needs(pattern="skip", rest="pooled") == needs(pattern="skip", rest={"pooled": 16}) == {("pooled", 1)}
     assert needs(pattern="dense", qk="int8") == {("int8", 1)}
     assert needs(pattern="draft", keep=0.5, by="mass", refresh=4, qk="int8") == {("mass", 4), ("int8", 1)}
+    assert needs(pattern="draft", mass=0.5, order="clusters") == {("means", 1), ("ordered", 1)}
+    assert needs(pattern="band", width=2.0, order="tiles") == {("ordered", 1)}
     both = {("error", 1), ("pooled", 1), ("taylor", 1)}
     assert needs(pattern="draft", keep=0.5, by="error", rest={"taylor": 16}) == both
     assert needs(pattern="skip", rest={"kept": "merge", "refresh": 3}) == {("kept", 1), ("others", 3)}
+
+
+def test_heads_pay_for_clusters_one_by_one_and_the_site_for_an_order_once(network: NetworkProfile) -> None:
+    table = network.tables["patterns"]["attn"]
+    clusters = pattern_text({"pattern": "draft", "mass": 0.5, "order": "clusters"})
+    plain = pattern_text({"pattern": "draft", "mass": 0.5})
+    measures = {**table.measures, "density": Measure(("candidate",), np.array([0.25, 0.25, 0.5]))}
+    labels = {"candidate": (plain, clusters, SPATIAL)}
+    tables = {**network.tables, "patterns": {"attn": replace(table, measures=measures, labels=labels)}}
+    changed = replace(network, tables=tables)
+    costs = site_costs(changed, "full").costs
+    assert costs["attn"].shared["clusters"] == 0.1 and costs["attn"].shared["ordered"] == 0.01
+
+    def saved(pattern: str, *heads: int) -> float:
+        rules = sparse_rules([HeadPattern("attn", head, pattern, tuple(range(STEPS))) for head in heads])
+        plan = Plan.model_validate(made_plan({"net": changed.timesteps})).model_copy(update={"rules": rules})
+        return planned_saving(plan, "net", changed, costs, range(STEPS))
+
+    for heads in ((0,), (0, 1), (0, 1, 2)):
+        dearer = saved(plain, *heads) - saved(clusters, *heads)
+        assert dearer == pytest.approx(STEPS * (0.01 + 0.1 * len(heads) / HEADS))
+    problem = SearchProblem.from_profile(changed)
+    (site,) = head_candidates(changed, problem, dense(problem), costs, [range(STEPS)])
+    (offered,) = {each.saved for of_head in site.heads for each in of_head if each.choice.candidate == clusters}
+    assert offered - site.paid([]) - site.seconds(needs_of(Sparse(pattern=clusters))) == pytest.approx(
+        saved(clusters, 0)
+    )
 
 
 def with_int8(network: NetworkProfile, seconds: float, error: float = 0.004) -> NetworkProfile:
@@ -222,7 +253,7 @@ def with_int8(network: NetworkProfile, seconds: float, error: float = 0.004) -> 
     patterns = replace(table, measures=measures, labels=labels)
     densities = np.array([timed.labels["density"]], dtype=float)
     shared = timed["shared"].values.copy()
-    shared[0, SHARED.index("int8")] = 0.02
+    shared[0, TIMED.index("int8")] = 0.02
     eight = Measure(("form", "density"), 0.1 + (seconds - 0.1) * densities)
     latency = replace(
         timed, measures={**timed.measures, "int8": eight, "shared": replace(timed["shared"], values=shared)}
@@ -311,7 +342,7 @@ def test_choices_are_rules_with_the_heads_that_share_a_pattern() -> None:
 def test_costs_are_those_that_were_timed_and_others_are_told(network: NetworkProfile) -> None:
     found, told = site_costs(network, "full")
     assert not told
-    assert found["attn"].shared == COST.shared, "what is not there has no price"
+    assert found["attn"].shared == {**COST.shared, "ordered": 0.01, "clusters": 0.1}, "what is not there has no price"
     assert found["attn"].seconds(0.3) == pytest.approx(COST.seconds(0.3)) and found["attn"].dense == COST.dense
     older = {name: each for name, each in network.tables["latency"]["attn"].measures.items() if name != "shared"}
     before = replace(network.tables["latency"]["attn"], measures=older)
