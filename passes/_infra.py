@@ -21,8 +21,16 @@ class Boundary:
 
 
 @dataclass(frozen=True)
+class Component:
+    """A module of a block whose output is a feature: the name of the node that is it, and the block's position."""
+
+    node: str
+    block: int
+
+
+@dataclass(frozen=True)
 class GraphIndex:
-    """Where the features of a captured graph are: edges between blocks, positions of arguments.
+    """Where the features of a captured graph are: edges between blocks, ``components`` by site, positions of arguments.
 
     ``masks`` are names of nodes by attention site: what the model lets its queries attend to. ``timestep`` is the
     position of that input, ``arguments`` are those of all arguments of the call (others are parameters and buffers),
@@ -36,6 +44,7 @@ class GraphIndex:
     timestep: int | None = None
     arguments: frozenset[int] = frozenset()
     written: frozenset[int] = frozenset()
+    components: Mapping[str, Component] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

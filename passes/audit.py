@@ -57,9 +57,10 @@ def audit(
     names = {node.name for node in gm.graph.nodes}
     inputs = {str(node.target) for node in gm.graph.find_nodes(op="placeholder")}
     for wanted in plan.predicted:
-        if wanted.site != STEP and wanted.site not in index.ranges:
+        single = wanted.site == STEP or wanted.site in index.components
+        if not single and wanted.site not in index.ranges:
             raise AuditError(f"{wanted.site}: predicted by the plan, but the graph has no such site")
-        streams = 1 if wanted.site == STEP else len(index.boundaries[index.ranges[wanted.site][1] + 1].streams)
+        streams = 1 if single else len(index.boundaries[index.ranges[wanted.site][1] + 1].streams)
         needed = [
             {factors_name(wanted.site)}
         ]  # of a feature's streams some may be dead, as the prompt's before a predicted last block
@@ -347,11 +348,13 @@ def only_needed_by(gm: fx.GraphModule, index: GraphIndex, site: str, changing: s
     """Names of the captured nodes that must vanish once ``site`` is predicted.
 
     For the step these are all calls; for a block range the calls between its edges that depend on the
-    latents (``changing``).
+    latents (``changing``); for a component the calls that lead to its output and to nothing else.
     """
     calls = [node.name for node in gm.graph.nodes if node.op == "call_function"]
     if site == STEP:
         return tuple(calls)
+    if site in index.components:
+        return _leading_to(gm, index.components[site].node)
     if site not in index.ranges:
         return ()
     first, last = index.ranges[site]
@@ -359,3 +362,13 @@ def only_needed_by(gm: fx.GraphModule, index: GraphIndex, site: str, changing: s
     begin, end = order.index(index.boundaries[first].after), order.index(index.boundaries[last + 1].after)
     inside = set(order[begin + 1 : end + 1])
     return tuple(name for name in calls if name in inside and name in changing)
+
+
+def _leading_to(gm: fx.GraphModule, name: str) -> tuple[str, ...]:
+    """A node, and all calls whose every user leads to it and to nothing else."""
+    found: set[fx.Node] = set()
+    for node in reversed(gm.graph.nodes):
+        leads = node.op == "call_function" and node.users and all(user in found for user in node.users)
+        if node.name == name or leads:
+            found.add(node)
+    return tuple(node.name for node in gm.graph.nodes if node in found)

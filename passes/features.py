@@ -1,8 +1,9 @@
 """The feature of a site in a captured graph: which nodes it is made of, and how to put it back.
 
 A block range's feature is the residual that it adds to the stream (stream out minus stream in, where a
-tensor of the same shape goes in; else the stream out itself). The step's feature is what the forward
-returns. Every rewrite that records or predicts a feature goes through here, so that the two agree.
+tensor of the same shape goes in; else the stream out itself). A component's is what its module hands on,
+the step's what the forward returns. Every rewrite that records or predicts a feature goes through here, so
+that the two agree.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def feature(gm: fx.GraphModule, index: GraphIndex, site: str) -> Feature:
     if site == STEP:
         ends = tuple(node for node in outputs(gm)[: user_outputs(gm)] if node is not None)
         return Feature(site, ends, (None,) * len(ends))
+    if site in index.components:
+        return Feature(site, (find(gm, index.components[site].node),), (None,))
     if site not in index.ranges:
         raise KeyError(site)
     first, last = index.ranges[site]

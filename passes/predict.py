@@ -62,6 +62,8 @@ def predict(gm: fx.GraphModule, plan: StepPlan, index: GraphIndex) -> PassResult
 
 def _position(index: GraphIndex, site: str) -> int:
     """Later blocks are rewritten first, so that a block still finds the end of the one before, to be replaced next."""
+    if site in index.components:
+        return index.components[site].block
     return index.ranges.get(site, (-1, -1))[0]
 
 
@@ -82,7 +84,9 @@ def _latents_term(gm: fx.GraphModule, position: int, end: fx.Node) -> fx.Node:
 
 
 def _after_edge(gm: fx.GraphModule, index: GraphIndex, site: str) -> fx.Node:
-    """The first node behind the end of a block range."""
+    """The first node behind the end of a block range, or behind a component's output."""
+    if site in index.components:
+        return find(gm, index.components[site].node).next
     return find(gm, index.boundaries[index.ranges[site][1] + 1].after).next
 
 

@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cost_models": DATA,
     "passes": (*DATA, "_torch", "kernels.ops"),
     "search": (*DATA, "cost_models"),
-    "runtime": (*DATA, "_torch", "kernels", "cost_models", "passes", "trace", "search.predictors"),
+    "runtime": (*DATA, "_torch", "kernels", "cost_models", "passes", "trace", "components", "search.predictors"),
 }
 NO_TORCH = {*DATA, "search"} - {"device"}
 SEARCH_LIBRARIES = {"numpy", "ditopt", *sys.stdlib_module_names}

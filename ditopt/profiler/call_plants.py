@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ditopt.calls import NetworkCalls
+from ditopt.components import SELF, Module, modules
 from ditopt.console import Stage
 from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.candidates import block_for
@@ -23,7 +24,7 @@ from ditopt.passes._infra import tensor_value
 from ditopt.profiler.head_edits import BlockMask, middling, under_blocks, without_head
 from ditopt.profiler.interpret import Collector, CountedCalls, Edit, Moment, Seen, State, Watched, of_branches
 from ditopt.profiler.memory import trim
-from ditopt.profiler.places import SELF, Attention, Module, attentions, modules
+from ditopt.profiler.places import Attention, attentions
 from ditopt.profiler.tried import candidates_of
 from ditopt.runtime.program import Compute
 from ditopt.search.heads import LEFT_OUT, PATTERN

@@ -1,4 +1,4 @@
-"""Where in a captured graph the values are that collectors look at: outputs of modules, products behind attention."""
+"""Where in a captured graph the values are that collectors look at: attention, and products behind it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from ditopt._torch import module_stack
 from ditopt.passes.flops import PRODUCTS
 from ditopt.sites import AttentionSite, LinearSite
 from ditopt.trace import Trace, block_of, seen_through
 
-SELF, CROSS, MLP, BLOCK, RANGE, STEP_KIND = "self", "cross", "mlp", "block", "range", "step"
-"""Kinds of features."""
+BLOCK, RANGE, STEP_KIND = "block", "range", "step"
+"""Kinds of features beside components."""
 
 aten = torch.ops.aten
 PASSING = {
@@ -60,15 +59,6 @@ class Attention:
     column: int = 0
 
 
-@dataclass(frozen=True)
-class Module:
-    """A module inside a block whose one output is a feature: ``node`` is that output."""
-
-    site: str
-    kind: str
-    node: fx.Node
-
-
 def attentions(trace: Trace) -> tuple[Attention, ...]:
     """The attention sites of the stack of blocks, in order of execution."""
     changing = trace.changing()
@@ -87,38 +77,6 @@ def attentions(trace: Trace) -> tuple[Attention, ...]:
             found.append(Attention(site, node, cross, None, None, (0, site.queries)))
         else:
             found.append(Attention(site, node, cross, product.node, product.weight, product.rows, product.column))
-    return tuple(found)
-
-
-def modules(trace: Trace) -> tuple[Module, ...]:
-    """The attention modules and MLPs of the blocks, by module path.
-
-    An MLP is a block's direct child with two products or more and no attention in it. A module that hands on more than
-    one value has no feature here.
-    """
-    attention = {entry.node: entry.cross for entry in attentions(trace)}
-    owners: dict[str, str] = {}
-    products: dict[str, int] = {}
-    changing = trace.changing()
-    for node in trace.gm.graph.nodes:
-        block = block_of(node)
-        if block not in trace.blocks or node not in changing:
-            continue
-        child = _child(node, block)
-        if child is None:
-            continue
-        if node in attention:
-            owners[child] = CROSS if attention[node] else SELF
-        elif node.target in PRODUCTS:
-            products[child] = products.get(child, 0) + 1
-    kinds = {child: owners.get(child, MLP) for child in {**owners, **products}}
-    kinds = {child: kind for child, kind in kinds.items() if child in owners or products[child] > 1}
-    order = [child for child in _in_order(trace) if child in kinds]
-    found = []
-    for child in order:
-        handed_on = _outputs(trace, child)
-        if len(handed_on) == 1:
-            found.append(Module(child, kinds[child], handed_on[0]))
     return tuple(found)
 
 
@@ -237,40 +195,3 @@ def _columns_before(cat: fx.Node, at: fx.Node) -> int | None:
         return 0
     before = parts[: parts.index(at)]
     return sum(int(part.meta["val"].shape[-1]) for part in before if isinstance(part, fx.Node))
-
-
-def _child(node: fx.Node, block: str) -> str | None:
-    """The direct child of a block that a node belongs to: ``blocks.3.ffn`` for ``blocks.3.ffn.net.0.proj``."""
-    deepest = module_stack(node)[-1]
-    if not deepest.startswith(f"{block}."):
-        return None
-    return f"{block}.{deepest.removeprefix(f'{block}.').split('.')[0]}"
-
-
-def _in_order(trace: Trace) -> list[str]:
-    seen: dict[str, None] = {}
-    for node in trace.gm.graph.nodes:
-        block = block_of(node) if node.op == "call_function" else None
-        child = _child(node, block) if block is not None else None
-        if child is not None:
-            seen[child] = None
-    return list(seen)
-
-
-def _outputs(trace: Trace, child: str) -> list[fx.Node]:
-    """The values, changing with the latents, that a module's nodes hand to nodes outside of it."""
-    changing = trace.changing()
-    inside = {
-        node
-        for node in trace.gm.graph.nodes
-        if node.op == "call_function" and node in changing and _belongs(node, child)
-    }
-    return [
-        node
-        for node in inside
-        if isinstance(node.meta.get("val"), Tensor) and any(user not in inside for user in node.users)
-    ]
-
-
-def _belongs(node: fx.Node, child: str) -> bool:
-    return any(path == child or path.startswith(f"{child}.") for path in module_stack(node))

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditopt.components import Module
 from ditopt.kernels.patterns.registry import pattern_from_data
 from ditopt.profile import NetworkProfile
 from ditopt.profiler.call_plants import Keeper, noisy
 from ditopt.profiler.head_edits import BlockMask, middling, under_blocks
 from ditopt.profiler.interpret import CountedCalls, Watched, of_branches
 from ditopt.profiler.memory import trim
-from ditopt.profiler.places import Module, attentions
+from ditopt.profiler.places import attentions
 from ditopt.profiler.tried import candidates_of
 from ditopt.runtime.program import Compute, copied
 from ditopt.search.heads import HeadPattern, is_measured

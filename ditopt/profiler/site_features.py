@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, fx
 
 from ditopt.calls import NetworkCalls
+from ditopt.components import modules
 from ditopt.errors import InputError
 from ditopt.measures import PROMPT, Measure, Numbers, Table
 from ditopt.passes._infra import tensor_value
 from ditopt.passes.features import feature
 from ditopt.profiler.drawn import Centred, centred, coordinates, drawn_tokens, fitted, relative_error
 from ditopt.profiler.interpret import Collector, Seen
-from ditopt.profiler.places import BLOCK, RANGE, STEP_KIND, attentions, modules
+from ditopt.profiler.places import BLOCK, RANGE, STEP_KIND, attentions
 from ditopt.profiler.ranges import candidate_spans
 from ditopt.profiler.rows import anchor_steps
 from ditopt.sites import STEP, range_name

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ditopt.calls import NetworkCalls
+from ditopt.components import modules
 from ditopt.console import Reporter, Stage
 from ditopt.errors import InputError
 from ditopt.measure import Evaluator
@@ -26,7 +27,7 @@ from ditopt.profiler.call_plants import CallPlants, anchor_steps_of, chosen_modu
 from ditopt.profiler.checkpoint import Checkpoints
 from ditopt.profiler.kept_tables import HEADER, from_tensors, to_tensors
 from ditopt.profiler.observe import Pair, answered, observed
-from ditopt.profiler.places import attentions, modules
+from ditopt.profiler.places import attentions
 from ditopt.profiler.rollout_plants import STARTS, HeadsPlant, Plant, RolloutPlant, masks_of, plants, third_of_heads
 from ditopt.profiler.run import whole_program
 from ditopt.profiler.sensitivity import Tape

@@ -181,7 +181,8 @@ class Program:
         """
         ranges, partial = self.variants.trace.ranges(), self.network in plan.breaks
         sites = AttentionSites(places_of(self.variants.trace), self.find_geometry, self.on_mismatch == "retarget")
-        return bind(plan, self.network, ranges, partial=partial, attention=sites)
+        components = {} if partial else self.variants.components
+        return bind(plan, self.network, ranges, partial=partial, attention=sites, components=components)
 
     def compile(self) -> None:
         """Compile every variant that the plan needs."""

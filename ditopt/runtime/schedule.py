@@ -13,10 +13,11 @@ from torch import Tensor
 from ditopt._torch import real_tensors
 from ditopt.decisions import Dense, FeatureDecision, Fit, Forecast, Hoist, Predictor
 from ditopt.errors import PlanMismatchError
-from ditopt.passes._infra import Prediction, StepPlan
+from ditopt.passes._infra import Component, Prediction, StepPlan
 from ditopt.passes.kept import kept_slots
 from ditopt.plan import Plan, Rule, format_steps
 from ditopt.runtime.kept import KeptRead
+from ditopt.runtime.nesting import Nesting
 from ditopt.runtime.sparse import AttentionSites, SparseStep
 from ditopt.search.predictors import predictor_coefficients, second_order_factors, step_positions
 from ditopt.sites import STEP, range_name
@@ -125,22 +126,23 @@ def bind(
     *,
     partial: bool = False,
     attention: AttentionSites | None = None,
+    components: Mapping[str, Component] | None = None,
 ) -> BoundPlan:
     """Resolve a plan's rules for ``network``, whose block ranges (first, last) are ``ranges``.
 
     ``partial``: the ranges are those of one graph of several, so that rules may name sites of the others; ``attention``
-    is what its rules for heads may name.
+    is what its rules for heads may name, ``components`` are what rules may name of a block.
 
     Raises:
         PlanMismatchError: a rule names a site, head, pattern or step that is not there, or a step is predicted
             before enough of its history has been computed.
     """
-    attention = attention or AttentionSites()
+    attention, nesting = attention or AttentionSites(), Nesting(ranges, components or {})
     if network not in plan.sampler.timesteps:
         raise PlanMismatchError(f"plan is for networks {sorted(plan.sampler.timesteps)}, not for {network!r}")
     total = len(plan.sampler.timesteps[network])
     times = plan.sampler.sigmas[network]
-    known = set(ranges) if partial else {STEP, *ranges}
+    known = set(ranges) if partial else nesting.sites
     rules = [rule for rule in plan.rules if fnmatchcase(network, rule.network)]
     if partial and any(isinstance(rule.do, Hoist) for rule in rules):
         raise PlanMismatchError(
@@ -179,7 +181,7 @@ def bind(
         raise PlanMismatchError(f"plan has rules for steps {format_steps(late)}, its schedule has steps 0-{total - 1}")
     sites = _sites_in_use(plan, network, total, known)
     table = [plan.decisions(t, sites, network) for t in range(total)]
-    predicted = [_active(decisions, ranges) for decisions in table]
+    predicted = [nesting.active(decisions) for decisions in table]
     whole = [plan.decisions(t, [STEP], network)[STEP] for t in range(total)]
     finer = _second_order(whole, predicted, times)
     used = tuple(site for site in sites if any(site in step for step in predicted) or (site == STEP and any(finer)))
@@ -204,7 +206,7 @@ def bind(
                 BoundPrediction(site, decision, sources, tuple(predictor_coefficients(decision, times, t, sources)))
             )
         bound.append(tuple(found))
-        for site in _recorded(used, active, ranges):
+        for site in nesting.recorded(used, active):
             history[site].insert(0, t)
     forms = [_form(decision) for decision in whole]
     computed = [form for form, active in zip(forms, predicted, strict=True) if STEP not in active]
@@ -220,13 +222,14 @@ def bind(
     refused: str | None = None
     notes: tuple[str, ...] = ()
     try:
+        _check_heads_of(nesting, plan, network, predicted, attention)
         with real_tensors():
             lists, notes = attention.steps(
-                plan, network, lambda t, block: any(_inside(block, site, ranges) for site in predicted[t])
+                plan, network, lambda t, block: any(nesting.inside(block, site) for site in predicted[t])
             )
     except PlanMismatchError as error:  # calls that the plan is not for may run all the same
         refused = str(error)
-    steps = _with_liveness(bound, used, ranges, forms, finer)
+    steps = _with_liveness(bound, [nesting.recorded(used, active) for active in predicted], forms, finer)
     steps = tuple(
         replace(step, variant=replace(step.variant, hoist=rows)) if t in hoisted and STEP not in predicted[t] else step
         for t, step in enumerate(steps)
@@ -240,11 +243,6 @@ def _only_for_heads(rule: Rule, attention: AttentionSites) -> bool:
     """Whether a rule says nothing of steps and blocks, or nothing but that attention sites are dense."""
     dense = isinstance(rule.do, Dense) and rule.do.is_plain
     return rule.for_heads or (dense and any(rule.names(name) for name in attention.places))
-
-
-def _inside(block: str | None, site: str, ranges: Mapping[str, tuple[int, int]]) -> bool:
-    """Whether what is in a block (None: in none) is not computed where ``site`` is predicted."""
-    return site == STEP or (block is not None and block in ranges and overlap(ranges[block], ranges[site]))
 
 
 def _with_lists(steps: Sequence[BoundStep], lists: Sequence[SparseStep]) -> tuple[BoundStep, ...]:
@@ -304,16 +302,15 @@ def _second_order(
 
 def _with_liveness(
     bound: Sequence[tuple[BoundPrediction, ...]],
-    used: tuple[str, ...],
-    ranges: Mapping[str, tuple[int, int]],
+    computed: Sequence[tuple[str, ...]],
     forms: Sequence[StepPlan],
     finer: Sequence[BoundSecondOrder | None],
 ) -> tuple[BoundStep, ...]:
     steps: list[BoundStep] = []
     live: frozenset[tuple[str, int]] = frozenset()
-    for found, form, combined in zip(reversed(bound), reversed(forms), reversed(finer), strict=True):
-        active = {p.site: p.decision for p in found}
-        predictions, recorded = tuple(p.prediction for p in found), _recorded(used, active, ranges)
+    turned = zip(reversed(bound), reversed(computed), reversed(forms), reversed(finer), strict=True)
+    for found, recorded, form, combined in turned:
+        predictions = tuple(p.prediction for p in found)
         variant = replace(form, predicted=predictions, recorded=recorded, second_order=combined is not None)
         steps.append(BoundStep(found, variant, live, combined))
         live = live | {(p.site, source) for p in found for source in p.sources}
@@ -332,32 +329,23 @@ def _reads(decision: FeatureDecision) -> bool:
     return not isinstance(decision, Dense) or decision.second_order is not None
 
 
-def _active(decisions: Mapping[str, FeatureDecision], ranges: Mapping[str, tuple[int, int]]) -> dict[str, Predictor]:
-    """What is really predicted: a predicted step hides its ranges, a range the ranges inside it."""
-    wanted = {site: decision for site, decision in decisions.items() if not isinstance(decision, Dense)}
-    if STEP in wanted:
-        return {STEP: wanted[STEP]}
-    kept: dict[str, Predictor] = {}
-    for site in sorted(wanted, key=lambda name: ranges[name][0] - ranges[name][1]):
-        if not any(overlap(ranges[site], ranges[other]) for other in kept):
-            kept[site] = wanted[site]
-    return kept
-
-
-def _recorded(
-    used: tuple[str, ...], active: Mapping[str, object], ranges: Mapping[str, tuple[int, int]]
-) -> tuple[str, ...]:
-    """The features that a step computes afresh: none in a predicted step, no range that touches a predicted one."""
-    if STEP in active:
-        return ()
-    return tuple(
-        site for site in used if site == STEP or not any(overlap(ranges[site], ranges[other]) for other in active)
-    )
-
-
-def overlap(one: tuple[int, int], two: tuple[int, int]) -> bool:
-    """Whether two inclusive ranges share a block."""
-    return one[0] <= two[1] and two[0] <= one[1]
+def _check_heads_of(
+    nesting: Nesting,
+    plan: Plan,
+    network: str,
+    predicted: Sequence[Mapping[str, Predictor]],
+    attention: AttentionSites,
+) -> None:
+    """Refuse sparse heads of attention that is not computed, as its module is predicted."""
+    for name in attention.places:
+        owner = nesting.owner(name)
+        told = enumerate(plan.head_decisions(name, network)) if owner is not None else ()
+        both = [step for step, heads in told if heads.any_sparse and owner in predicted[step]]
+        if both:
+            raise PlanMismatchError(
+                f"plan predicts {owner} in steps {format_steps(both)}, in which heads of {name} are sparse: either is "
+                "for other steps"
+            )
 
 
 def _matches_any(pattern: str, names: Collection[str]) -> bool:

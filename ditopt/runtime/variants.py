@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import Tensor, fx
 
@@ -17,7 +18,8 @@ import ditopt.kernels.block_sparse_attention.draft
 import ditopt.kernels.block_sparse_attention.linear
 import ditopt.kernels.flash_attention.cpu  # noqa: F401
 from ditopt._torch import BoxedCallable, fake_mode_of, lower, trace_aten
-from ditopt.passes._infra import GraphIndex, PassManager, StepPlan, outputs
+from ditopt.components import components
+from ditopt.passes._infra import Component, GraphIndex, PassManager, StepPlan, outputs
 from ditopt.passes.audit import audit, only_needed_by
 from ditopt.passes.cast import cast
 from ditopt.passes.cut import bytes_of
@@ -96,7 +98,12 @@ class VariantCache:
     @property
     def index(self) -> GraphIndex:
         """Where features are in the captured graph."""
-        return self.trace.graph_index(self.latents, self.timestep)
+        return replace(self.trace.graph_index(self.latents, self.timestep), components=self.components)
+
+    @cached_property
+    def components(self) -> dict[str, Component]:
+        """The modules of blocks whose output a plan may predict, by site."""
+        return components(self.trace)
 
     def graph(self, plan: StepPlan) -> fx.GraphModule:
         """The rewritten graph of a step's plan, audited, attention still opaque."""

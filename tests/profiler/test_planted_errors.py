@@ -133,8 +133,8 @@ def test_predictions_of_plants_and_their_spread() -> None:
     network = NetworkProfile(
         (4.0, 3.0, 2.0, 1.0), (1.0, 0.75, 0.5, 0.25), (0.25,) * 4, (2.0,) * 4, (1.0,), {"step": gram}
     )
+    from ditopt.components import Module
     from ditopt.measures import Measure
-    from ditopt.profiler.places import Module
 
     growth = Measure(("anchor", "error"), np.array([[1.0, 1.0], [4.0, 4.0]]))
     table = Table({"to_output": growth}, {"anchor": (0, 2), "error": ("noise", "head")})

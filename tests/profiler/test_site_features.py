@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ditopt.calls import NetworkCalls
+from ditopt.components import modules
 from ditopt.errors import InputError
 from ditopt.measures import Numbers
 from ditopt.profiler import site_features
@@ -26,7 +27,6 @@ from ditopt.profiler.drawn import (
     relative_error,
 )
 from ditopt.profiler.interpret import Moment, Seen
-from ditopt.profiler.places import modules
 from ditopt.profiler.ranges import candidate_spans
 from ditopt.profiler.site_features import FeatureTables, features_of
 from ditopt.sites import range_name

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ditopt.calls import NetworkCalls
+from ditopt.components import modules
 from ditopt.measures import Numbers, Table
 from ditopt.passes._infra import outputs
 from ditopt.profiler.interpret import Collector, Seen, WatchedCalls, of_branches
-from ditopt.profiler.places import modules
 from ditopt.trace import Trace
 from tests.trace.models import CASES, Captured, capture, interpreted
 
