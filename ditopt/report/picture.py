@@ -219,6 +219,11 @@ def layer_names(count: int, known: Sequence[str]) -> tuple[str, ...]:
 
 
 def _words(decision: Decision, step: int, combined: bool) -> str:
+    """What is done in a step, with the settings that its symbol leaves out.
+
+    >>> _words(Forecast(order=2, distances="steps", formula="taylor"), 5, False)
+    "forecast of order 2 (Taylor's series from three computed steps), distances in steps"
+    """
     kind = kind_of(decision)
     text = MEANINGS.get(kind, kind)
     if isinstance(decision, Fit):
@@ -226,6 +231,11 @@ def _words(decision: Decision, step: int, combined: bool) -> str:
         sources = ", ".join(map(str, decision.sources.get(step, ())))
         latents = " and the latents" if decision.latents else ""
         text = f"fitted from steps {sources}{latents}, factors {factors}"
+    elif isinstance(decision, Forecast):
+        if decision.formula == "taylor":
+            count = "three" if decision.order == 2 else "two"
+            text = f"forecast of order {decision.order} (Taylor's series from {count} computed steps)"
+        text += ", distances in steps" if decision.distances == "steps" else ""
     elif isinstance(decision, Dense):
         text += ", simplified" if decision.simplify else ""
         if decision.second_order is None or not combined:

@@ -60,7 +60,7 @@ class Eager:
                 if rule.names(name):
                     self.rules[name] = rule.steps, polynomial(rule.steps, order)
         self.held: dict[tuple[int, str], list[tuple[int, Tensor]]] = {}
-        self.computed: dict[int, list[int]] = {}
+        self.touched = False
 
     def __call__(
         self, *, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool
@@ -105,7 +105,7 @@ class Eager:
             self._keep(name, value)
             return value
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
         return lambda: vars(module).pop("forward", None) and None
 
     def _run(self, ranged: Tensor | None, *given: Tensor) -> Tensor:
@@ -114,8 +114,8 @@ class Eager:
         self.touched = False
         seen: list[Tensor] = []
         if ranged is not None:
-            blocks[0].forward = lambda stream, *rest: stream + ranged  # type: ignore[method-assign]
-            blocks[1].forward = lambda stream, *rest: stream  # type: ignore[method-assign]
+            blocks[0].forward = lambda stream, *rest: stream + ranged
+            blocks[1].forward = lambda stream, *rest: stream
         hooks = [blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))]
         hooks += [blocks[1].register_forward_hook(lambda _, inputs, output: seen.append(output))]
         try:
@@ -220,7 +220,7 @@ def test_names_that_are_not_there_are_refused(traced: Traced) -> None:
 
 
 def test_heads_are_not_sparse_where_their_module_is_predicted(traced: Traced) -> None:
-    sparse = Sparse(pattern='{"pattern": "skip"}')  # type: ignore[arg-type]  # as plans write it
+    sparse = Sparse(pattern='{"pattern": "skip"}')
     reuse = Rule(sites="blocks.1.attn1", steps=(2, 3), do=Reuse())
     program = bound(traced, reuse, Rule(sites="blocks.1.attn1", steps=(3, 5), do=sparse))
     assert program.bound is not None and program.bound.refused is not None
