@@ -81,7 +81,9 @@ def draw_plan(rng: np.random.Generator, problem: SearchProblem, network: Network
         steps = tuple(step for step in draft.kept if step >= start)
         for site, table in network.tables["patterns"].items():
             written = {label: json.loads(str(label)) for label in table.labels.get("candidate", ())}
-            plain = {label: each["pattern"] for label, each in written.items() if not {"rest", "order"} & each.keys()}
+            plain = {
+                label: each["pattern"] for label, each in written.items() if not {"rest", "order", "qk"} & each.keys()
+            }
             labels = [label for label, pattern in plain.items() if pattern not in ("draft", "listed")]
             if len(labels) < 2 or not steps:  # masks are in raster order, have no rest and are not found in calls
                 continue

@@ -6,7 +6,7 @@ import operator
 
 from torch import fx
 
-from ditopt.kernels.ops import DRAFT_LISTS, FIRST_ORDER_ON_GPU, SETTINGS
+from ditopt.kernels.ops import DRAFT_LISTS, FIRST_ORDER_ON_GPU, SETTINGS, int8_refusal
 from ditopt.passes._infra import tensor_value
 
 
@@ -50,6 +50,12 @@ def first_order_refusal(node: fx.Node) -> str | None:
     """Why no kernel does so to first order; None if one does."""
     device = tensor_value(node.args[0]).device.type  # type: ignore[arg-type]  # a node
     return rest_refusal(node) or (None if device == "cpu" else FIRST_ORDER_ON_GPU)
+
+
+def int8_scores_refusal(node: fx.Node) -> str | None:
+    """Why no kernel gives an attention call int8 scores; None if one does."""
+    device = tensor_value(node.args[0]).device  # type: ignore[arg-type]  # a node
+    return special_but_mask(node) or int8_refusal(device)
 
 
 def rest_of(node: fx.Node) -> tuple[object, object, object, object]:

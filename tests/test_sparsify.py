@@ -57,6 +57,7 @@ def measured_as(patch: pytest.MonkeyPatch, in_turn: tuple[float, float]) -> None
         for table in tables.values():
             table["dense"].values[:] = 1.0
             table["sparse"].values[:] = table.labels["density"]
+            table["int8"].values[:] = 0.02 + 0.6 * table["sparse"].values
         return tables, reasons
 
     patch.setattr("ditopt.profiler.detail.attention_latency", latency)

@@ -20,7 +20,7 @@ from ditopt.calls import NetworkCalls
 from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.orders import TokenOrder
 from ditopt.measures import Label, Measure, Numbers, Table
-from ditopt.passes.attention import rest_refusal
+from ditopt.passes.attention import int8_scores_refusal, rest_refusal
 from ditopt.profiled_tensors import LINEAR_AXES
 from ditopt.profiler.draft_blocks import KEPT_BYTES
 from ditopt.profiler.interpret import Seen
@@ -155,7 +155,8 @@ class PatternCollector(RowReader):
     Listed patterns are chosen by the earlier prompts' sums of attention (``before``, the tables of each site), so under
     the first prompt they have no error; what this prompt adds to the sums is among the measures (``listed_blocks``).
     Candidates with a ``rest`` have the blocks that they skip by means of their keys and values; their ``density`` has
-    one pair of a query and a group for each group of the sequence more. Those with a ``refresh`` have in a step what
+    one pair of a query and a group for each group of the sequence more. Those with ``qk: int8`` (``int8_errors``) have
+    the density of the same pattern without. Those with a ``refresh`` have in a step what
     they found in the last one that is a multiple of it, as a run that starts in the first step has. Those whose rest is
     kept from an earlier step (``kept_errors``) have as ``density`` the mean over a dense step and those up to the next.
     ``linear``: rests of linear attention are fitted to earlier prompts, too.
@@ -207,6 +208,8 @@ class PatternCollector(RowReader):
             held = max((each.held for each in site.tried.values()), default=0)
             if held > KEPT_BYTES:
                 self.skip(f"{name}: {held >> 20} MiB of blocks to keep between steps; no draft with a refresh is tried")
+            if site.tried and not site.place.int8:
+                self.skip(f"{name}: {int8_scores_refusal(entry.node)}; no pattern is tried with int8 scores")
             if site.tried and not site.place.pool:
                 self.skip(f"{name}: {rest_refusal(entry.node)}; no pattern is tried with means of what it skips")
         self.wanted = frozenset({*self.rows.places, *self._behind})

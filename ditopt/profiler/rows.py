@@ -19,12 +19,13 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from ditopt.geometry import Geometry
+from ditopt.kernels.block_sparse_attention.int8 import Int8Keys, quantised_keys, scores_of
 from ditopt.kernels.block_sparse_attention.pooled import moments
 from ditopt.kernels.ops import SETTINGS, mask_mismatch
 from ditopt.kernels.patterns.candidates import block_for
 from ditopt.kernels.patterns.choice import LEAST_POOL
 from ditopt.kernels.patterns.orders import TokenOrder, compact_order
-from ditopt.passes.attention import rest_refusal, special
+from ditopt.passes.attention import int8_scores_refusal, rest_refusal, special
 from ditopt.profiler.interpret import Collector, Moment, Seen, of_branches
 from ditopt.profiler.places import Attention, attentions
 from ditopt.profiler.sample import Sample, sample_rows
@@ -90,8 +91,17 @@ class Operands:
 
     def scores(self, index: int, head: int, rows: Tensor, keys: Tensor) -> Tensor:
         """``[r, Lp]`` float32: scaled and masked scores; ``keys`` ``[Lp, D]`` are the head's, filled up behind."""
+        return self.masked((self.query[index, head, rows].float() * self.scale) @ keys.T, index, head, rows)
+
+    def int8_scores(self, index: int, head: int, rows: Tensor, keys: Int8Keys, key_block: int, length: int) -> Tensor:
+        """``[r, length]`` float32: as ``scores``, of the head's keys as int8, in blocks of so many tokens."""
+        queries = self.query[index, head, rows].float()
+        found = scores_of(queries[None, None], keys, key_block)[0, 0].mul_(self.scale)
+        return self.masked(F.pad(found, (0, length - found.shape[1])), index, head, rows)
+
+    def masked(self, found: Tensor, index: int, head: int, rows: Tensor) -> Tensor:
+        """Scaled scores ``[r, Lp]`` of some rows, and ``HIDDEN`` where keys are hidden or none; they are changed."""
         length = int(self.key.shape[-2])
-        found = (self.query[index, head, rows].float() * self.scale) @ keys.T
         if self.mask is not None:
             mask = self.mask_rows(index, head, rows)
             if mask.dtype == torch.bool:
@@ -142,7 +152,8 @@ class Place:
 
     ``geometry`` is that of its tokens, None where queries or keys are others; ``video`` the first and past the last
     query that is no text. Blocks of keys have ``key_block`` tokens; where they can count by means, too, these are of
-    ``pool`` tokens, else that is 0. Rows, blocks and means are of tokens in an ``order``; None: raster.
+    ``pool`` tokens, else that is 0. Rows, blocks and means are of tokens in an ``order``; None: raster. ``int8``: there
+    is a kernel with int8 scores for it.
     """
 
     entry: Attention
@@ -152,6 +163,7 @@ class Place:
     video: tuple[int, int]
     pool: int = 0
     order: TokenOrder | None = None
+    int8: bool = False
 
     @property
     def sequence(self) -> Tensor | None:
@@ -192,7 +204,8 @@ def place_of(entry: Attention, geometry: Geometry | None) -> Place:
     block = block_for(site.queries)
     keys = block if site.queries == site.keys else max(1, -(-site.keys // 128))
     pool = pool_size(block) if fits is not None and rest_refusal(entry.node) is None else 0
-    return Place(entry, fits, sample_rows(site.queries, block), keys, video, pool)
+    int8 = fits is not None and int8_scores_refusal(entry.node) is None
+    return Place(entry, fits, sample_rows(site.queries, block), keys, video, pool, int8=int8)
 
 
 def ordered(place: Place) -> Place | None:
@@ -224,6 +237,7 @@ class Part:
     keys ``[r, Kb]``; ``sums`` of probabilities times values, and times 1 behind them, ``[Kb, r, E + 1]``, if some
     reader asked for them; and ``pooled`` the same, had the mean of each group of the place's ``pool`` tokens its
     probability times its tokens. ``linear`` ``[r, E]`` is what a rest to first order adds, were all mass in it.
+    ``int8`` is as ``sums``, of int8 scores, over the exact ones' sum: so its mass is 1 but for rounding.
     """
 
     step: int
@@ -238,6 +252,7 @@ class Part:
     sums: Tensor | None
     pooled: Tensor | None = None
     linear: Tensor | None = None
+    int8: Tensor | None = None
 
 
 class Reads(Enum):
@@ -333,7 +348,9 @@ def parts(place: Place, operands: Operands, step: int, branch: int, index: int, 
         keys = F.pad(operands.key[index, group].float(), (0, 0, 0, fill))
         ones = F.pad(operands.value[index, group].float(), (0, 1), value=1.0) if values else None
         by_block = F.pad(ones, (0, 0, 0, fill)).view(blocks, place.key_block, -1) if ones is not None else None
-        means = of_head = None
+        means = of_head = eight = None
+        if by_block is not None and place.int8:
+            eight = quantised_keys(operands.key[index, group][None, None], place.key_block)
         if by_block is not None and place.pool:
             means = _means(keys, by_block, length, place.pool)
             of_head = moments(keys[:length], operands.value[index, group].float(), place.pool)
@@ -347,11 +364,16 @@ def parts(place: Place, operands: Operands, step: int, branch: int, index: int, 
             split = found.view(-1, blocks, place.key_block)
             sums = torch.bmm(split.transpose(0, 1), by_block) if by_block is not None else None
             mass = sums[..., -1].T if sums is not None else split.sum(-1)
-            pooled = linear = None
+            pooled = linear = int8 = None
+            if eight is not None and by_block is not None:
+                rounded = operands.int8_scores(index, head, rows[where], eight, place.key_block, length + fill)
+                shares = rounded.sub_(lse[:, None]).exp_().view(-1, blocks, place.key_block)
+                int8 = torch.bmm(shares.transpose(0, 1), by_block)
             if means is not None and of_head is not None:
                 queries = operands.query[index, head, rows[where]].float() * operands.scale
                 pooled, linear = _pooled_sums(queries, lse, *means), queries @ of_head
-            yield Part(step, branch, head, slice(first, last), where, found, lse, entropy, mass, sums, pooled, linear)
+            at = step, branch, head, slice(first, last), where
+            yield Part(*at, found, lse, entropy, mass, sums, pooled, linear, int8)
 
 
 def _means(keys: Tensor, by_block: Tensor, length: int, pool: int) -> tuple[Tensor, Tensor, Tensor]:

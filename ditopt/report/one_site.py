@@ -134,11 +134,13 @@ def _patterns(table: Table) -> Iterable[RenderableType]:
     if "error" in table.measures:
         errors, density = candidate_errors(table), table["density"].values
         uppers = upper(table["error"], "head", "candidate")
-        order = np.argsort(np.nan_to_num(errors.mean(0), nan=np.inf), kind="stable")[:SHOWN_CANDIDATES]
+        names = list(map(str, table.labels["candidate"]))
+        order = np.argsort(np.nan_to_num(errors.mean(0), nan=np.inf), kind="stable")
+        order = np.array([at for at in order if '"qk"' not in names[at]], dtype=int)[:SHOWN_CANDIDATES]
         heads = [f"head {head}" for head in range(len(errors))]
         grid = _grid("pattern", "work", *heads)
         for i in order:
-            name = candidate_name(table.labels["candidate"][i])
+            name = candidate_name(names[i])
             _row(grid, name, f"{density[i]:.0%}", *map(with_upper, errors[:, i], uppers[:, i]))
         yield _titled(f"error of patterns, the least on average first{EXCEEDED}", grid)
     if "reuse" in table.measures:

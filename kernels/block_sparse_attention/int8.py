@@ -66,12 +66,16 @@ def quantised_keys(key: Tensor, key_block: int) -> Int8Keys:
 
 def int8_scores(query: Tensor, key: Tensor, key_block: int) -> Tensor:
     """``[B, H, S, D]``, ``[B, Hkv, L, D]`` -> ``[B, H, S, L]``: ``q . k`` as int8 gives it, in the queries' dtype."""
-    group, keys = query.shape[1] // key.shape[1], key.shape[2]
-    found = quantised_keys(key, key_block)
+    return scores_of(query, quantised_keys(key, key_block), key_block)
+
+
+def scores_of(query: Tensor, keys: Int8Keys, key_block: int) -> Tensor:
+    """``[B, H, S, D]`` and keys in blocks of so many tokens -> ``[B, H, S, L]``: ``int8_scores``."""
+    group, length = query.shape[1] // keys.numbers.shape[1], keys.numbers.shape[2]
     numbers, scales = quantised(query[..., None, :])
-    of_keys = found.scales.repeat_interleave(key_block, dim=-1)[..., :keys].repeat_interleave(group, dim=1)
-    products = numbers[..., 0, :].to(query) @ found.numbers.repeat_interleave(group, dim=1).to(query).transpose(-2, -1)
-    shift = query @ found.mean.repeat_interleave(group, dim=1).to(query)[..., None]
+    of_keys = keys.scales.repeat_interleave(key_block, dim=-1)[..., :length].repeat_interleave(group, dim=1)
+    products = numbers[..., 0, :].to(query) @ keys.numbers.repeat_interleave(group, dim=1).to(query).transpose(-2, -1)
+    shift = query @ keys.mean.repeat_interleave(group, dim=1).to(query)[..., None]
     return products * scales.to(query)[..., None] * of_keys.to(query)[:, :, None] + shift
 
 

@@ -38,7 +38,7 @@ BEHIND = Geometry(2, 5, 4, text=5)
 def dynamic(table: Table) -> dict[str, int]:
     """Where the drafts in raster order and without a rest stand among a table's candidates."""
     found = {str(name): (at, json.loads(str(name))) for at, name in enumerate(table.labels["candidate"])}
-    plain = {name: at for name, (at, each) in found.items() if not {"rest", "order"} & each.keys()}
+    plain = {name: at for name, (at, each) in found.items() if not {"rest", "order", "qk"} & each.keys()}
     return {name: at for name, at in plain.items() if json.loads(name)["pattern"] in DYNAMIC}
 
 

@@ -58,7 +58,8 @@ def attention_sums(inputs: list[Tensor], heads: tuple[int, int], block: int, ord
 
 
 def listed(table: Table) -> dict[str, int]:
-    return {str(name): at for at, name in enumerate(table.labels["candidate"]) if BlockMaps.text_of(str(name))}
+    names = {str(name): at for at, name in enumerate(table.labels["candidate"])}
+    return {name: at for name, at in names.items() if BlockMaps.text_of(name) and "qk" not in json.loads(name)}
 
 
 @pytest.mark.parametrize(("geometry", "heads"), [(LINE, (2, 2)), (BEFORE, (4, 2))])

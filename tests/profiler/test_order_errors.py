@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ditopt._torch import has_byte_dot_products
 from ditopt.decisions import Sparse, pattern_text
 from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.candidates import block_for, candidates
@@ -34,9 +35,13 @@ LARGER = Geometry(3, 8, 7)  # blocks of 16, the last one short
 
 
 def in_orders(table: Table) -> dict[str, int]:
-    """Where candidates in another order than raster stand in a table, but those with a kept rest."""
+    """Where candidates in another order than raster stand in a table, but those with a kept rest or int8 scores."""
     names = [str(name) for name in table.labels["candidate"]]
-    return {name: at for at, name in enumerate(names) if "order" in json.loads(name) and "kept" not in name}
+    return {
+        name: at
+        for at, name in enumerate(names)
+        if "order" in json.loads(name) and not ("kept" in name or "qk" in name)
+    }
 
 
 def attention_to_tokens(x: Tensor, heads: tuple[int, int], attended: Tensor) -> Tensor:
@@ -89,12 +94,13 @@ def test_names_are_those_of_decisions_and_nothing_is_told_twice(geometry: Geomet
     captured = planted(operands(geometry.tokens))
     table = PatternCollector(trace_of(captured), steps(1), geometry).tables()[SITE]
     names = [str(name) for name in table.labels["candidate"]]
+    dense = ['{"pattern": "dense", "qk": "int8"}'] if has_byte_dot_products() else []
     choices = [SparseChoice.from_data(Sparse(pattern=name).settings) for name in names]
     assert [pattern_text(choice.to_data()) for choice in choices] == names and len(set(names)) == len(names)
     block = block_for(geometry.tokens)
     fixed = {choice.order for choice in choices if choice.order is None or not choice.order.is_found}
     assert fixed == {None, compact_order(geometry, block)}
-    assert [name for name, choice in zip(names, choices, strict=True) if choice.in_any_order] == [SKIP]
+    assert [name for name, choice in zip(names, choices, strict=True) if choice.in_any_order] == [SKIP, *dense]
 
 
 @pytest.mark.parametrize("geometry", [Geometry(6, 28, 28), Geometry(21, 30, 52), Geometry(1, 32, 32), BEFORE])

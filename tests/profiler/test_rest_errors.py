@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from ditopt.kernels.patterns.registry import DYNAMIC, FROM_FILE, pattern_from_da
 from ditopt.kernels.patterns.whole import Nothing
 from ditopt.measures import Table
 from ditopt.passes.attention import first_order_refusal, rest_refusal
+from ditopt.profiler.moments import compensated_of
 from ditopt.profiler.rows import pool_size
-from ditopt.profiler.tried import compensated_of
 from ditopt.search.heads import SKIP
 from tests.literal_rest import mean_of_outer
 from tests.profiler.attention_rig import operands, planted
@@ -32,32 +33,42 @@ LARGER = Geometry(3, 8, 7)  # blocks of 16, the last one short
 
 
 def rests(table: Table) -> dict[str, int]:
-    """Where candidates in raster order and with a rest by means stand in a table."""
+    """Where candidates in raster order and with a rest by means stand in a table, but those with int8 scores."""
     found = {}
     for at, name in enumerate(map(str, table.labels["candidate"])):
         settings = json.loads(name)
         rest = settings.get("rest")
-        if "order" not in settings and rest not in (None, "linear") and "kept" not in rest:
+        if not {"order", "qk"} & settings.keys() and rest not in (None, "linear") and "kept" not in rest:
             found[name] = at
     return found
 
 
 def with_means(
-    x: Tensor, heads: tuple[int, int], attended: Tensor, block: int, pool: int, first_order: bool = False
+    x: Tensor,
+    heads: tuple[int, int],
+    attended: Tensor,
+    block: int,
+    pool: int,
+    first_order: bool = False,
+    products: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """``[H, S, E]``: attention to the keys of listed blocks ``[H, Qb, Kb]``, and to means of the others' groups."""
+    """``[H, S, E]``: attention to the keys of listed blocks ``[H, Qb, Kb]``, and to means of the others' groups.
+
+    ``products`` of queries and keys ``[S, S]``; None: exact ones.
+    """
     query, key, value = (part[0].double() for part in x[:1].split((heads[0], heads[1], heads[1]), 1))
     out = torch.zeros(heads[0], *value.shape[1:], dtype=torch.float64)
     tokens = key.shape[1]
     for head in range(heads[0]):
         k, v = key[head * heads[1] // heads[0]], value[head * heads[1] // heads[0]]
         linear = query[head] * 8**-0.5 @ mean_of_outer(k, v, pool)
+        of_keys = query[head] @ k.T if products is None else products(query[head], k)
         for row in range(tokens):
             numerators, values, rest = [], [], []
             for first in range(0, tokens, pool):
                 group = slice(first, min(first + pool, tokens))
                 if attended[head, row // block, first // block]:
-                    numerators += torch.exp(k[group] @ query[head, row] * 8**-0.5).tolist()
+                    numerators += torch.exp(of_keys[row, group] * 8**-0.5).tolist()
                     rest += [0.0] * len(v[group])
                     values += list(v[group])
                 else:

@@ -32,7 +32,7 @@ from ditopt.kernels.ops import BLOCK_SPARSE_ATTENTION, DRAFT_LISTS
 from ditopt.kernels.patterns.candidates import candidates
 from ditopt.kernels.patterns.registry import pattern_to_data
 from ditopt.profiler.draft_blocks import drafts_of
-from ditopt.profiler.tried import compensated_of
+from ditopt.profiler.moments import compensated_of
 from ditopt.recipes import RECIPES
 
 TOKENS, BLOCK, DEPTH, WIDTH = 300, 64, 16, 12

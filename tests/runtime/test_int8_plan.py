@@ -16,6 +16,7 @@ from ditopt.geometry import Geometry
 from ditopt.kernels.patterns.choice import SparseChoice
 from ditopt.plan import Plan
 from ditopt.profiler.interpret import Edit
+from tests.literal_int8 import int8_scores
 from tests.runtime.test_sparse import (
     FRAMES,
     TIMES,
@@ -45,22 +46,6 @@ RULES = (
 """Steps 0 and 5 are dense; in the others every site has a head with int8 scores, one of them among other heads."""
 
 
-def rounded(numbers: Tensor, largest: Tensor) -> Tensor:
-    """What numbers of -127 to 127 give back of tokens whose largest is so much."""
-    step = largest / 127
-    shares = numbers / step
-    return torch.trunc(shares + 0.5 * shares.sign()) * step
-
-
-def int8_scores(query: Tensor, key: Tensor) -> Tensor:
-    """``[S, D]``, ``[L, D]`` -> ``[S, L]`` in float64: queries one by one, keys without their mean by blocks."""
-    query, key = query.double(), key.double()
-    mean = key.mean(0)
-    blocks = (key - mean).unflatten(0, (-1, BLOCK))
-    keys = rounded(blocks, blocks.abs().amax((1, 2), keepdim=True)).flatten(0, 1)
-    return rounded(query, query.abs().amax(1, keepdim=True)) @ keys.T + (query @ mean)[:, None]
-
-
 def by_heads(int8: bool) -> Any:
     """Heads as a plan has them, with int8 scores where it says so, or (not ``int8``) nowhere."""
 
@@ -75,7 +60,7 @@ def by_heads(int8: bool) -> Any:
                 kept = torch.from_numpy(choice.pattern.block_map(geometry, BLOCK, BLOCK))  # type: ignore[union-attr]
                 attended = kept.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
                 one, other = query[0, head], key[0, head]
-                whole = int8_scores(one, other) if int8 and choice.qk else one.double() @ other.double().T
+                whole = int8_scores(one, other, BLOCK) if int8 and choice.qk else one.double() @ other.double().T
                 scores = (whole * one.shape[-1] ** -0.5).masked_fill(~attended, -torch.inf)
                 found[0, head] = (scores.softmax(-1) @ values[0, head].double()).to(value.dtype)
             return found
