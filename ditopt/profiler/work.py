@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +22,8 @@ from ditopt.profiler.timing import inputs_for, synchronise
 from ditopt.runtime.program import Program
 
 RUNS = 3
+PROFILER_LOG = "KINETO_LOG_LEVEL"
+"""Below 6 the profiler writes a line of its own for every start and stop, in the midst of the progress bars."""
 ATTENTION_KIND, PRODUCT_KIND, REST = "attention", "linear", "other"
 ATTENTION_OPERATORS = ("scaled_dot_product", "flash_attention", "block_sparse_attention")
 PRODUCT_OPERATORS = ("addmm", "::mm", "::bmm", "linear")
@@ -50,6 +53,7 @@ def variant_work(
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
+    os.environ.setdefault(PROFILER_LOG, "6")
     with profile(activities=activities) as seen:
         for _ in range(RUNS):
             run()
