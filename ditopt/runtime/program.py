@@ -44,6 +44,8 @@ Compute = Callable[[list[Any]], Sequence[Any]]
 Interceptor = Callable[[list[Any], Compute], Sequence[Any]]
 """Stands before a network while it is measured: given a call's arguments and the program, it answers the call."""
 MISMATCH = ("error", "dense", "retarget")
+FACTORS = 256
+"""So many tensors of factors are kept for later steps."""
 WAYS_OUT = (
     're-target the plan (options={"on_mismatch": "retarget"}) or run such calls dense '
     '(options={"on_mismatch": "dense"})'
@@ -482,6 +484,8 @@ class Program:
     def _factors_tensor(self, factors: tuple[float, ...], like: Tensor) -> Tensor:
         found = self._factors.get(factors)
         if found is None or found.device != like.device:
+            if len(self._factors) >= FACTORS:  # schedules that nobody planned have factors of their own
+                self._factors.clear()
             found = self._factors[factors] = torch.tensor(factors, dtype=torch.float32).to(like.device)
         return found
 

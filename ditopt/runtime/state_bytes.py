@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ditopt.passes._infra import outputs
 from ditopt.passes.cut import bytes_of
+from ditopt.passes.features import feature
 from ditopt.runtime.schedule import BoundPlan
 from ditopt.runtime.variants import VariantCache
 
@@ -25,18 +26,27 @@ def slot_bytes(variants: VariantCache, bound: BoundPlan) -> dict[str, int]:
     return found
 
 
-def planned_bytes(variants: VariantCache, bound: BoundPlan) -> int:
-    """The most that one stream (a guidance branch of a generation) holds if all steps run as planned.
+def feature_bytes(variants: VariantCache, site: str) -> int:
+    """Bytes of one feature of ``site``."""
+    return sum(bytes_of(end.meta["val"]) for end in feature(variants.trace.gm, variants.index, site).ends)
 
-    It is that of a step which has made its features and not yet dropped what nobody reads any more.
+
+def planned_bytes(variants: VariantCache, bound: BoundPlan, streams: int = 1) -> int:
+    """The most that a generation holds if all steps run as planned, in ``streams`` (branches called one by one).
+
+    It is that of a step in which one stream has made its features and not yet dropped what nobody reads any more, while
+    the others are behind that step or before it.
     """
-    return _most_held(variants, bound, slot_bytes(variants, bound))
-
-
-def _most_held(variants: VariantCache, bound: BoundPlan, sizes: Mapping[str, int]) -> int:
+    sizes = slot_bytes(variants, bound)
     most, held = 0, frozenset[tuple[str, int]]()
     for number, step in enumerate(bound.steps):
+        before = _total(sizes, held)
         held |= {(name, number) for name, _ in variants.recorded(step.variant)}
-        most = max(most, sum(sizes[name] for name, _ in held))
+        made = _total(sizes, held)
         held &= step.live
+        most = max(most, made + (streams - 1) * max(before, _total(sizes, held)))
     return most
+
+
+def _total(sizes: Mapping[str, int], held: frozenset[tuple[str, int]]) -> int:
+    return sum(sizes[name] for name, _ in held)
