@@ -29,6 +29,7 @@ def optimize(
     techniques: Sequence[str] | None = None,
     recipe: str | None = None,
     max_variants: int = 8,
+    max_state_bytes: int | None = None,
     budget: int | None = None,
     on_mismatch: str = "error",
     resume: bool = True,
@@ -58,6 +59,8 @@ def optimize(
             schedules of the loop are restricted; its own techniques are all that is considered unless ``techniques``
             name more.
         max_variants: the most distinct graphs to compile.
+        max_state_bytes: the most bytes that what is carried from step to step (slots, not what is computed ahead) may
+            take in a generation, its guidance branches together; no plan above it is tried or returned.
         budget: how many plans to try by real rollouts in the first search, a quarter more in each after it; plans that
             compute less than half of the steps count less, down to a third. Default: some minutes' worth, 4 to 16.
             Sparse heads are tried beside that, with up to three further schedules in at most 24 plans.
@@ -88,6 +91,7 @@ def optimize(
         seed=seed,
         techniques=techniques,
         max_variants=max_variants,
+        max_state_bytes=max_state_bytes,
         budget=budget,
         on_mismatch=on_mismatch,
         resume=resume,

@@ -110,6 +110,9 @@ def optimize(
         ),
     ] = None,
     max_variants: Annotated[int, typer.Option(min=1, help="the most distinct graphs to compile")] = 8,
+    max_state_bytes: Annotated[
+        int | None, typer.Option(min=0, help="the most bytes of slots in a generation; default: no limit")
+    ] = None,
     on_mismatch: Annotated[Mismatch, typer.Option(help="what unplanned calls do")] = Mismatch.error,
     resume: Annotated[bool, typer.Option(help="take up an interrupted run")] = True,
     trust_remote_code: Trust = None,
@@ -134,7 +137,8 @@ def optimize(
     run(
         pipe, texts, quality=level, max_rel_error=max_rel_error, min_psnr=min_psnr,
         target_speedup=target_speedup, plan_path=output, pipe_kwargs=settings, seed=seed, techniques=technique or None,
-        recipe=recipe, max_variants=max_variants, budget=budget, on_mismatch=on_mismatch.value, resume=resume,
+        recipe=recipe, max_variants=max_variants, max_state_bytes=max_state_bytes, budget=budget,
+        on_mismatch=on_mismatch.value, resume=resume,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -16,6 +16,8 @@ from ditopt.calls import NetworkCalls
 from ditopt.errors import NonFiniteError
 from ditopt.plan import Plan, Rule
 from ditopt.quality import CAP_DB, Quality, compare
+from ditopt.runtime.state_bytes import feature_bytes, planned_bytes
+from ditopt.sites import STEP
 
 FAILED = Quality(psnr=-CAP_DB, worst_psnr=-CAP_DB, rel_l2=1e6, per_prompt=())
 
@@ -46,6 +48,7 @@ class Evaluator:
 
     ``calls`` are the networks' call patterns; ``paths`` per network the dense paths that predictors are refitted to
     stay on, and ``finer`` what a second-order solver does in place of Euler's method, where the loop has one network.
+    No plan is run whose slots take more than ``max_state_bytes``; ``reasons`` tells of such.
     """
 
     adapter: Adapter
@@ -55,6 +58,51 @@ class Evaluator:
     calls: Mapping[str, NetworkCalls] = field(default_factory=dict)
     paths: dict[str, dict[tuple[str, int], DensePath]] = field(default_factory=dict)
     finer: dict[tuple[str, int], SecondOrder] = field(default_factory=dict)
+    max_state_bytes: int | None = None
+    reasons: list[str] = field(default_factory=list)
+
+    def streams(self, network: str) -> int:
+        """How many streams a generation has in a network: the guidance branches that are called one by one."""
+        calls = self.calls.get(network)
+        return 1 if calls is None or calls.batched else calls.branches
+
+    def features_that_fit(self, network: str, sites: Iterable[str]) -> dict[str, int] | None:
+        """How many features of each of ``sites`` may be held at once; None where there is no limit."""
+        if self.max_state_bytes is None:
+            return None
+        session = self.sessions[network]
+        parts = session.graphs.parts if session.graphs is not None else session.programs
+        found: dict[str, int] = {}
+        for program in parts:
+            has = {STEP, *program.variants.trace.ranges()} if len(parts) == 1 else program.variants.trace.ranges()
+            for site in {*has} & {*sites}:
+                size = self.streams(network) * feature_bytes(program.variants, site)
+                found[site] = self.max_state_bytes // max(size, 1)
+        return found
+
+    def state_bytes(self, rules: Sequence[Rule]) -> int:
+        """The most that the slots of a generation take under ``rules``, by the shapes in the graphs; nothing is run.
+
+        Of several networks, and of several graphs of one, the peaks are added up.
+        """
+        plan = self.template.model_copy(update={"rules": tuple(rules)})
+        if not rules:
+            return 0
+        return sum(
+            planned_bytes(program.variants, program.resolve(plan), self.streams(name))
+            for name, session in self.sessions.items()
+            for program in (session.graphs.parts if session.graphs is not None else session.programs)
+        )
+
+    def fits(self, rules: Sequence[Rule]) -> bool:
+        """Whether the slots of a plan take no more than they may; says so where they do."""
+        if self.max_state_bytes is None or (needed := self.state_bytes(rules)) <= self.max_state_bytes:
+            return True
+        kinds = ", ".join(dict.fromkeys(f"{each.do.kind} of {each.sites}" for each in rules if each.do.kind != "dense"))
+        reason = f"{kinds}: slots of {needed} bytes, more than max_state_bytes={self.max_state_bytes}"
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        return False
 
     def bind(self, rules: Sequence[Rule]) -> Plan:
         """Let all networks run by ``rules`` from now on; returns the plan."""
@@ -89,8 +137,11 @@ class Evaluator:
     def samples(self, rules: Sequence[Rule], pairs: Sequence[tuple[str, int]]) -> tuple[list[Tensor] | None, float]:
         """What ``pairs`` generate under ``rules``, and the mean seconds of a generation.
 
-        None in place of samples where a generation has NaN or infinite values. Compiling does not count.
+        None in place of samples where a generation has NaN or infinite values, and where the plan's slots take more
+        than they may. Compiling does not count.
         """
+        if not self.fits(rules):
+            return None, 0.0
         self.compile(rules)
         found: list[Tensor] | None = None
         began = time.perf_counter()

@@ -12,6 +12,7 @@ from typing import Any
 
 from ditopt.adapters import Adapter, DiffusersAdapter, adapt
 from ditopt.console import Reporter
+from ditopt.errors import InputError
 from ditopt.exact import CUT, Hoisted, Hoisting, ahead_mib
 from ditopt.finish import looks
 from ditopt.guidance import watch_guidance
@@ -59,11 +60,14 @@ class Optimizer:
     resume: bool = True
     quiet: bool = False
     recipe: str | None = None
+    max_state_bytes: int | None = None
 
     def __post_init__(self) -> None:
         self.reporter = Reporter(self.quiet)
         self.timings: dict[str, float] = {}
         self.reasons: list[str] = []
+        if self.max_state_bytes is not None and self.max_state_bytes < 0:
+            raise InputError(f"max_state_bytes={self.max_state_bytes}: give the most bytes that slots may take")
         self.chosen = Techniques.choose(self.techniques, self.recipe)
         self.adapter: Adapter = adapt(self.model, self.rollout, self.pipe_kwargs)
         check_writable(None if self.plan_path is None else Path(self.plan_path))
@@ -97,6 +101,7 @@ class Optimizer:
         except CannotDecideError as error:
             return self._stay_dense(str(error))
         evaluator, calls = prepared.evaluator, prepared.calls
+        evaluator.max_state_bytes = self.max_state_bytes
         if self.target.exact:
             return self._exactly(prepared, held_out)
         facts = {"ranges": self.chosen.ranges, "pairs": [*profiled, *held_out], "tables": TABLES}
@@ -241,7 +246,8 @@ class Optimizer:
                 evaluator.template,
             )
         plan = finished_plan(evaluator.template, found, rows, graphs, len(held_out), search.state_bytes)
-        plan = plan.model_copy(update={"recipe": self.recipe})
+        predicted = {**plan.predicted, "state_mib": round(evaluator.state_bytes(found.rules) / 2**20, 3)}
+        plan = plan.model_copy(update={"recipe": self.recipe, "predicted": predicted})
         self._note_reasons(evaluator)  # what did not apply is told, not dropped
         further: Mapping[str, Any] = {}
         path = Path(self.plan_path) if self.plan_path is not None else None

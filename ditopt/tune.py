@@ -107,6 +107,10 @@ class Tuner:
             sample_norm=self.profile.sample_norm,
             network=self.network if len(self.profile.networks) > 1 else "*",
         )
+        fitting = self.evaluator.features_that_fit(self.network, [plain.site, *plain.ranges])
+        if fitting is not None:
+            plain, told = plain.holding(fitting)
+            self.evaluator.reasons += [f"{self.network}: {each}" for each in told]
         self.problem = simplified(plain, part.seconds)
         if self.recipe is not None and self.recipe.loop is not None:
             self.problem = restricted(self.problem, self.recipe.loop, self.recipe.name)
@@ -409,7 +413,7 @@ class Tuner:
         return self._refits[key]
 
     def _refit(self, steering: Steering, solution: Solution) -> Solution:
-        if steering.variants(solution) > self.max_variants:
+        if steering.variants(solution) > self.max_variants or not self.evaluator.fits(solution.rules):
             return solution
         try:
             refit, samples = steering(solution, self.fixed)

@@ -117,6 +117,9 @@ class VerifiedSearch:
     def __call__(self) -> Found | None:
         """The plan that met the target on the held-out prompts (for speed: the one that came nearest), or None."""
         found = self._searched()
+        if found is not None and not self.evaluator.fits(found.rules):
+            found = None
+        self.reasons += [reason for reason in self.evaluator.reasons if reason not in self.reasons]
         return None if found is None else self._hoist(found)
 
     def _searched(self) -> Found | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -65,6 +65,7 @@ class SearchProblem:
         second_order: share of the second-order formula in computed steps, as ``Dense.second_order``.
         schedules: the sets of computed steps that a recipe allows, whose predicted steps all do alike; None: all sets.
         site: of what "whole steps" are predicted: a recipe may predict a range of blocks in their place.
+        max_history: the most features of ``site`` that predictors may read; None: as many as T allows.
     """
 
     times: tuple[float, ...]
@@ -88,6 +89,7 @@ class SearchProblem:
     second_order: float | None = None
     schedules: tuple[tuple[int, ...], ...] | None = None
     site: str = STEP
+    max_history: int | None = None
 
     def __post_init__(self) -> None:
         """Check the shapes. Raises InputError naming what disagrees."""
@@ -158,6 +160,19 @@ class SearchProblem:
             network=network,
         )
 
+    def holding(self, most: Mapping[str, int]) -> tuple[SearchProblem, tuple[str, ...]]:
+        """The problem where of each site no more features than ``most`` may be held at once, and what was left out."""
+        told = []
+        depth = most.get(self.site, 0)
+        if self.seconds_predicted is not None and depth < 3:
+            told.append(f"{self.site}: of its features {depth} fit into max_state_bytes, so no more are read")
+        none = [name for name in self.ranges if not most.get(name)]
+        if none:
+            told.append(f"{', '.join(none)}: left out, as a feature takes more than max_state_bytes")
+        kept = {name: site for name, site in self.ranges.items() if name not in none}
+        predicted = self.seconds_predicted if depth else None
+        return replace(self, ranges=kept, max_history=depth, seconds_predicted=predicted), tuple(told)
+
     @property
     def steps(self) -> int:
         """T, the number of network evaluations in the dense schedule."""
@@ -178,6 +193,7 @@ class SearchProblem:
         if self.seconds_predicted is None:
             return ()
         depth = 3 if self.steps <= 50 else 2 if self.steps <= 200 else 1
+        depth = depth if self.max_history is None else min(depth, self.max_history)
         return candidates(self.techniques, depth, latents=self.gram.shape[1] == 2 * self.steps)
 
     @cached_property
