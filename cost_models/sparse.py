@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -48,6 +48,16 @@ def shared_seconds(prices: Mapping[str, float], needs: Iterable[Need], steps: in
     return taken
 
 
+def spread(shares: Sequence[float]) -> float:
+    """How unlike the heads' budgets are: their standard deviation over their mean; 0 where all are alike.
+
+    >>> spread([0.5, 0.5]), spread([1.0, 0.0])
+    (0.0, 1.0)
+    """
+    mean = math.fsum(shares) / max(len(shares), 1)
+    return math.sqrt(math.fsum((each - mean) ** 2 for each in shares) / len(shares)) / mean if mean > 0 else 0.0
+
+
 @dataclass(frozen=True)
 class Int8Cost:
     """What heads with int8 scores take in the place of others.
@@ -71,6 +81,7 @@ class SparseCost:
         efficiency: pairs of queries and keys a second beyond that, of those of dense attention.
         shared: what each of ``TIMED`` takes by itself for all heads; what was not timed is left out.
         int8: of heads with int8 scores; None: there are none, or they take as long.
+        per_spread: by what share of it blocks take longer for each unit of the ``spread`` of the heads' densities.
 
     Raises:
         InputError: dense attention takes no time, something else a negative one, or an efficiency is not above 0.
@@ -81,10 +92,11 @@ class SparseCost:
     efficiency: float
     shared: Mapping[str, float] = field(default_factory=dict)
     int8: Int8Cost | None = None
+    per_spread: float = 0.0
 
     def __post_init__(self) -> None:
         eight = Int8Cost(0.0, 1.0) if self.int8 is None else self.int8
-        others = (self.overhead, eight.overhead, *self.shared.values())
+        others = (self.overhead, eight.overhead, self.per_spread, *self.shared.values())
         if not (min(self.dense, self.efficiency, eight.efficiency) > 0 and all(each >= 0 for each in others)):
             raise InputError(f"{self}: dense and efficiency have to be above 0, what else takes time not below")
 
@@ -95,10 +107,12 @@ class SparseCost:
         times: Mapping[float, float],
         shared: Mapping[str, float] | None = None,
         int8: Mapping[float, float] | None = None,
+        uneven: tuple[Sequence[float], float] | None = None,
     ) -> SparseCost:
         """The line of least squares through ``times``: seconds by density (0 to 1) of this site on this machine.
 
-        And the one through ``int8``, of heads that all have int8 scores, if it rises less.
+        And the one through ``int8``, of heads that all have int8 scores, if it rises less. ``uneven``: densities of
+        heads that are not alike, and the seconds that they took.
 
         Raises:
             InputError: fewer than two densities were timed, or seconds do not rise with them.
@@ -113,6 +127,11 @@ class SparseCost:
                 f"block-sparse attention takes no longer at higher densities: {dict(times)}; time it again"
             )
         found = cls(dense, max(0.0, overhead), dense / slope, dict(shared or {}))
+        if uneven is not None and spread(uneven[0]) > 0:
+            densities, seconds = uneven
+            even = found.seconds(math.fsum(densities) / len(densities))
+            longer = (seconds - even) / (even - found.overhead) / spread(densities)
+            found = replace(found, per_spread=max(0.0, longer))
         if not int8:
             return found
         of_int8, at_none = _line(int8)
@@ -129,6 +148,15 @@ class SparseCost:
     def seconds(self, density: float) -> float:
         """What it takes block-sparse; ``density`` is the mean share of blocks that heads attend to, 0 to 1."""
         return self.overhead + self.dense * density / self.efficiency
+
+    def uneven_seconds(self, densities: Sequence[float]) -> float:
+        """What heads of such densities take beyond as many alike that have the same mean.
+
+        >>> SparseCost(1.0, 0.1, 0.5, per_spread=0.25).uneven_seconds([1.0, 0.0])
+        0.25
+        """
+        mean = math.fsum(densities) / max(len(densities), 1)
+        return self.per_spread * spread(densities) * self.dense * mean / self.efficiency
 
     def with_clusters(self, density: float) -> float:
         """The density at which a head takes as long as one with clusters does at this one.

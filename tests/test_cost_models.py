@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from ditopt.cost_models.measured import MeasuredCost
-from ditopt.cost_models.sparse import INT8, OTHERS, Int8Cost, SparseCost, shared_seconds
+from ditopt.cost_models.sparse import INT8, OTHERS, Int8Cost, SparseCost, shared_seconds, spread
 from ditopt.errors import InputError
 from ditopt.sites import STEP
 
@@ -51,6 +52,23 @@ def test_sparse_attention_costs_its_overhead_and_its_share_of_the_pairs() -> Non
     assert (found.overhead, found.efficiency) == pytest.approx((0.1, 0.8))
     assert found.prices == {OTHERS: found.overhead}, "a second call for other blocks"
     assert not found.shared and SparseCost.measured(2.0, times, {"means": 0.2}).shared == {"means": 0.2}
+
+
+def test_budgets_that_are_not_alike_take_what_was_measured_of_them() -> None:
+    cost = SparseCost(dense=2.0, overhead=0.1, efficiency=0.8)
+    times = {density: cost.seconds(density) for density in (0.125, 0.5, 1.0)}
+    budgets = [1.0, 0.1, 0.1, 0.1]
+    assert spread(budgets) == pytest.approx(np.std(budgets) / np.mean(budgets))
+    mean = sum(budgets) / 4
+    found = SparseCost.measured(2.0, times, uneven=(budgets, 1.2 * (cost.seconds(mean) - 0.1) + 0.1))
+    assert found.seconds(mean) + found.uneven_seconds(budgets) == pytest.approx(1.2 * 2.5 * mean + 0.1)
+    assert found.uneven_seconds([0.4] * 4) == 0.0 == found.uneven_seconds([0.0] * 4)
+    half = [0.65, 0.2, 0.2, 0.2]  # of another mean: in proportion to it and to the spread
+    assert found.uneven_seconds(half) == pytest.approx(0.2 * spread(half) / spread(budgets) * 2.5 * np.mean(half))
+    for faster in ((budgets, 0.5 * cost.seconds(mean)), ([0.25] * 4, 9.0), None):
+        assert SparseCost.measured(2.0, times, uneven=faster).per_spread == 0.0
+    with pytest.raises(InputError, match="what else takes time not below"):
+        SparseCost(1.0, 0.0, 1.0, per_spread=-0.1)
 
 
 def test_heads_with_int8_scores_have_a_line_of_their_own() -> None:

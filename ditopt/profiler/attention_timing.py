@@ -38,9 +38,11 @@ from ditopt.passes.sparse import ROUNDS
 from ditopt.profiler.rows import pool_size
 from ditopt.profiler.timing import time_in_turn, timed, warmed
 from ditopt.runtime.sparse import attention_nodes, places_of
+from ditopt.sites import AttentionSite
 from ditopt.trace import Trace
 
 DENSITIES = (0.125, 0.25, 0.5, 1.0)
+UNEVEN = "uneven"
 
 
 def attention_latency(trace: Trace, forms: Sequence[str], per_step: float) -> tuple[dict[str, Table], list[str]]:
@@ -48,12 +50,12 @@ def attention_latency(trace: Trace, forms: Sequence[str], per_step: float) -> tu
 
     ``dense`` ``[form]`` is what attention takes in a step of each of ``forms`` (``form_name``; those that are none are
     passed over); ``sparse`` ``[form, density]`` what block-sparse attention takes whose heads attend to the same share
-    of blocks, ``int8`` the same with int8 scores (NaN: no kernel has them); ``shared`` ``[form, need]`` what finding
-    blocks by each selector, means of what is skipped, their first-order term, merging with a rest that was kept,
-    readying keys for int8 scores, an order of tokens for each head, and finding clusters take by themselves, for all
-    heads (NaN: not there). Operands are drawn: what attention
-    takes does not depend on their values. ``per_step``: calls of the network in a step. Sites of equal shapes are timed
-    once.
+    of blocks, ``uneven`` ``[form]`` what it takes with one dense head among others (NaN: of fewer than three), whose
+    densities are ``budget`` ``[head]``; ``int8`` the same as ``sparse`` with int8 scores (NaN: no kernel has them);
+    ``shared`` ``[form, need]`` what finding blocks by each selector, means of what is skipped, their first-order term,
+    merging with a rest that was kept, readying keys for int8 scores, an order of tokens for each head, and finding
+    clusters take by themselves, for all heads (NaN: not there). Operands are drawn: what attention takes does not
+    depend on their values. ``per_step``: calls of the network in a step. Sites of equal shapes are timed once.
     """
     known: dict[object, dict[str, dict[str, float]]] = {}
     found: dict[str, Table] = {}
@@ -79,7 +81,7 @@ def attention_latency(trace: Trace, forms: Sequence[str], per_step: float) -> tu
                     known[key] = {}
             seconds |= known[key]
         if seconds:
-            found[name] = _table(seconds, per_step, place.site.queries)
+            found[name] = _table(seconds, per_step, place.site)
     return found, list(reasons)
 
 
@@ -107,6 +109,10 @@ def _seconds(node: fx.Node, dtype: str | None, simplify: bool) -> dict[str, floa
         if refused is not None:
             raise ValueError(refused)
         contenders[f"{share:g}"] = partial(_sparse, query, key, value, lists, scale, mask)
+    budgets = uneven_budgets(query.shape[1], query.shape[2], key.shape[2])
+    if budgets is not None:
+        lists = listed(budgets, query.shape[2], key.shape[2]).to(query.device)
+        contenders[UNEVEN] = partial(_sparse, query, key, value, lists, scale, mask)
     contenders |= _shared(query, key, value, scale)
     eight = torch.ones(query.shape[1], dtype=torch.int32, device=query.device)
     for share in DENSITIES if int8_refusal(query.device) is None else ():
@@ -217,25 +223,49 @@ def _sparse(
 
 def even_lists(heads: int, queries: int, keys: int, share: float) -> BlockLists:
     """Lists for all heads alike, of the ``share`` of blocks that lie next to each block of queries."""
+    columns = blocks(keys, kernel_blocks(queries, keys)[1])
+    return listed([max(1, round(share * columns))] * heads, queries, keys)
+
+
+def uneven_budgets(heads: int, queries: int, keys: int) -> list[int] | None:
+    """Blocks of keys of each head, one of which is dense and the others alike: about a quarter of all, or half of few.
+
+    None: of fewer than three heads, or where there are too few blocks to be unlike.
+    """
+    columns = blocks(keys, kernel_blocks(queries, keys)[1])
+    others = round(columns * ((0.25 if heads >= 6 else 0.5) * heads - 1) / max(heads - 1, 1))
+    return [columns, *[others] * (heads - 1)] if heads >= 3 and 0 < others < columns else None
+
+
+def listed(counts: Sequence[int], queries: int, keys: int) -> BlockLists:
+    """Lists of so many blocks of keys for each head, those that lie next to each block of queries."""
     query_block, key_block = kernel_blocks(queries, keys)
     rows, columns = blocks(queries, query_block), blocks(keys, key_block)
-    count = max(1, round(share * columns))
-    firsts = torch.linspace(0, columns - count, rows).round().long()
-    attended = torch.zeros(rows, columns, dtype=torch.bool)
-    attended.scatter_(1, firsts[:, None] + torch.arange(count), True)
-    return BlockLists.from_map(attended.expand(1, heads, -1, -1), query_block, key_block)
+    maps = {}
+    for count in dict.fromkeys(counts):
+        firsts = torch.linspace(0, columns - count, rows).round().long()
+        attended = torch.zeros(rows, columns, dtype=torch.bool)
+        maps[count] = attended.scatter_(1, firsts[:, None] + torch.arange(count), True)
+    return BlockLists.from_map(torch.stack([maps[count] for count in counts])[None], query_block, key_block)
 
 
-def _table(seconds: dict[str, dict[str, float]], per_step: float, queries: int) -> Table:
+def _table(seconds: dict[str, dict[str, float]], per_step: float, site: AttentionSite) -> Table:
+    queries = site.queries
     dense = np.array([of_form["dense"] for of_form in seconds.values()]) * per_step
     sparse = np.array([[of_form[f"{share:g}"] for share in DENSITIES] for of_form in seconds.values()]) * per_step
     int8 = [[of_form.get(f"{INT8} {share:g}", np.nan) for share in DENSITIES] for of_form in seconds.values()]
     shared = np.array([[of_form.get(need, np.nan) for need in TIMED] for of_form in seconds.values()]) * per_step
+    uneven = np.array([of_form.get(UNEVEN, np.nan) for of_form in seconds.values()]) * per_step
+    budgets = uneven_budgets(site.heads, queries, queries) or [0] * site.heads
     measures = {
         "dense": Measure(("form",), dense),
         "sparse": Measure(("form", "density"), sparse),
         "int8": Measure(("form", "density"), np.array(int8) * per_step, True),
         "shared": Measure(("form", "need"), shared, True),
+        UNEVEN: Measure(("form",), uneven, True),
+        "budget": Measure(
+            ("head",), np.array(budgets, dtype=float) / blocks(queries, kernel_blocks(queries, queries)[1])
+        ),
     }
     facts = {"queries": queries, "block_queries": kernel_blocks(queries, queries)[0], "profiled": block_for(queries)}
     return Table(measures, {"form": tuple(seconds), "density": DENSITIES, "need": TIMED}, facts)

@@ -7,13 +7,13 @@ any of its heads needs it. So for every set of such needs the best heads within 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 
 import numpy as np
 
-from ditopt.cost_models.sparse import CLUSTERS, INT8, ORDERED, OTHERS, Need, shared_seconds
+from ditopt.cost_models.sparse import CLUSTERS, INT8, ORDERED, OTHERS, Need, shared_seconds, spread
 from ditopt.decisions import Decision, Sparse
 from ditopt.kept import Use
 from ditopt.measures import Label, Numbers
@@ -119,7 +119,9 @@ class SiteCandidates:
 
     ``lost`` are the seconds of a generation that the block-sparse kernel takes longer than dense attention where every
     head attends to everything; below 0 where it is the faster one. ``prices`` are those of what heads need, by name,
-    in so many ``steps`` in a row (None: of any number). ``alike``: all heads have to do the same.
+    in so many ``steps`` in a row (None: of any number). ``alike``: all heads have to do the same. Of a generation a
+    dense head takes ``of_head`` seconds of the kernel; all blocks take longer by ``per_spread`` for each unit of the
+    ``spread`` of heads' seconds, which is no head's own: it is counted once the choice is made.
     """
 
     heads: tuple[tuple[HeadCandidate, ...], ...]
@@ -127,11 +129,17 @@ class SiteCandidates:
     alike: bool = False
     prices: Mapping[str, float] = field(default_factory=dict)
     steps: int | None = None
+    of_head: float = 0.0
+    per_spread: float = 0.0
 
     def chosen(self, price: float) -> tuple[HeadCandidate, ...]:
         """The candidates of most gain together, one a head at most; none where dense attention is better."""
-        if self.alike:
-            return self._chosen_alike(price)
+        found = self._chosen_alike(price) if self.alike else self._chosen(price)
+        worth = sum(each.gain(price) for each in found) - self.paid(found)
+        return found if worth > 0 or not self.per_spread else ()
+
+    def _chosen(self, price: float) -> tuple[HeadCandidate, ...]:
+        """Without what it takes that budgets of heads are not alike."""
         table = self._table
         if not table.heads:
             return ()
@@ -149,8 +157,19 @@ class SiteCandidates:
         return found if (best[at] > 0).any() else found[:1]
 
     def paid(self, candidates: Iterable[HeadCandidate]) -> float:
-        """Seconds of a generation that some heads cost the site beside lists: the kernel's, and what they need."""
-        return self.lost + self.seconds(union(candidates))
+        """Seconds of a generation that some heads cost the site beside their own lists.
+
+        The kernel's, what they need, and what it takes that their budgets are not alike.
+        """
+        chosen = tuple(candidates)
+        return self.lost + self.seconds(union(chosen)) + self._uneven(chosen)
+
+    def _uneven(self, chosen: Sequence[HeadCandidate]) -> float:
+        if not self.per_spread:
+            return 0.0
+        taken = [self.of_head - each.saved for each in chosen]
+        taken += [self.of_head] * (len(self.heads) - len(taken))
+        return self.per_spread * spread(taken) * sum(taken)
 
     def seconds(self, needs: Needs) -> float:
         """Seconds of a generation that the site takes for what its heads need."""

@@ -75,7 +75,7 @@ def site_costs(network: NetworkProfile, form: str) -> AttentionCosts:
             dense = float(table["dense"].at(form=at).values)
             known = {float(density): each for density, each in times.items()}
             eight = _int8(table, at)
-            found[site] = SparseCost.measured(dense, known, _shared(table, at), eight)
+            found[site] = SparseCost.measured(dense, known, _shared(table, at), eight, _uneven(table, at))
             if eight and found[site].int8 is None:
                 reasons.append(f"{site}: int8 scores take no less time in {form} steps, so no head there has them")
         except InputError as error:
@@ -98,6 +98,14 @@ def _int8(table: Table, at: int) -> dict[float, float]:
     seconds = table["int8"].at(form=at).values.tolist()
     timed = zip(table.labels["density"], seconds, strict=True)
     return {float(density): each for density, each in timed if not math.isnan(each)}
+
+
+def _uneven(table: Table, at: int) -> tuple[list[float], float] | None:
+    """Densities of heads that are not alike and the seconds that they take in a form, where that was timed."""
+    if "uneven" not in table.measures:
+        return None
+    seconds = float(table["uneven"].at(form=at).values)
+    return None if math.isnan(seconds) else (table["budget"].values.tolist(), seconds)
 
 
 def _densities(table: Table, cost: SparseCost) -> dict[Sparse, float]:
@@ -168,7 +176,11 @@ def head_candidates(
                 of_heads.append(tuple(each) if alike else not_worse(each))
             lost = (cost.seconds(1.0) - cost.dense) * len(steps)
             prices = {name: seconds * len(steps) for name, seconds in cost.prices.items()}
-            found.append(SiteCandidates(tuple(of_heads), lost, alike, prices, len(steps)))
+            found.append(
+                SiteCandidates(
+                    tuple(of_heads), lost, alike, prices, len(steps), of_head=of_head, per_spread=cost.per_spread
+                )
+            )
     return tuple(found)
 
 
@@ -279,8 +291,8 @@ def planned_saving(
 ) -> float:
     """Seconds that sparse heads save in ``steps``, which the plan computes; patterns not profiled save nothing.
 
-    What a site computes for its heads is taken off, in the steps in which it does. Heads are dense where they keep a
-    rest.
+    What a site computes for its heads is taken off, in the steps in which it does, and what it takes that their
+    budgets are not alike. Heads are dense where they keep a rest.
     """
     saved = 0.0
     for site, cost in costs.items():
@@ -294,7 +306,8 @@ def planned_saving(
             if decided[step].any_sparse:
                 each = [_density(density, do, use) for do, use in zip(of_heads, used, strict=True)]
                 needs = frozenset[Need]().union(*map(needs_now, of_heads, used))
-                saved += cost.dense - cost.seconds(sum(each) / heads) - shared_seconds(cost.prices, needs)
+                taken = cost.seconds(sum(each) / heads) + cost.uneven_seconds(each)
+                saved += cost.dense - taken - shared_seconds(cost.prices, needs)
     return saved
 
 

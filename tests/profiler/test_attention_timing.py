@@ -7,15 +7,26 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+from torch import fx
 
 from ditopt._torch import has_byte_dot_products
 from ditopt.cost_models.sparse import INT8, TIMED
 from ditopt.kernels.block_sparse_attention.lists import check, check_entries
+from ditopt.kernels.ops import ATTENTION
 from ditopt.measures import Table
 from ditopt.profile import NetworkProfile
-from ditopt.profiler.attention_timing import DENSITIES, attention_latency, even_lists
+from ditopt.profiler.attention_timing import (
+    DENSITIES,
+    _seconds,
+    _table,
+    attention_latency,
+    even_lists,
+    listed,
+    uneven_budgets,
+)
 from ditopt.profiler.take import attention_share
 from ditopt.profiler.timing import Timed
+from ditopt.sites import AttentionSite
 from ditopt.trace import Trace
 from tests.search.test_sparse import with_attention
 from tests.search.toy import Toy
@@ -84,6 +95,36 @@ def test_lists_are_of_the_share_that_is_timed(queries: int, keys: int, share: fl
     assert check(lists, 1, 3, queries) is None and check_entries(lists, keys) is None
     columns = -(-keys // lists.key_block)
     assert torch.equal(lists.counts, torch.full_like(lists.counts, max(1, round(share * columns))))
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "share"), [(8, 4096, 0.25), (24, 4704, 0.25), (4, 1024, 0.5), (3, 1000, 0.5)]
+)
+def test_one_head_is_dense_beside_others_of_the_rest(heads: int, tokens: int, share: float) -> None:
+    budgets = uneven_budgets(heads, tokens, tokens)
+    assert budgets is not None and len(budgets) == heads
+    lists = listed(budgets, tokens, tokens)
+    assert check(lists, 1, heads, tokens) is None and check_entries(lists, tokens) is None
+    columns = -(-tokens // lists.key_block)
+    assert lists.counts[0, 0].tolist() == [columns] * lists.counts.shape[-1] and len(set(budgets[1:])) == 1
+    assert float(lists.counts.double().mean()) / columns == pytest.approx(share, abs=0.5 / columns)
+
+
+@pytest.mark.parametrize(("heads", "tokens"), [(2, 4096), (1, 4096), (8, 8)])
+def test_few_heads_or_blocks_cannot_be_unlike(heads: int, tokens: int) -> None:
+    assert uneven_budgets(heads, tokens, tokens) is None
+
+
+def test_budgets_that_are_not_alike_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ditopt.profiler.attention_timing.time_in_turn", in_order)
+    graph = fx.Graph()
+    operands = [graph.placeholder(name) for name in "qkv"]
+    for each in operands:
+        each.meta["val"] = torch.zeros(1, 4, 256, 16)
+    seconds = _seconds(graph.call_function(ATTENTION, (*operands,)), None, False)
+    assert seconds["uneven"] == 6.0, "behind dense and four densities"
+    table = _table({"full": seconds}, 2.0, AttentionSite("attn", 0, 4, 256, 256, 16, False))
+    assert table["uneven"].values.tolist() == [12.0] and table["budget"].values.tolist() == [1.0, *[5 / 16] * 3]
 
 
 def test_where_attention_is_little_of_a_step_it_is_not_worth_a_look() -> None:

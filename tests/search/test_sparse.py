@@ -238,6 +238,40 @@ def test_heads_pay_for_clusters_one_by_one_and_the_site_for_an_order_once(networ
     )
 
 
+def test_budgets_that_are_not_alike_are_paid_for_and_may_be_worth_nothing(network: NetworkProfile) -> None:
+    problem = SearchProblem.from_profile(network)
+
+    def sites(per_spread: float) -> tuple[SiteCandidates, ...]:
+        cost = {"attn": replace(COST, per_spread=per_spread)}
+        return head_candidates(network, problem, dense(problem), cost, [range(STEPS)])
+
+    price = 4.0
+    even, uneven = (sparse_part(sites(per_spread), price) for per_spread in (0.0, 0.3))
+    assert even.rules == uneven.rules and even.rules
+    plan = Plan.model_validate(made_plan({"net": network.timesteps})).model_copy(update={"rules": uneven.rules})
+    told = planned_saving(plan, "net", network, {"attn": replace(COST, per_spread=0.3)}, range(STEPS))
+    assert uneven.saved == pytest.approx(told) and uneven.saved < even.saved
+    ((dear,),) = (sites(50.0),)
+    assert not dear.chosen(price), "what the heads save together is less than what their budgets cost"
+
+
+def test_heads_that_were_timed_with_budgets_not_alike_have_their_price(network: NetworkProfile) -> None:
+    timed = network.tables["latency"]["attn"]
+    budgets = np.array([1.0, 0.25, 0.25])
+    even = 2.0 * (0.05 + 1.25 * 0.5)
+    measures = {
+        **timed.measures,
+        "uneven": Measure(("form",), np.array([even + 0.2]), True),
+        "budget": Measure(("head",), budgets),
+    }
+    changed = replace(network, tables={**network.tables, "latency": {"attn": replace(timed, measures=measures)}})
+    cost = site_costs(changed, "full").costs["attn"]
+    assert cost.seconds(0.5) + cost.uneven_seconds(budgets.tolist()) == pytest.approx(even + 0.2)
+    measures["uneven"] = Measure(("form",), np.array([np.nan]), True)
+    unknown = replace(network, tables={**network.tables, "latency": {"attn": replace(timed, measures=measures)}})
+    assert site_costs(unknown, "full").costs["attn"].per_spread == 0.0
+
+
 def with_int8(network: NetworkProfile, seconds: float, error: float = 0.004) -> NetworkProfile:
     """``with_attention`` and int8 scores: of all blocks and of ``SPATIAL``, which err so much more, in quadrature.
 
