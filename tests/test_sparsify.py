@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ditopt import store
-from ditopt._torch import compile_counts
+from ditopt._torch import compile_counts, has_byte_dot_products
 from ditopt.decisions import Sparse
 from ditopt.measure import Evaluator
 from ditopt.optimizer import Optimizer
@@ -23,12 +23,14 @@ from ditopt.outcome import Result
 from ditopt.plan import Plan
 from ditopt.profiler import take
 from ditopt.profiler.attention_timing import attention_latency
+from ditopt.quality import relative_l2
 from ditopt.recipes import ANY, RECIPES, Form, Recipe, fits
 from ditopt.report.explained import Explained, side_path
 from ditopt.target import Target
 from ditopt.techniques import LINEAR_REST
 from ditopt.terminal import show_plan
 from ditopt.verify import VerifiedSearch
+from tests.literal_int8 import int8_scores
 from tests.tiny import tiny_wan
 
 pytest.importorskip("diffusers")
@@ -162,6 +164,52 @@ def test_what_profiled_prompts_gave_stands_beside_the_plan_and_is_read_again(
     with torch.no_grad():
         assert torch.allclose(euler(again, "five", 9), sample, atol=1e-5)
     torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not has_byte_dot_products(), reason="no dot products of bytes (avx512_vnni)")
+def test_int8_scores_are_measured_chosen_and_run_as_the_numbers_written_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From prompts to a plan whose heads have int8 scores, against the eager model with them in float64."""
+    monkeypatch.setenv("DITOPT_CACHE", str(tmp_path / "cache"))
+    form: Form = {"pattern": "dense", "qk": "int8"}
+    monkeypatch.setitem(RECIPES, "int8", Recipe("int8", "Int8", "none", forms=(form,)))
+    measured_as(monkeypatch, FASTER)
+    path = tmp_path / "wan.plan.yaml"
+    model = tiny_wan()
+    made = Optimizer(model, PROMPTS, Target(min_psnr=40), euler, path, budget=4, resume=False, quiet=True,
+                     recipe="int8")  # fmt: skip
+    assert heads_of(made.run().plan), made.reasons
+    plan = Plan.load(path)
+    assert {rule.do.settings["qk"] for rule in heads_of(plan)} == {"int8"}
+    with torch.no_grad():
+        sample = euler(model, "five", 9)
+    torch._dynamo.reset()
+    decided = [plan.head_decisions(f"blocks.{block}.attn1") for block in range(2)]
+    calls, whole = 0, torch.nn.functional.scaled_dot_product_attention
+
+    def written_out(query: Tensor, key: Tensor, value: Tensor, **named: Any) -> Tensor:
+        nonlocal calls
+        found = whole(query, key, value, **named)
+        if query.shape[2] != key.shape[2]:
+            return found
+        step, block = divmod(calls, 2)
+        calls += 1
+        for head, do in enumerate(decided[block][step].of(query.shape[1])):
+            if isinstance(do, Sparse):
+                scores = int8_scores(query[0, head], key[0, head], 64) * query.shape[-1] ** -0.5
+                found[0, head] = (scores.softmax(-1) @ value[0, head].double()).to(found.dtype)
+        return found
+
+    eager = tiny_wan()
+    with torch.no_grad():
+        dense = euler(eager, "five", 9)
+        monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", written_out)
+        expected = euler(eager, "five", 9)
+    assert calls == 2 * STEPS, "self-attention of two blocks"
+    moved = relative_l2(expected, dense)
+    assert moved > 1e-6 and relative_l2(sample, expected) < 0.2 * moved
+    assert plan.predicted["relative_error"] / 4 < plan.measured["rel_l2"] < 4 * plan.predicted["relative_error"]
 
 
 @pytest.mark.parametrize(
