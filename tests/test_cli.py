@@ -228,7 +228,7 @@ def test_optimize_hands_everything_on(prompts: Path, tmp_path: Path, monkeypatch
         "--target-speedup", "2.5", "--steps", "30", "--guidance", "1",
         "--set", "height=64", "--set", "negative_prompt=''", "--seed", "7", "--budget", "9", "--max-variants", "4",
         "--on-mismatch", "dense", "--no-resume", "--trust-remote-code", "--dtype", "bfloat16", "--technique", "reuse",
-        "--technique", "sparse", "--recipe", "radial",
+        "--technique", "sparse", "--recipe", "radial", "--max-state-bytes", "4096",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert seen.pop("given") == ("pipe", ["a red circle", "a blue square"])
@@ -236,7 +236,7 @@ def test_optimize_hands_everything_on(prompts: Path, tmp_path: Path, monkeypatch
     assert seen == {
         "quality": None, "max_rel_error": None, "min_psnr": 42.0, "target_speedup": 2.5, "plan_path": out,
         "pipe_kwargs": settings, "seed": 7, "techniques": ["reuse", "sparse"], "recipe": "radial",
-        "max_variants": 4, "budget": 9, "on_mismatch": "dense", "resume": False,
+        "max_variants": 4, "max_state_bytes": 4096, "budget": 9, "on_mismatch": "dense", "resume": False,
     }  # fmt: skip
     assert loaded == [("DIR", True, "bfloat16", None)]
 

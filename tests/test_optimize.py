@@ -151,7 +151,7 @@ def test_a_share_of_second_order_is_chosen_and_a_new_compile_repeats_it(
 
     path, model = tmp_path / "plan.yaml", make_model()
     techniques = ("reuse", "forecast", "fit", *(() if left_out else ("second_order",)))
-    target = Target.from_arguments("balanced", None, 10.0, 1.5)
+    target = Target.from_arguments(None, None, 10.0, 1.5)
     result = run(model, rollout, plan_path=path, techniques=techniques, target=target, budget=2)
     assert result.plan is not None, result.reasons
     assert result.plan.target == {"min_psnr": 10.0, "speedup": 1.5}
