@@ -1,7 +1,7 @@
 """A tiny compiled model under a plan with every kind of state, and loops over it that pause, break and interleave.
 
 What must hold is said with ``alone``: the same generation where nothing was before and nothing is beside it. State is
-dropped for that by binding the plan anew; ``test_generations`` has it once from a process of its own.
+dropped for that by binding the plan anew.
 """
 
 from __future__ import annotations
