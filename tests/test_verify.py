@@ -34,7 +34,10 @@ class FakeTuner:
         self.target, self.fixed, self.budget, self.refused = target, (), 4, 0
         seconds: Any = profile
         self.problem = SimpleNamespace(
-            seconds_full=seconds.networks[network].seconds["full"], dtype=None, simplify=False
+            seconds_full=seconds.networks[network].seconds["full"],
+            seconds_predicted=seconds.networks[network].seconds.get("predicted"),
+            dtype=None,
+            simplify=False,
         )
         self.asked: list[float] = []
 
@@ -75,6 +78,7 @@ def searching(
     networks: Sequence[str] = ("transformer",),
 ) -> VerifiedSearch:
     """A search of networks with as many steps, which take as many ``seconds``."""
+    vars(evaluator).update(fits=lambda rules: True, reasons=[])  # no limit is set
     part = SimpleNamespace(timesteps=tuple(range(steps)), seconds=seconds)
     profile: Any = SimpleNamespace(networks=dict.fromkeys(networks, part))
     return VerifiedSearch(evaluator, profile, target, [("a", 0)], [("b", 1)], Reporter(quiet=True), 4, 8, ("reuse",))

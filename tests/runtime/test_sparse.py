@@ -338,7 +338,7 @@ def test_text_stays_dense_in_joint_attention(name: str) -> None:
             r"blocks\.0\.attn2 is no self-attention .* 1024 queries and 6 keys; of patterns only dense and skip are",
         ),
         (rule("blocks.0.attn1", "6", sparse("spatial")), r"plan has rules for steps 6, its schedule has steps 0-5"),
-        (rule("blocks.0.attn1", "1", Reuse()), r"plan names sites that the model lacks: blocks\.0\.attn1"),
+        (rule("blocks.0.attn3", "1", Reuse()), r"plan names sites that the model lacks: blocks\.0\.attn3"),
     ],
 )
 def test_rules_that_do_not_fit_the_model_are_named(wan: nn.Module, structure: str, bad: Rule, message: str) -> None:
