@@ -70,6 +70,7 @@ def search(monkeypatch: pytest.MonkeyPatch, held_out: dict[int, float]) -> tuple
 
     monkeypatch.setattr(verify, "Tuner", FakeTuner)
     evaluator: Any = SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}, quality=quality)
+    vars(evaluator).update(fits=lambda rules: True, reasons=[])  # no limit is set
     profile: Any = SimpleNamespace(networks={})
     one = VerifiedSearch(
         evaluator, profile, Target(min_psnr=42.0), [("a", 0)], [("b", 1)], Reporter(quiet=True), 4, 8, ("reuse",)
@@ -146,6 +147,7 @@ def test_what_is_to_spare_is_spent_on_samples_nearer_to_a_finer_solvers(
     monkeypatch.setattr(AimingTuner, "aim", aim, raising=False)
     monkeypatch.setattr(verify, "Tuner", AimingTuner)
     evaluator: Any = SimpleNamespace(sessions={"transformer": SimpleNamespace(programs=[])}, quality=quality)
+    vars(evaluator).update(fits=lambda rules: True, reasons=[])  # no limit is set
     profile: Any = SimpleNamespace(networks={})
     found = VerifiedSearch(
         evaluator, profile, Target(min_psnr=42.0), [("a", 0)], [("b", 1)], Reporter(quiet=True), 4, 8, ("reuse",)
